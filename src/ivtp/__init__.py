@@ -1,0 +1,58 @@
+"""Instruction-guided visual token pruning for stock Hugging Face vision-language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ivtp.config import PruneConfig
+    from ivtp.errors import IvtpError
+    from ivtp.flops import FlopsReport, flops
+    from ivtp.generate import Answer, ask, load
+    from ivtp.plug import Pruner, attach
+    from ivtp.registry import list_hosts, list_methods
+    from ivtp.trace import PruneTrace, StageTrace, Word
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "FlopsReport",
+    "IvtpError",
+    "PruneConfig",
+    "PruneTrace",
+    "Pruner",
+    "StageTrace",
+    "Word",
+    "ask",
+    "attach",
+    "flops",
+    "list_hosts",
+    "list_methods",
+    "load",
+]
+
+# torch and transformers take seconds to import; `ivtp --help` must not wait for them
+_HOMES = {
+    "config": ("PruneConfig",),
+    "errors": ("IvtpError",),
+    "flops": ("FlopsReport", "flops"),
+    "generate": ("Answer", "ask", "load"),
+    "plug": ("Pruner", "attach"),
+    "registry": ("list_hosts", "list_methods"),
+    "trace": ("PruneTrace", "StageTrace", "Word"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'ivtp' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ivtp.{home}"), name)
+    globals()[name] = value  # also puts the function `flops` in front of the module of that name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,312 @@
+"""The `ivtp` command: parse, call the library, print.
+
+With `--json` the standard output holds one JSON document and nothing else; everything else goes to the standard
+error. Exit code 0: done, 1: failed, 2: bad arguments or a bad input file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
+from ivtp.errors import ConfigError, ImageError, IvtpError
+
+app = typer.Typer(
+    help="Instruction-guided visual token pruning for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_SAMPLES = Path(__file__).parent / "micro" / "samples"
+
+Model = Annotated[str, typer.Option(help="micro (the embedded model), a folder, or a hub id.")]
+Method = Annotated[str, typer.Option(help="A method that `ivtp methods` lists; none keeps every token.")]
+Keep = Annotated[str, typer.Option(help='Visual tokens kept of each image: a number, or a share as "11%".')]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Another option of PruneConfig or of the method; repeatable."),
+]
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app()
+    except IvtpError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(2 if isinstance(error, ConfigError | ImageError) else 1) from None
+    except OSError as error:
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from ivtp import __version__
+
+        out.print(f"ivtp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Instruction-guided visual token pruning for vision-language models."""
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="A PNG, JPEG, WebP, GIF, BMP or TIFF file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: Model = "micro",
+    method: Method = "ivtp",
+    keep: Keep = "64",
+    threshold: Annotated[
+        float | None, typer.Option(help="Relevance above which a word guides; default: the model's.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw kept patches and word relevances here.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the methods that draw at random.")] = 0,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about an image with pruned visual tokens.
+
+    JSON keys: answer, model, method, tokens (all, kept), flops (full, pruned), seconds, stages (where, layer, kept),
+    words (text, score, used), fallback, picture.
+    """
+    from ivtp.generate import ask as answer_question
+    from ivtp.images import load_image
+
+    options = {**_parse_options(option), "seed": seed}
+    if threshold is not None:
+        options["threshold"] = threshold
+    _check(method, keep, options, picture)
+    photo = load_image(image)
+    loaded, processor = _load(model)
+    with err.status("answering"):
+        answer = answer_question(
+            loaded,
+            processor,
+            photo,
+            question,
+            method=method,
+            keep=_parse_keep(keep),
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+    cost = Cost.of(loaded, processor, photo, question, answer.trace)
+    if picture is not None:
+        _draw(photo, answer, loaded, question, threshold).save(picture)
+    if as_json:
+        print_json(answer_json(answer, cost, model=model, method=method, picture=picture))
+    else:
+        print_answer(answer, cost, picture)
+
+
+@app.command()
+def flops(
+    model: Annotated[
+        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, micro, a folder, or a downloaded hub id.")
+    ] = "llava-1.5-7b",
+    method: Method = "ivtp",
+    keep: Keep = "64",
+    text: Annotated[int, typer.Option(help="Text tokens of the prompt, image slots not included.")] = 512,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    option: Options = None,
+    as_json: Json = False,
+) -> None:
+    """What a prefill costs with all tokens and with a method, part by part.
+
+    JSON keys: model, method, keep, text_tokens, batch, images, full and pruned (vision, projector, llm, head,
+    pruning, total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost).
+    """
+    from ivtp.flops import flops as count
+
+    asked: dict[str, Any] = {"text_tokens": text, "batch": batch, "images": images}
+    with err.status("counting"):
+        full = count(model, method="none", **asked)
+        pruned = count(model, method=method, keep=_parse_keep(keep), **asked, **_parse_options(option))
+    if not as_json:
+        print_flops(full, pruned)
+        return
+    saving = 1 - pruned.total / full.total
+    result = {"model": full.model, "method": method, "keep": pruned.keep, **asked}
+    print_json({**result, "full": parts(full), "pruned": parts(pruned), "saving": saving})
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the pruning methods.
+
+    JSON: a list with name, title, year, stage, guided, trainable, merges and paper of each.
+    """
+    from ivtp.registry import list_methods, method_class
+
+    with err.status("reading"):
+        rows = [{"name": name, **asdict(method_class(name).info)} for name in list_methods()]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(("yes" if v else "-") if isinstance(v, bool) else str(v) for v in row.values()))
+    out.print(table)
+
+
+@app.command()
+def samples(
+    folder: Annotated[Path, typer.Argument(help="Where to write; created if it does not exist.")],
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Number of the first scene in the test split.")] = 0,
+) -> None:
+    """Write test scenes of the embedded model's world, with questions and answers in samples.json."""
+    from ivtp.micro.world import write_samples
+
+    with err.status("drawing"):
+        files = write_samples(folder, count, split="test", seed=seed)
+    for file in [*files, folder / "samples.json"]:
+        out.print(str(file), markup=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the picture; created if needed.")] = Path("demo"),
+    keep: Keep = "64",
+) -> None:
+    """Ask the embedded model two questions about a shipped image: all tokens, TopK and IVTP side by side."""
+    from ivtp.images import load_image
+    from ivtp.visualize import draw_comparison
+
+    entry = json.loads((_SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
+    photo = load_image(_SAMPLES / entry["image"])
+    output.mkdir(parents=True, exist_ok=True)
+    model, processor = _load("micro")
+    out.print(f"image: {_SAMPLES / entry['image']}", markup=False, soft_wrap=True)
+    rows = []
+    for question in _two_questions(entry):
+        table, panels = _compare(model, processor, photo, question["text"], _parse_keep(keep))
+        out.print(f"\n{question['text']}  (right answer: {question['answer']})", markup=False)
+        out.print(table)
+        rows.append((question["text"], panels))
+    file = output / "demo.png"
+    draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model)).save(file)
+    out.print(f"\npicture: {file}", markup=False, soft_wrap=True)
+
+
+def _compare(model: Any, processor: Any, photo: Any, question: str, keep: int | str) -> tuple[Table, list[Any]]:
+    """A table and the panels of a picture: the same question with all tokens, TopK and IVTP."""
+    from ivtp.generate import ask as answer_question
+    from ivtp.visualize import Panel
+
+    table = Table("", "answer", "visual tokens", "prefill", "time", box=None, pad_edge=False)
+    panels = []
+    for title, method in (("all tokens", "none"), ("TopK", "topk"), ("IVTP", "ivtp")):
+        with err.status(f"{title}: {question}"):
+            for _ in range(2):  # the first call of each kind pays for set-up; the second is the one that is timed
+                answer = answer_question(model, processor, photo, question, method=method, keep=keep)
+        cost = Cost.of(model, processor, photo, question, answer.trace)
+        table.add_row(title, answer.text, cost.tokens(), cost.flops(), f"{1000 * answer.seconds:.0f} ms")
+        panels.append(Panel(f"{title}: {cost.tokens()}", answer.trace, answer.text, cost.flops()))
+    return table, panels
+
+
+def _two_questions(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first question of a sample and the first other one about different objects."""
+    first, *others = entry["questions"]
+    different = (q for q in others if not set(q["objects"]) & set(first["objects"]))
+    return [first, next(different, others[0])]
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    with err.status(f"loading {model}"):
+        from transformers.utils import logging
+
+        from ivtp.generate import load
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        return load(model)
+
+
+def _parse_keep(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _parse_options(given: list[str] | None) -> dict[str, Any]:
+    """`name=value` pairs: a value that is JSON is what it says, `1,2` is a tuple, anything else stays text."""
+    options: dict[str, Any] = {}
+    for pair in given or []:
+        name, separator, text = pair.partition("=")
+        if not separator or not name:
+            raise ConfigError(f"--option {pair!r} is not NAME=VALUE; write for example --option guide=visual")
+        try:
+            value = json.loads(f"[{text}]" if "," in text else text)
+        except ValueError:
+            value = text
+        options[name] = tuple(value) if isinstance(value, list) else value
+    return options
+
+
+def _check(method: str, keep: str, options: dict[str, Any], picture: Path | None) -> None:
+    """Refuse what is wrong in itself before a model is loaded."""
+    from PIL import Image
+
+    from ivtp.config import PruneConfig
+    from ivtp.registry import method_class
+
+    PruneConfig.of(method=method, keep=_parse_keep(keep), **options)
+    if method != "none":
+        method_class(method)
+    if picture is not None and picture.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--picture {picture} has no image suffix; name a .png or .jpg file")
+    if picture is not None and not picture.parent.is_dir():
+        raise ConfigError(f"--picture {picture}: the folder {picture.parent} does not exist; create it first")
+
+
+def _threshold(model: Any, given: float | None) -> float:
+    from ivtp.config import PruneConfig
+    from ivtp.plug import find_host
+
+    return float(find_host(model).recommended().get("threshold", PruneConfig.threshold) if given is None else given)
+
+
+def _square(model: Any) -> int:
+    """Side in pixels of what the vision tower sees."""
+    from ivtp.flops import sizes
+
+    geometry = sizes(model).geometry
+    return math.isqrt(geometry.num_patches) * geometry.patch_size
+
+
+def _draw(photo: Any, answer: Any, model: Any, question: str, threshold: float | None) -> Any:
+    from ivtp.flops import sizes
+    from ivtp.trace import PruneTrace
+    from ivtp.visualize import draw
+
+    return draw(
+        photo,
+        answer.trace or PruneTrace(sizes(model).geometry.num_patches, images=(1,)),
+        question=question,
+        answer=answer.text,
+        threshold=_threshold(model, threshold),
+        square=_square(model),
+    )

@@ -1,0 +1,147 @@
+"""What the user asks for (`PruneConfig`) and the sizes of the model that is asked (`Geometry`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+from ivtp.errors import ConfigError
+
+Aggregation = Literal["residual", "mean", "max", "multiply", "layer"]
+Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
+Stages = Literal["both", "vision", "llm"]
+Positions = Literal["original", "compact"]
+CacheMode = Literal["evict", "layered"]
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune. Immutable and valid once it exists; `ConfigError` otherwise."""
+
+    method: str = "ivtp"
+    """A registered method, see `ivtp.list_methods()`."""
+    keep: int | str = 64
+    """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%"."""
+    group_layers: int = 3
+    """G: consecutive layers that share one token set and one rollout (Eq. 3)."""
+    llm_layers: int = 12
+    """W: decoder layers that take part in stage 2."""
+    threshold: float = 0.2
+    """tau: words with a relevance above it make the pseudo CLS token (Eq. 7)."""
+    aggregation: Aggregation = "residual"
+    """How a group's attention maps become one (Eq. 3 and its ablations)."""
+    guide: Guide = "instruction"
+    """What the pseudo CLS token is made of: the paper's OTT+TE+RT, OTT, TE, OTT+TE, or no instruction."""
+    stages: Stages = "both"
+    """Prune inside the vision encoder, inside the decoder, or in both."""
+    schedule: tuple[int, ...] | None = None
+    """Tokens after each group, vision groups first, or two numbers: after stage 1 and after stage 2, each reached at a
+    uniform ratio. Its last number then takes the place of `keep`. None is one uniform ratio down to `keep`."""
+    positions: Positions = "original"
+    """Surviving tokens keep their position ids, or are renumbered after stage 1."""
+    cache: CacheMode = "evict"
+    """After the prefill every layer's cache holds the final tokens, or each layer what it saw."""
+    seed: int = 0
+    """Seed of the methods that draw at random."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the method itself, checked by the method's own `Options`."""
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+        for name, low in (("group_layers", 1), ("llm_layers", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < low:
+                raise ConfigError(f"{name}={value!r} is not a number of layers; use a whole number from {low} up")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up")
+        if not isinstance(self.threshold, int | float) or not -1.0 <= self.threshold <= 1.0:
+            raise ConfigError(f"threshold={self.threshold!r} is not a cosine; use a number from -1 to 1 (default 0.2)")
+        for name, accepted in _CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(accepted)}")
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", _check_schedule(self.schedule))
+
+    @classmethod
+    def of(cls, **values: Any) -> PruneConfig:
+        """Build a config from flat keywords; what is no field of `PruneConfig` becomes a method option."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        options = {**values.pop("options", {}), **{k: v for k, v in values.items() if k not in names}}
+        return cls(**{k: v for k, v in values.items() if k in names}, options=options)
+
+    def tokens(self, num_patches: int) -> int:
+        """`keep` as a number of tokens of an image with `num_patches` patches. Raises `ConfigError` above N."""
+        if isinstance(self.keep, str):
+            return max(1, round(num_patches * float(self.keep.rstrip("%")) / 100))
+        if self.keep > num_patches:
+            raise ConfigError(
+                f"keep={self.keep} exceeds the {num_patches} visual tokens of this model; use 1..{num_patches}"
+            )
+        return self.keep
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "aggregation": get_args(Aggregation),
+    "guide": get_args(Guide),
+    "stages": get_args(Stages),
+    "positions": get_args(Positions),
+    "cache": get_args(CacheMode),
+}
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_keep(keep: object) -> None:
+    hint = 'use a number of tokens from 1 up, or a fraction such as "11%"'
+    if isinstance(keep, str):
+        match = _PERCENT.fullmatch(keep.strip())
+        if not match or not 0 < float(match[1]) <= 100:
+            raise ConfigError(f"keep={keep!r} is not a fraction from above 0% to 100%; {hint}")
+    elif not _is_int(keep):
+        kind = "NaN" if isinstance(keep, float) and math.isnan(keep) else repr(keep)
+        raise ConfigError(f"keep={kind} is not a number of tokens; {hint}")
+    elif keep < 1:  # type: ignore[operator]  # _is_int has made it an int
+        raise ConfigError(f"keep={keep} leaves no visual token; {hint}")
+
+
+def _check_schedule(schedule: Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(schedule)
+    if not counts or not all(_is_int(k) and k >= 1 for k in counts):
+        raise ConfigError(f"schedule={counts} has an entry that is no token count; use whole numbers from 1 up")
+    if any(a < b for a, b in pairwise(counts)):
+        raise ConfigError(f"schedule={counts} grows; pruning only removes, so use counts that never increase")
+    return counts
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one vision-language model that pruning and its cost depend on."""
+
+    name: str
+    num_patches: int
+    """N: patch tokens of one image."""
+    patch_size: int
+    vision_layers: int
+    """Encoder layers whose output reaches the projector (23 of LLaVA-1.5's 24)."""
+    vision_hidden: int
+    vision_mlp: int
+    vision_heads: int
+    vision_cls: int
+    """CLS tokens in front of the patches: 1 or 0."""
+    text_layers: int
+    text_hidden: int
+    text_mlp: int
+    text_heads: int
+    text_kv_heads: int
+    text_head_dim: int
+    text_mlp_matrices: int
+    """Weight matrices of one feed-forward block: 3 when gated, else 2."""
+    vocab_size: int

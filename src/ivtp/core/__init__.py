@@ -1,0 +1,1 @@
+"""Functions of tensors: they never see a model or a config object."""

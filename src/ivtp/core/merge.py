@@ -1,0 +1,44 @@
+"""Tokens that stand for several patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def nearest_grid(tokens: int, rows: int, columns: int) -> tuple[int, int]:
+    """The pooled grid (r, c), r <= `rows`, c <= `columns`, whose r * c is nearest to `tokens`.
+
+    Of equally near grids the one whose cells are nearest to square wins, then the larger.
+    """
+    grids = ((r, c) for r in range(1, rows + 1) for c in range(1, columns + 1))
+    return min(grids, key=lambda g: (abs(g[0] * g[1] - tokens), abs(rows / g[0] - columns / g[1]), -g[0] * g[1]))
+
+
+def pool_grid(patches: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Average a patch grid down to a coarser one.
+
+    `patches` (B, N, D) in raster order of a `side` = (rows, columns) grid. Returns the pooled tokens (B, r * c, D),
+    the patch nearest to the centre of each cell (r * c,) and, for every patch, the representative of the first cell
+    that covers it (N,). Cells follow `adaptive_avg_pool2d`: they overlap where the grid does not divide the side.
+    """
+    rows, columns = side
+    image = patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)  # (B, D, rows, columns)
+    pooled = nn.functional.adaptive_avg_pool2d(image.float(), grid).flatten(2).transpose(1, 2).to(patches.dtype)
+    spans = [
+        [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
+        for size, cells in zip(side, grid, strict=True)
+    ]
+    centres = [
+        (top + bottom - 1) // 2 * columns + (left + right - 1) // 2
+        for top, bottom in spans[0]
+        for left, right in spans[1]
+    ]
+    cover = [
+        next(i for i, (_, stop) in enumerate(spans[0]) if row < stop) * grid[1]
+        + next(i for i, (_, stop) in enumerate(spans[1]) if column < stop)
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    representatives = torch.tensor(centres, device=patches.device)
+    return pooled, representatives, representatives[torch.tensor(cover, device=patches.device)]

@@ -1,0 +1,116 @@
+"""Attention rollout over a group of layers, one row of it at a time (Eq. 2-4).
+
+Only the row R[reference] of the rollout is ever needed. With r_e = Â_e[reference] the row of the last layer, the row
+of the whole product follows from vector-matrix steps r_{l-1} = r_l Â_{l-1}, each a weighted column sum of one
+layer's attention that is computed in blocks of query rows. No (T, T) map of all heads is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Query rows whose attention is held at a time: extra memory is B * H * BLOCK * T floats."""
+
+
+@dataclass(frozen=True)
+class AttentionTap:
+    """The queries, keys and values of one layer, as its attention used them (rotary positions applied)."""
+
+    query: Tensor  # (B, H, T, d)
+    key: Tensor  # (B, H_kv, T, d)
+    value: Tensor  # (B, H_kv, T, d)
+    scale: float
+    causal: bool
+    valid: Tensor | None = None
+    """(B, T) bool: keys that may be seen; None when there is no padding."""
+    hidden_from_last: Tensor | None = None
+    """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
+
+
+def attention_row(tap: AttentionTap, reference: int) -> Tensor:
+    """Head-averaged attention of one query row (Eq. 2): (B, T), float32. `reference` may be negative."""
+    reference %= tap.query.shape[2]
+    return _attention(tap, reference, reference + 1).mean(dim=(1, 2))  # (B, H, 1, T) -> (B, T)
+
+
+def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK) -> Tensor:
+    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32."""
+    total = torch.zeros_like(weights)
+    for start in range(0, tap.query.shape[2], block):
+        stop = min(start + block, tap.query.shape[2])
+        attention = _attention(tap, start, stop)  # (B, H, block, T)
+        row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, T)
+        total = total + row.squeeze(2).mean(dim=1)
+    return total
+
+
+def rollout_row(taps: Sequence[AttentionTap], reference: int, aggregation: str = "residual") -> Tensor:
+    """Row `reference` of a group's aggregated attention (Eq. 3): (B, T), float32.
+
+    `residual` multiplies (A + I) / 2 over the layers and `multiply` multiplies A, later layers from the left;
+    `mean` and `max` combine the layers' rows element-wise; `layer` is the last layer alone.
+    """
+    last = attention_row(taps[-1], reference)
+    if aggregation == "layer":
+        return last
+    if aggregation in ("mean", "max"):
+        rows = torch.stack([attention_row(tap, reference) for tap in taps[:-1]] + [last])
+        return rows.mean(dim=0) if aggregation == "mean" else rows.amax(dim=0)
+    row = last
+    if aggregation == "residual":
+        itself = torch.zeros_like(last)
+        itself[:, reference] = 1.0
+        row = (last + itself) / 2
+    for tap in reversed(taps[:-1]):
+        stepped = weighted_column_sum(tap, row)
+        row = (stepped + row) / 2 if aggregation == "residual" else stepped
+    return row
+
+
+def importance(row: Tensor, value: Tensor, visual: Tensor) -> Tensor:
+    """Share of each visual token in the reference's attention, weighted by value norms (Eq. 4).
+
+    `row` (B, T), `value` (B, H_kv, T, d) of the group's last layer, `visual` (B, T) bool. Returns (B, T), float32,
+    summing to 1 over the visual tokens of a sample and 0 elsewhere.
+    """
+    norms = torch.linalg.vector_norm(value.float(), dim=(1, 3))  # (B, T), all heads concatenated
+    weighted = row * norms * visual
+    return weighted / weighted.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weighted.dtype).tiny)
+
+
+def _attention(tap: AttentionTap, start: int, stop: int) -> Tensor:
+    """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, T), float32."""
+    batch, heads, length, width = tap.query.shape
+    kv_heads = tap.key.shape[1]
+    query = tap.query[:, :, start:stop].float().reshape(batch, kv_heads, -1, width)  # (B, H_kv, H/H_kv * block, d)
+    logits = query @ tap.key.float().transpose(2, 3) * tap.scale
+    logits = logits.view(batch, heads, stop - start, length)
+    hidden = _hidden_keys(tap, start, stop)
+    if hidden is not None:
+        # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
+        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
+    attention: Tensor = logits.softmax(dim=-1)
+    return attention
+
+
+def _hidden_keys(tap: AttentionTap, start: int, stop: int) -> Tensor | None:
+    """(B or 1, 1, stop - start, T) bool, True where a query must not see a key; None when all is visible."""
+    length = tap.query.shape[2]
+    hidden: Tensor | None = None
+    if tap.causal:
+        keys = torch.arange(length, device=tap.query.device)
+        hidden = (keys > keys[start:stop, None])[None, None]  # (1, 1, block, T)
+    if tap.valid is not None:
+        padding = ~tap.valid[:, None, None, :]  # (B, 1, 1, T)
+        hidden = padding if hidden is None else hidden | padding
+    if tap.hidden_from_last is not None and stop == length:
+        last = torch.zeros(stop - start, 1, dtype=torch.bool, device=tap.query.device)
+        last[-1] = True
+        blind = tap.hidden_from_last[:, None, None, :] & last  # (B, 1, block, T)
+        hidden = blind if hidden is None else hidden | blind
+    return hidden

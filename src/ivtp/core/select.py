@@ -1,0 +1,35 @@
+"""Which tokens stay. No function here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_highest(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+    """Mark the `count` highest-scored candidates of each row; of equal scores the lower index wins.
+
+    `scores` (B, T), `candidates` (B, T) bool, `count` an int or one per row (B,). Returns (B, T) bool.
+    """
+    ranked = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(ranked)
+    rank = torch.empty_like(ranked).scatter_(1, ranked, places)
+    limit = count.unsqueeze(1) if isinstance(count, Tensor) else count
+    return candidates & (rank < limit)
+
+
+def right_aligned(keep: Tensor, length: int) -> Tensor:
+    """Indices (B, length) that gather the kept columns of `keep` (B, T) in order, at the right end of each row.
+
+    Rows that keep fewer than `length` columns begin with dropped ones; `keep.gather(1, indices)` tells them apart.
+    """
+    return keep.to(torch.uint8).argsort(dim=1, stable=True)[:, keep.shape[1] - length :]
+
+
+def take(tensor: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Gather `index` (B, k) along `dim` of `tensor` (B, ..., T, ...) for every other dimension alike."""
+    shape = [1] * tensor.dim()
+    shape[0], shape[dim] = index.shape[0], index.shape[1]
+    sizes = list(tensor.shape)
+    sizes[0], sizes[dim] = index.shape
+    return tensor.expand(index.shape[0], *tensor.shape[1:]).gather(dim, index.view(shape).expand(sizes))

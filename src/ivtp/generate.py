@@ -1,0 +1,98 @@
+"""Image and question in, answer and record out."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ivtp.config import PruneConfig
+from ivtp.errors import LoadError
+from ivtp.images import load_image
+from ivtp.plug import attach
+from ivtp.trace import PruneTrace
+
+_MICRO = Path(__file__).parent / "micro" / "assets"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question. `trace` is None without pruning; `seconds` is the wall-clock of all of it."""
+
+    text: str
+    trace: PruneTrace | None
+    seconds: float
+
+
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
+    """A stock model in evaluation mode and its processor.
+
+    `name` is "micro" (the embedded model), a local folder or a hub id. On the CPU "auto" means float32, elsewhere the
+    checkpoint's own dtype. Raises `LoadError`.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    path = _MICRO if str(name) == "micro" else name
+    if dtype == "auto" and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadError(
+            f"model {str(name)!r} could not be loaded ({reason}); "
+            'use "micro", a folder with a transformers checkpoint, or a hub id'
+        ) from None
+    return model.to(device).eval(), processor
+
+
+def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
+    """One user turn with images before the question, as the processor's chat template writes it."""
+    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return str(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    )
+
+
+def ask(
+    model: nn.Module,
+    processor: Any,
+    image: Any,
+    question: str,
+    *,
+    method: str = "ivtp",
+    keep: int | str = 64,
+    max_new_tokens: int = 64,
+    clip: Any = None,
+    **config: Any,
+) -> Answer:
+    """Answer `question` about `image` (a path, bytes or a PIL image), greedily.
+
+    `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
+    The model is left as it was. Raises `ImageError`, `ConfigError` and what `attach` raises.
+    """
+    picture = load_image(image)
+    if method == "none":
+        PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused with or without pruning
+        pruning: Any = nullcontext()
+    else:
+        pruning = attach(model, processor, clip=clip, method=method, keep=keep, **config)
+    with pruning as pruner:
+        any_model: Any = model
+        inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
+        inputs = inputs.to(any_model.device, any_model.dtype)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            generated = any_model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        seconds = time.perf_counter() - began
+        new = generated[0, inputs["input_ids"].shape[1] :]
+        text = processor.decode(new, skip_special_tokens=True).strip()
+        return Answer(text, pruner.trace if pruner else None, seconds)

@@ -1,0 +1,119 @@
+"""What a model family has to tell: where its parts are and how its layers fall into two halves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ivtp.config import Geometry, PruneConfig
+from ivtp.errors import LoadError
+
+
+class Host:
+    """One model family. A subclass locates the parts in `__init__`; nothing here changes the model."""
+
+    name: ClassVar[str]
+    """Also the file's name."""
+    model_class: ClassVar[str]
+    """Name of the stock transformers class."""
+
+    model: nn.Module
+    """The stock model, as the user calls it."""
+    multimodal: nn.Module
+    """The sub-module that merges image features and text and calls the decoder."""
+    decoder: nn.Module
+    embedding: nn.Module
+    vision_layers: nn.ModuleList
+    """All encoder layers, also those behind the one that feeds the projector."""
+    text_layers: nn.ModuleList
+    image_token: int
+    size: Geometry
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """Whether `config` is of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """Sizes of the model that `config` describes."""
+        raise NotImplementedError
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
+        """A random model of this family that runs in milliseconds, and its processor (None: ids in, ids out)."""
+        raise NotImplementedError
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
+        raise NotImplementedError
+
+    def run_vision(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Run the encoder on (I, 3, H, W); returns the post-normalised CLS output (I, D) of its last layer."""
+        raise NotImplementedError
+
+    def project(self, features: Tensor) -> Tensor:
+        """Vision features (..., D) to decoder embeddings (..., D_text)."""
+        raise NotImplementedError
+
+    def attention_of(self, where: str, layer: int) -> nn.Module:
+        """The attention module of a layer; it chooses its kernel by its `config` attribute."""
+        raise NotImplementedError
+
+    def attend(self, where: str, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """First half of a layer: normalisation, attention, residual."""
+        raise NotImplementedError
+
+    def feed_forward(self, where: str, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Second half of a layer: normalisation, MLP, residual."""
+        raise NotImplementedError
+
+    def causal_mask(
+        self,
+        hidden: Tensor,
+        valid: Tensor | None,
+        visible: Callable[..., Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
+
+        `visible(batch, head, query, key)` may hide more.
+        """
+        raise NotImplementedError
+
+    def default_clip(self) -> str | None:
+        """Folder or hub id of the CLIP model whose vision side is this model's tower, where that is known."""
+        raise NotImplementedError
+
+    def recommended(self) -> dict[str, Any]:
+        """Options for this checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
+        named = {k: v for k, v in self._sidecar().items() if k in ("llm_layers", "group_layers", "threshold")}
+        return {"llm_layers": min(PruneConfig.llm_layers, self.size.text_layers), **named}
+
+    def _folder(self) -> Path | None:
+        folder = Path(str(getattr(self.model, "name_or_path", "") or ""))
+        return folder if folder.parts and folder.is_dir() else None
+
+    def _sidecar(self) -> dict[str, Any]:
+        folder = self._folder()
+        file = folder / "ivtp.json" if folder else None
+        if file is None or not file.is_file():
+            return {}
+        try:
+            content = json.loads(file.read_text())
+        except ValueError as error:
+            raise LoadError(
+                f"{file.name} of this checkpoint is not valid JSON ({error}); repair or remove it"
+            ) from None
+        return dict(content)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return next(self.embedding.parameters()).device

@@ -1,0 +1,182 @@
+"""LLaVA and LLaVA-1.5: a CLIP vision tower, an MLP projector and a Llama-like decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from ivtp.config import Geometry
+from ivtp.errors import UnsupportedModelError
+from ivtp.hosts.base import Host
+
+_OPENAI_CLIP = {
+    # (hidden size, layers, image size, patch size) of the tower: the CLIP model that it was taken from
+    (1024, 24, 336, 14): "openai/clip-vit-large-patch14-336",
+    (1024, 24, 224, 14): "openai/clip-vit-large-patch14",
+}
+
+
+class LlavaHost(Host):
+    """`LlavaForConditionalGeneration` with a CLIP tower and one feature layer."""
+
+    name = "llava"
+    model_class = "LlavaForConditionalGeneration"
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """A LLaVA config, whatever its tower and decoder."""
+        return getattr(config, "model_type", None) == "llava"
+
+    @classmethod
+    def geometry(cls, config: Any) -> Geometry:
+        """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
+        vision, text = config.vision_config, config.text_config
+        if vision.model_type != "clip_vision_model":
+            raise UnsupportedModelError(
+                f"the vision tower is a {vision.model_type!r}; LLaVA with a clip_vision_model can be pruned"
+            )
+        feature = config.vision_feature_layer
+        if not isinstance(feature, int) or config.vision_feature_select_strategy != "default":
+            raise UnsupportedModelError(
+                f"vision_feature_layer={feature!r} with strategy {config.vision_feature_select_strategy!r} is not "
+                'prunable; one feature layer with the strategy "default" is'
+            )
+        layers = vision.num_hidden_layers
+        heads = text.num_attention_heads
+        return Geometry(
+            name=str(getattr(config, "_name_or_path", "") or "llava"),
+            num_patches=(vision.image_size // vision.patch_size) ** 2,
+            patch_size=vision.patch_size,
+            vision_layers=feature if feature >= 0 else layers + 1 + feature,
+            vision_hidden=vision.hidden_size,
+            vision_mlp=vision.intermediate_size,
+            vision_heads=vision.num_attention_heads,
+            vision_cls=1,
+            text_layers=text.num_hidden_layers,
+            text_hidden=text.hidden_size,
+            text_mlp=text.intermediate_size,
+            text_heads=heads,
+            text_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            text_head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            text_mlp_matrices=3,
+            vocab_size=text.vocab_size,
+        )
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
+        """36 patches, 7 encoder and 8 decoder layers, grouped-query attention; no processor."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+        config = LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=7,
+                num_attention_heads=2,
+                image_size=84,
+                patch_size=14,
+                projection_dim=16,
+            ),
+            text_config=LlamaConfig(
+                hidden_size=48,
+                intermediate_size=96,
+                num_hidden_layers=8,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=128,
+                max_position_embeddings=512,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            ),
+            image_token_id=127,
+            image_seq_length=36,
+            vision_feature_layer=-2,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlavaForConditionalGeneration(config)
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.data.mul_(4.0)  # default weights give nearly uniform attention, and ties decide
+        return model.eval(), None
+
+    def __init__(self, model: nn.Module) -> None:
+        """Locate the parts of a stock LLaVA."""
+        inner: Any = model
+        self.model = model
+        self.size = self.geometry(inner.config)
+        self.multimodal = inner.model
+        self.decoder = inner.model.language_model
+        self.embedding = inner.get_input_embeddings()
+        self.vision_tower = inner.model.vision_tower
+        self.projector = inner.model.multi_modal_projector
+        tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
+        self.vision_layers = tower.encoder.layers
+        self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
+        self.image_token = inner.config.image_token_id
+        needed = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+        missing = [n for n in needed if not hasattr(self.text_layers[0], n)]
+        if missing:
+            raise UnsupportedModelError(
+                f"the decoder's layers ({type(self.text_layers[0]).__name__}) have no {missing[0]}; "
+                "a Llama-like decoder (Llama, Vicuna, Mistral, Qwen2) can be pruned"
+            )
+
+    def run_vision(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Run the CLIP tower; its pooler is the post layer norm of the last layer's CLS."""
+        return self.vision_tower(pixel_values, return_dict=True).pooler_output  # type: ignore[no-any-return]
+
+    def project(self, features: Tensor) -> Tensor:
+        """LLaVA's two-layer projector."""
+        return self.projector(features)  # type: ignore[no-any-return]
+
+    def attention_of(self, where: str, layer: int) -> nn.Module:
+        """`self_attn` in both towers."""
+        layers = self.vision_layers if where == "vision" else self.text_layers
+        return layers[layer].self_attn  # type: ignore[return-value]
+
+    def attend(self, where: str, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Pre-norm attention with residual, as in CLIPEncoderLayer and LlamaDecoderLayer."""
+        norm = layer.layer_norm1 if where == "vision" else layer.input_layernorm
+        if args:  # CLIP hands its mask over by position
+            kwargs["attention_mask"] = args[0]
+        attended, _ = layer.self_attn(hidden_states=norm(hidden), **kwargs)
+        return hidden + attended  # type: ignore[no-any-return]
+
+    def feed_forward(self, where: str, layer: Any, hidden: Tensor) -> Tensor:
+        """Pre-norm MLP with residual."""
+        norm = layer.layer_norm2 if where == "vision" else layer.post_attention_layernorm
+        return hidden + layer.mlp(norm(hidden))  # type: ignore[no-any-return]
+
+    def causal_mask(
+        self,
+        hidden: Tensor,
+        valid: Tensor | None,
+        visible: Callable[..., Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none."""
+        return create_causal_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=valid,
+            past_key_values=cache,
+            and_mask_function=visible,
+        )
+
+    def default_clip(self) -> str | None:
+        """The folder that the checkpoint's `ivtp.json` names, else OpenAI's CLIP for a tower of its sizes."""
+        folder, named = self._folder(), self._sidecar().get("clip")
+        if folder and named:
+            return str(folder / str(named))
+        vision: Any = self.vision_tower.config
+        return _OPENAI_CLIP.get((vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size))
+
+
+HOST = LlavaHost

@@ -1,0 +1,163 @@
+"""What every pruning method shares: a plan that is known beforehand, and scores that the tensors decide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ivtp.config import Geometry, PruneConfig
+from ivtp.core.rollout import AttentionTap
+from ivtp.core.schedule import linear
+from ivtp.errors import ConfigError
+from ivtp.trace import TokensPerLayer, Where
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One place where visual tokens leave.
+
+    `layer` (0-based) is cut between attention and feed-forward, or, with `after=True`, behind the last encoder layer
+    that reaches the projector. `keep` tokens of each image remain. `taps` are the layers whose queries, keys and
+    values the method reads, the cut layer last. With `full_rows` every query row of the earlier taps is recomputed
+    (rollout by products needs them all), otherwise one row of each tap.
+    """
+
+    where: Where
+    layer: int
+    keep: int
+    taps: tuple[int, ...] = ()
+    after: bool = False
+    full_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cuts of one method on one model, in the order of the forward pass."""
+
+    cuts: tuple[Cut, ...]
+    guide_layers: int = 0
+    """Decoder layers, from the first, that carry a pseudo CLS token behind the prompt."""
+
+    def tokens_per_layer(self, geometry: Geometry) -> TokensPerLayer:
+        """Visual tokens of one image that the attention and the MLP of each layer see."""
+        current = geometry.num_patches
+        counts: dict[str, list[int]] = {
+            "vision_attention": [],
+            "vision_mlp": [],
+            "llm_attention": [],
+            "llm_mlp": [],
+        }
+        for where, layers in (("vision", geometry.vision_layers), ("llm", geometry.text_layers)):
+            inside = {c.layer: c.keep for c in self.cuts if c.where == where and not c.after}
+            for layer in range(layers):
+                counts[f"{where}_attention"].append(current)
+                current = inside.get(layer, current)
+                counts[f"{where}_mlp"].append(current)
+            current = next((c.keep for c in self.cuts if c.where == where and c.after), current)
+        return TokensPerLayer(**{name: tuple(values) for name, values in counts.items()})
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a method sees at a cut.
+
+    `taps` as `Cut.taps` names them. `hidden` (B, T, D) enters the cut. `patch` (B, T) is the original patch index of
+    every token, -1 for CLS, text, padding and the guide. `reference` is the index in T of the row whose attention
+    counts: 0, the CLS token, in the encoder, -1, the pseudo CLS token or else the last prompt token, in the decoder.
+    """
+
+    cut: Cut
+    taps: tuple[AttentionTap, ...]
+    hidden: Tensor
+    patch: Tensor
+    reference: int
+
+    @property
+    def visual(self) -> Tensor:
+        """(B, T) bool: the tokens that may be cut."""
+        return self.patch >= 0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Visual tokens that stand for others: `hidden` (B, k, D), their representatives `patch` (B, k) and, for every
+    patch of the image, the representative that it went into (`sources` (B, N), -1 where dropped)."""
+
+    hidden: Tensor
+    patch: Tensor
+    sources: Tensor
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """The line of a method in `ivtp methods`."""
+
+    title: str
+    year: int
+    stage: Literal["vision", "llm", "both"]
+    guided: bool
+    trainable: bool
+    merges: bool
+    paper: str
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For methods that have no options of their own."""
+
+
+class Method:
+    """One way to choose visual tokens. A subclass plans its cuts and scores the tokens at each of them."""
+
+    info: ClassVar[MethodInfo]
+    Options: ClassVar[type[Any]] = NoOptions
+
+    def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
+        """Raises `ConfigError` for an unknown option, or a keep or schedule that does not fit the model."""
+        self.config = config
+        self.geometry = geometry
+        self.keep = config.tokens(geometry.num_patches)
+        self.options = self._parse_options(config.options)
+        self.plan = self.make_plan()
+
+    def make_plan(self) -> Plan:
+        """The cuts, from sizes alone."""
+        raise NotImplementedError
+
+    def score(self, window: Window) -> Tensor:
+        """Importance (B, T) of every token of the window; only visual ones are read, the highest stay."""
+        raise NotImplementedError
+
+    def merge(self, window: Window) -> Merged | None:
+        """New visual tokens in place of the window's, for methods that merge behind the encoder; None selects."""
+        return None
+
+    def _parse_options(self, given: Mapping[str, Any]) -> Any:
+        fields = dataclasses.fields(self.Options)
+        unknown = sorted(set(given) - {f.name for f in fields})
+        if unknown:
+            accepted = ", ".join(f.name for f in fields) or "none"
+            raise ConfigError(
+                f"method {self.config.method!r} has no option {unknown[0]!r}; its own options: {accepted}; "
+                f"common options: {', '.join(f.name for f in dataclasses.fields(PruneConfig))}"
+            )
+        return self.Options(**given)
+
+
+def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """Raise `ConfigError` unless `value` is one of `accepted`."""
+    if value not in accepted:
+        raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}")
+
+
+def vision_only_plan(size: Geometry, keep: int, *, every_layer: bool, tapped: bool) -> Plan:
+    """One cut behind the encoder, or one in each layer that removes (nearly) the same number of tokens."""
+    last = size.vision_layers - 1
+    if not every_layer:
+        return Plan((Cut("vision", last, keep, taps=(last,) if tapped else (), after=True),))
+    counts = linear(size.num_patches, keep, size.vision_layers)
+    return Plan(tuple(Cut("vision", i, k, taps=(i,) if tapped else ()) for i, k in enumerate(counts)))

@@ -1,0 +1,234 @@
+"""Symbolic pre-training: the decoder learns to answer from scene graphs before it ever sees an image.
+
+Pseudo visual tokens are sums of learned embeddings of what a patch shows. They stand in raster order at the
+position ids that the real patches will have, their number varies, and many patches are missing, as after pruning.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from ivtp.micro import world
+from ivtp.micro.blocks import forward_blocks
+from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
+from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
+from ivtp.micro.optim import Optimisers, split_parameters
+
+_NAMES = {name: i for i, name in enumerate(world.NAMES)}
+BACKGROUND = len(_NAMES)
+"""The first symbol of a patch that shows no object."""
+_COLOURS = {name: i + 1 for i, name in enumerate(world.COLOURS)}
+_TEXTS = {text: i + 1 for i, text in enumerate(world.SIGN_TEXTS)}
+_BACKINGS = {"none": 0, "disc": 1, "frame": 2}
+FIELDS: dict[str, int] = {
+    "name": BACKGROUND + 1,
+    "colour": len(_COLOURS) + 1,
+    "backing": len(_BACKINGS),
+    "text": len(_TEXTS) + 1,
+    "row": world.GRID,
+    "column": world.GRID,
+    "centre_row": world.GRID + 1,  # index 0 of these four: background
+    "centre_column": world.GRID + 1,
+    "height": 12,
+    "width": 12,
+}
+
+
+def symbol_map(scene: world.Scene) -> np.ndarray:
+    """What each patch shows, as indices into ``FIELDS``: (576, 10) int64, raster order."""
+    grid = np.zeros((world.GRID, world.GRID, len(FIELDS)), dtype=np.int64)
+    grid[..., 0] = BACKGROUND
+    grid[..., 4] = np.arange(world.GRID)[:, None]
+    grid[..., 5] = np.arange(world.GRID)[None, :]
+    for item in scene.objects:
+        rows, columns = _span(item.box[1], item.box[3]), _span(item.box[0], item.box[2])
+        grid[rows, columns, 0] = _NAMES[item.name]
+        grid[rows, columns, 1] = _COLOURS[item.colour] if item.colour else 0
+        grid[rows, columns, 2] = _BACKINGS[item.backing]
+        grid[rows, columns, 3] = _TEXTS[item.text] if item.text else 0
+        x, y = item.centre
+        grid[rows, columns, 6] = 1 + min(world.GRID - 1, int(y / world.PATCH))
+        grid[rows, columns, 7] = 1 + min(world.GRID - 1, int(x / world.PATCH))
+        grid[rows, columns, 8] = 1 + min(10, round((item.box[3] - item.box[1]) / world.PATCH))
+        grid[rows, columns, 9] = 1 + min(10, round((item.box[2] - item.box[0]) / world.PATCH))
+    return grid.reshape(PATCHES, len(FIELDS))
+
+
+def _span(start: int, end: int) -> slice:
+    """The patches that a pixel interval covers at least by half (at least one)."""
+    first = round(start / world.PATCH)
+    return slice(first, max(first + 1, round(end / world.PATCH)))
+
+
+def choose_patches(symbols: np.ndarray, objects: int, rng: random.Random, count: int) -> list[int]:
+    """``count`` patch indices in raster order: at least one of every object, more of some, and some background."""
+    shown = np.flatnonzero(symbols[:, 0] != BACKGROUND).tolist()
+    centres = symbols[:, 6] * 100 + symbols[:, 7]
+    first: dict[int, int] = {}
+    for patch in rng.sample(shown, len(shown)):
+        first.setdefault(int(centres[patch]), patch)
+    chosen = set(first.values())
+    wanted = max(objects, int(count * rng.uniform(0.3, 0.95)))
+    for patch in rng.sample(shown, len(shown)):
+        if len(chosen) >= min(wanted, count):
+            break
+        chosen.add(patch)
+    for patch in rng.sample(range(PATCHES), PATCHES):
+        if len(chosen) >= count:
+            break
+        chosen.add(patch)
+    return sorted(chosen)[:count]
+
+
+_ORDINAL = frozenset(FIELDS) - {"name", "colour", "backing", "text"}
+
+
+def _free(size: int, width: int) -> Tensor:
+    return 0.3 * torch.randn(size, width)
+
+
+def _ordinal(size: int, width: int, waves: int = 6) -> Tensor:
+    """Embeddings of ordered values: random mixtures of a few cosines, so that neighbours begin alike."""
+    phase = torch.pi * (torch.arange(size)[:, None] + 0.5) / size * torch.arange(1, waves + 1)
+    return 0.3 * (2 / waves) ** 0.5 * phase.cos() @ torch.randn(waves, width)
+
+
+class SymbolicImage(nn.Module):
+    """Pseudo visual tokens: the sum of one learned embedding for each field of a patch's symbols."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.tables = nn.ModuleList(
+            nn.Embedding.from_pretrained(_ordinal(size, width) if name in _ORDINAL else _free(size, width), freeze=False)
+            for name, size in FIELDS.items()
+        )
+
+    @torch.no_grad()
+    def speak_like(self, decoder: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Lets names, colours and sign texts start as the decoder's embeddings of their words.
+
+        Matching a word with a patch, and saying what a patch shows, then begin as one shared identity instead of
+        one association for every word: what a language model meets when its vision tower was trained with text.
+        """
+        for field, words in (("name", world.NAMES), ("colour", tuple(world.COLOURS)), ("text", world.SIGN_TEXTS)):
+            table = self.tables[list(FIELDS).index(field)]
+            first = 0 if field == "name" else 1
+            for row, word in enumerate(words):
+                token = tokenizer(" " + word, add_special_tokens=False).input_ids[0]
+                table.weight[first + row] = decoder.model.embed_tokens.weight[token]  # type: ignore[index,operator]
+
+    def forward(self, symbols: Tensor, noise: float = 0.0) -> Tensor:
+        """(..., 10) indices -> (..., width); ``noise`` adds Gaussian noise of that fraction of the RMS."""
+        out = torch.stack([table(symbols[..., i]) for i, table in enumerate(self.tables)]).sum(0)
+        if noise:
+            out = out + noise * out.detach().square().mean().sqrt() * torch.randn_like(out)
+        return out
+
+
+@dataclass(frozen=True)
+class Level:
+    """A step of the curriculum."""
+
+    objects: int
+    tokens: tuple[int, int]
+    latest: float
+    """Fraction of the run at which the next level starts even if this one is not mastered."""
+
+
+LEVELS = (
+    Level(3, (12, 36), 0.25),
+    Level(5, (20, 56), 0.50),
+    Level(8, (24, 90), 0.70),
+    Level(10, (24, 120), 9.0),
+)
+MASTERED = 0.92
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """Options of the symbolic pre-training beside those of the loop."""
+
+    scenes: int = 16
+    questions: int = 12
+    noise: float = 0.1
+    bfloat16: bool = True
+    level: int = 0
+
+
+def train_decoder(
+    decoder: LlamaForCausalLM,
+    symbolic: SymbolicImage,
+    tokenizer: PreTrainedTokenizerBase,
+    options: DecoderOptions,
+    loop: LoopOptions,
+    checkpoint: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[float, str], None] = lambda fraction, text: None,
+) -> KindTracker:
+    """Trains the decoder and the symbolic embeddings; returns the running exact match by kind."""
+    decoder.train()
+    matrices, others = split_parameters(decoder)
+    others += list(symbolic.parameters())
+    optimisers = Optimisers(matrices, others, muon_lr=loop.muon_lr, adam_lr=loop.adam_lr)
+    template, tracker = Template(tokenizer), KindTracker(level=options.level)
+
+    def batch(step: int) -> BatchResult:
+        rng = rng_for(loop.seed, step, rank())
+        return _batch(decoder, symbolic, template, options, tracker, rng)
+
+    def advance(fraction: float) -> None:
+        level = tracker.level
+        if level + 1 < len(LEVELS) and (tracker.mean > MASTERED or fraction > LEVELS[level].latest):
+            tracker.level += 1
+
+    modules = {"decoder": decoder, "symbolic": symbolic}
+    train_loop(
+        batch, modules, optimisers, tracker, loop, checkpoint, resume=resume, after=advance, report=report
+    )
+    return tracker
+
+
+def _batch(
+    decoder: LlamaForCausalLM,
+    symbolic: SymbolicImage,
+    template: Template,
+    options: DecoderOptions,
+    tracker: KindTracker,
+    rng: random.Random,
+) -> BatchResult:
+    """Forward and backward of one batch of fresh scenes."""
+    device = decoder.lm_head.weight.device
+    torch.manual_seed(rng.getrandbits(31))
+    level = LEVELS[tracker.level]
+    count = rng.randint(*level.tokens)
+    weights = tracker.weights(0.15)
+    symbols, patches, asked = [], [], []
+    for _ in range(options.scenes):
+        seed = world.split_seed("train", rng.getrandbits(39))
+        scene = world.sample_scene(seed, max_objects=level.objects)
+        grid = symbol_map(scene)
+        chosen = choose_patches(grid, len(scene.objects), rng, count)
+        symbols.append(grid[chosen])
+        patches.append(chosen)
+        asked.append(ask_many(scene, rng, options.questions, weights))
+    text = template.blocks(asked).to(device)
+    head = torch.tensor(template.head, device=device)
+    image = symbolic(torch.from_numpy(np.stack(symbols)).to(device), options.noise)
+    prefix = torch.cat((decoder.model.embed_tokens(head).expand(len(asked), -1, -1), image), dim=1)
+    positions = torch.tensor(patches, device=device) + len(head)
+    positions = torch.cat((torch.arange(len(head), device=device).expand(len(asked), -1), positions), dim=1)
+    prefix = prefix.to(torch.bfloat16 if options.bfloat16 else torch.float32)
+    hidden = forward_blocks(decoder.model, prefix, positions, text, template.text_start)
+    loss, right, total = answer_loss(decoder.lm_head, hidden, text)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), right, total

@@ -1,0 +1,84 @@
+"""Patch features of the frozen vision tower, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModel
+
+from ivtp.micro import world
+from ivtp.micro.loop import rank, world_size
+
+
+def scene_of(index: int) -> world.Scene:
+    """Training scene of a row of the store."""
+    return world.sample_scene(world.split_seed("train", index))
+
+
+def pixels_of(scenes: list[world.Scene], mean: list[float], std: list[float]) -> Tensor:
+    """Rendered and normalised images, as LLaVA's image processor gives them: (B, 3, 336, 336)."""
+    images = np.stack([np.asarray(world.render(scene), dtype=np.float32) for scene in scenes]) / 255
+    normal = (images - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.inference_mode()
+def patch_features(tower: CLIPVisionModel, pixels: Tensor, layer: int = -2) -> Tensor:
+    """What LLaVA's projector reads: hidden state ``layer`` without the class token, (B, 576, C)."""
+    states = tower(pixels.to(tower.device, tower.dtype), output_hidden_states=True).hidden_states
+    features: Tensor = states[layer][:, 1:]
+    return features
+
+
+class FeatureStore:
+    """Features of the first ``count`` training scenes in one memory-mapped bfloat16 file."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "features.json").read_text())
+        self.count, self.width = int(meta["count"]), int(meta["width"])
+        shape = (self.count, world.GRID**2, self.width)
+        self._data = np.memmap(folder / "features.bin", dtype=np.int16, mode="r", shape=shape)
+
+    def __getitem__(self, rows: list[int]) -> Tensor:
+        """Features of several scenes: (B, 576, C) bfloat16."""
+        return torch.from_numpy(np.stack([self._data[row] for row in rows])).view(torch.bfloat16)
+
+
+def build_store(
+    tower: CLIPVisionModel,
+    mean: list[float],
+    std: list[float],
+    folder: Path,
+    count: int,
+    *,
+    batch: int = 8,
+    report: Callable[[float, str], None] = lambda fraction, text: None,
+) -> None:
+    """Fills the store; every process takes its share. A part that is there already is not computed again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width = tower.config.hidden_size
+    shape = (count, world.GRID**2, width)
+    size = 2 * shape[0] * shape[1] * shape[2]
+    path = folder / "features.bin"
+    with path.open("ab") as file:
+        file.truncate(size)
+    data = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
+    progress = folder / f"done-{rank()}-of-{world_size()}.txt"
+    rows = list(range(rank(), count, world_size()))
+    done = int(progress.read_text()) if progress.is_file() else 0
+    for start in range(done, len(rows), batch):
+        mine = rows[start : start + batch]
+        features = patch_features(tower, pixels_of([scene_of(row) for row in mine], mean, std))
+        data[mine] = features.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+        if start // batch % 16 == 0:
+            data.flush()
+            progress.write_text(str(start + len(mine)))
+        report((start + len(mine)) / len(rows), f"{start + len(mine)} images")
+    data.flush()
+    progress.write_text(str(len(rows)))
+    (folder / "features.json").write_text(json.dumps({"count": count, "width": width}))

@@ -1,0 +1,181 @@
+"""The micro model's shape, and its assembly into a stock LLaVA checkpoint with processor and chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from ivtp.micro import world
+from ivtp.micro.tokenizer import IMAGE
+from ivtp.micro.world.vocabulary import plural
+
+WIDTH = 192
+LLM_LAYERS_PRUNED = 6
+"""W: the paper prunes in 12 of 32 decoder layers, so 6 of 16 here."""
+GROUP_LAYERS = 3
+
+# LLaVA-1.5's prompt: the images of a turn first, then its text, "USER: <image>\nQUESTION ASSISTANT:".
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'] | upper + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def decoder_config(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH
+) -> LlamaConfig:
+    """A small Llama: heads of 64, gated feed-forward of twice the width, untied embeddings."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def build_decoder(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH
+) -> LlamaForCausalLM:
+    """A freshly initialised decoder; what a layer adds to the residual stream starts small."""
+    decoder = LlamaForCausalLM(decoder_config(tokenizer, layers=layers, width=width))
+    words = decoder.model.embed_tokens.weight
+    nn.init.normal_(words, std=0.6)
+    with torch.no_grad():
+        for name in world.NAMES:  # a plural begins near its singular
+            one, many = (tokenizer(" " + w, add_special_tokens=False).input_ids[0] for w in (name, plural(name)))
+            words[many] = words[one] + 0.5 * words[many]
+        decoder.lm_head.weight.copy_(0.1 * words)
+    for layer in decoder.model.layers:
+        _init_layer(layer, width, layers)
+    return decoder
+
+
+def _init_layer(layer: nn.Module, width: int, layers: int) -> None:
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=width**-0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                with torch.no_grad():
+                    parameter /= (2 * layers) ** 0.5
+
+
+def deepen(decoder: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
+    """The same function with more layers: each layer is followed by new ones that add nothing yet.
+
+    ``layers`` must be a multiple of the present depth. A shallow decoder learns the questions at a fraction of the
+    cost; the added layers start as identities and learn from there.
+    """
+    old = decoder.config.num_hidden_layers
+    factor = layers // old
+    config = LlamaConfig(**{**decoder.config.to_dict(), "num_hidden_layers": layers})
+    deeper = LlamaForCausalLM(config)
+    state = {k: v for k, v in decoder.state_dict().items() if ".layers." not in k}
+    deeper.load_state_dict(state, strict=False)
+    for index, layer in enumerate(deeper.model.layers):
+        if index % factor == 0:
+            layer.load_state_dict(decoder.model.layers[index // factor].state_dict())
+        else:
+            _init_layer(layer, config.hidden_size, layers)
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+    return deeper
+
+
+def assemble(
+    decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: nn.Module
+) -> LlavaForConditionalGeneration:
+    """A stock LLaVA-1.5 of the decoder, CLIP's vision tower (its second-to-last layer is read) and the projector."""
+    vision = clip.config.vision_config
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=decoder.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    model.lm_head.load_state_dict(decoder.lm_head.state_dict())
+    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    _load_tower(model.model.vision_tower, clip)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model.eval()
+
+
+def _load_tower(tower: nn.Module, clip: CLIPModel) -> None:
+    """Copies CLIP's vision weights; the prefix ``vision_model.`` came and went between transformers releases."""
+    state = {k.removeprefix("vision_model."): v for k, v in clip.vision_model.state_dict().items()}
+    prefix = "vision_model." if any(k.startswith("vision_model.") for k in tower.state_dict()) else ""
+    tower.load_state_dict({prefix + k: v for k, v in state.items()})
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, image_processor: CLIPImageProcessor
+) -> LlavaProcessor:
+    """LLaVA's processor: image and prompt in, model inputs out; it carries the chat template."""
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=14,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_asset(
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    clip: CLIPModel,
+    clip_tokenizer: PreTrainedTokenizerBase,
+    *,
+    threshold: float,
+) -> None:
+    """Writes the embedded model: bfloat16 shards under 16 MB, processor, CLIP side, recommended pruning options."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.safetensors*"), *folder.glob("clip/*.safetensors*")):
+        old.unlink()
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="15MB")
+    processor.save_pretrained(folder)
+    clip.to(torch.bfloat16).save_pretrained(folder / "clip", max_shard_size="15MB")
+    clip_tokenizer.save_pretrained(folder / "clip")
+    options = {
+        "llm_layers": LLM_LAYERS_PRUNED,
+        "group_layers": GROUP_LAYERS,
+        "threshold": round(threshold, 4),
+        "clip": "clip",
+    }
+    (folder / "ivtp.json").write_text(json.dumps(options, indent=2) + "\n")

@@ -1,0 +1,181 @@
+"""From symbols to images: projector alignment, then LLaVA's two stages, all on features of the frozen tower."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+from ivtp.micro import world
+from ivtp.micro.blocks import forward_blocks
+from ivtp.micro.decoder import BACKGROUND, SymbolicImage, symbol_map
+from ivtp.micro.features import FeatureStore, scene_of
+from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
+from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
+from ivtp.micro.optim import Optimisers, split_parameters
+
+
+class Projector(nn.Module):
+    """LLaVA's two-layer GELU projector with its parameter names; weights are cast to the features' type."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(features, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> (..., width)."""
+        for index, linear in enumerate((self.linear_1, self.linear_2)):
+            x = nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+            if index == 0:
+                x = nn.functional.gelu(x)
+        return x
+
+
+def align_projector(
+    projector: Projector,
+    symbolic: SymbolicImage,
+    store: FeatureStore,
+    *,
+    images: int = 600,
+    steps: int = 2000,
+    seed: int = 0,
+    report: Callable[[float, str], None] = lambda fraction, text: None,
+) -> float:
+    """Regresses projected patch features onto the symbolic embeddings of the same patches.
+
+    The features' mean and scale are folded into the first layer: without that the regression fails. All object
+    patches and as many background patches take part. Returns the relative squared error on the last tenth of the images.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    images = min(images, store.count)
+    held = max(1, images // 10)
+    parts = [
+        _pairs(store, list(rows), symbolic, rng)
+        for rows in (range(images - held), range(images - held, images))
+    ]
+    (x, y), (test_x, test_y) = parts
+    mean, std = x.mean(0), x.std(0) + 1e-4
+    x, test_x = (x - mean) / std, (test_x - mean) / std
+    for linear in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+    projector.linear_2.bias.data.copy_(y.mean(0))
+    optimiser = torch.optim.AdamW(projector.parameters(), lr=4e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        rows = torch.randint(len(x), (2048,))
+        loss = nn.functional.mse_loss(projector(x[rows]), y[rows])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        report((step + 1) / steps, f"loss {float(loss.detach()):.3f}")
+    with torch.no_grad():
+        error = (projector(test_x) - test_y).square().mean() / (test_y - y.mean(0)).square().mean()
+        first = projector.linear_1
+        first.weight /= std
+        first.bias -= first.weight @ mean
+    return float(error)
+
+
+def _pairs(
+    store: FeatureStore, rows: list[int], symbolic: SymbolicImage, rng: random.Random
+) -> tuple[Tensor, Tensor]:
+    """(features, symbolic embeddings) of all object patches and as many background patches, float32."""
+    features, symbols = [], []
+    for row in rows:
+        grid = symbol_map(scene_of(row))
+        shown = np.flatnonzero(grid[:, 0] != BACKGROUND).tolist()
+        hidden = np.flatnonzero(grid[:, 0] == BACKGROUND).tolist()
+        chosen = shown + rng.sample(hidden, min(len(hidden), len(shown)))
+        features.append(store[[row]][0, chosen].float())
+        symbols.append(grid[chosen])
+    with torch.no_grad():
+        return torch.cat(features), symbolic(torch.from_numpy(np.concatenate(symbols)))
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """Options of LLaVA's stages beside those of the loop."""
+
+    scenes: int = 8
+    questions: int = 12
+    captions_only: bool = False
+    bfloat16: bool = True
+
+
+def train_stage(
+    projector: Projector,
+    decoder: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    store: FeatureStore,
+    options: StageOptions,
+    loop: LoopOptions,
+    checkpoint: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[float, str], None] = lambda fraction, text: None,
+) -> KindTracker:
+    """One stage on all visual tokens; what is trained is what requires a gradient.
+
+    Stage 1: freeze the decoder (``decoder.requires_grad_(False)``) and ask for captions. Stage 2: train both on
+    every kind of question. Returns the running exact match by kind.
+    """
+    decoder.train()
+    matrices, others = split_parameters(decoder)
+    others += list(projector.parameters())
+    optimisers = Optimisers(matrices, others, muon_lr=loop.muon_lr, adam_lr=loop.adam_lr)
+    template, tracker = Template(tokenizer), KindTracker()
+
+    def batch(step: int) -> BatchResult:
+        rng = rng_for(loop.seed, step, rank())
+        return _batch(projector, decoder, template, store, options, tracker, rng)
+
+    modules = {"projector": projector, "decoder": decoder}
+    train_loop(batch, modules, optimisers, tracker, loop, checkpoint, resume=resume, report=report)
+    return tracker
+
+
+def _batch(
+    projector: Projector,
+    decoder: LlamaForCausalLM,
+    template: Template,
+    store: FeatureStore,
+    options: StageOptions,
+    tracker: KindTracker,
+    rng: random.Random,
+) -> BatchResult:
+    """Forward and backward of one batch of stored scenes with fresh questions."""
+    device = decoder.lm_head.weight.device
+    rows, asked = [], []
+    for row in rng.sample(range(store.count), store.count):
+        scene = scene_of(row)
+        if options.captions_only:
+            found = [q for _ in range(2) if (q := world.ask(scene, rng, "caption")) is not None]
+        else:
+            found = ask_many(scene, rng, options.questions, tracker.weights(0.15))
+        if found:
+            rows.append(row)
+            asked.append(found)
+        if len(rows) == options.scenes:
+            break
+    dtype = torch.bfloat16 if options.bfloat16 else torch.float32
+    image = projector(store[rows].to(device, dtype))
+    text = template.blocks(asked).to(device)
+    head = torch.tensor(template.head, device=device)
+    start = decoder.model.embed_tokens(head).to(dtype).expand(len(rows), -1, -1)
+    positions = torch.arange(len(head) + PATCHES, device=device).expand(len(rows), -1)
+    hidden = forward_blocks(
+        decoder.model, torch.cat((start, image), dim=1), positions, text, template.text_start
+    )
+    loss, right, total = answer_loss(decoder.lm_head, hidden, text)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach()), right, total

@@ -1,0 +1,277 @@
+"""The training recipe of the micro model, one sub-command a stage: ``python -m ivtp.micro.train STAGE``.
+
+In order: ``vision`` (CLIP from scratch), ``decoder`` (symbolic pre-training; shallow, then ``--start`` deeper),
+``features`` (of the frozen tower), ``align`` (projector onto the symbols), ``stage1`` and ``stage2`` (LLaVA's), ``export``.
+Every stage can be stopped at any moment and continued with ``--resume``; ``torchrun --nproc_per_node N -m
+ivtp.micro.train ...`` splits ``features``, ``stage1`` and ``stage2`` over N processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import distributed
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPModel,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from ivtp.micro import world
+from ivtp.micro.decoder import DecoderOptions, SymbolicImage, train_decoder
+from ivtp.micro.features import FeatureStore, build_store
+from ivtp.micro.loop import LoopOptions, load_checkpoint, rank, save_checkpoint
+from ivtp.micro.model import WIDTH, assemble, build_decoder, build_processor, deepen, save_asset
+from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
+from ivtp.micro.threshold import choose_threshold
+from ivtp.micro.tokenizer import build_tokenizer
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="folder of all checkpoints and logs")]
+Steps = Annotated[int | None, typer.Option(help="length in steps (repeats exactly)")]
+Minutes = Annotated[float | None, typer.Option(help="length by the clock; the schedule follows it")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue this stage from its checkpoint")]
+Start = Annotated[Path | None, typer.Option(help="checkpoint whose weights a new run starts from")]
+Scenes = Annotated[int, typer.Option(help="scenes a batch and process")]
+Seed = Annotated[int, typer.Option(help="seed of data and initialisation")]
+Threads = Annotated[int, typer.Option(help="CPU threads of this process")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+MuonRate = Annotated[float, typer.Option(help="rate of the hidden matrices")]
+AdamRate = Annotated[float, typer.Option(help="rate of everything else")]
+RUNS = Path("runs/micro")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _stage(name: str, threads: int, seed: int) -> Iterator[Callable[[float, str], None]]:
+    """Seeds, joins the processes of torchrun, and shows a progress bar; yields its ``report(fraction, text)``."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if distributed.is_available() and distributed.is_torchelastic_launched() and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    columns = (TextColumn(name), BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, disable=rank() != 0) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda fraction, text: progress.update(task, completed=min(1.0, fraction), description=text)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def tokenizer_in(out: Path) -> PreTrainedTokenizerBase:
+    """The language model's tokenizer of a run; it is trained once and then kept."""
+    folder = out / "tokenizer"
+    if not folder.is_dir():
+        build_tokenizer(world.corpus()).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def decoder_from(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    """The decoder that a checkpoint of any stage holds."""
+    weights = load_checkpoint(checkpoint)["decoder"]
+    layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in weights if ".layers." in name)
+    width = weights["lm_head.weight"].shape[1]
+    decoder = build_decoder(tokenizer, layers=layers, width=width)
+    decoder.load_state_dict(weights)
+    return decoder
+
+
+def projector_from(checkpoint: Path) -> Projector:
+    """The projector that a checkpoint holds."""
+    weights = load_checkpoint(checkpoint)["projector"]
+    width, features = weights["linear_1.weight"].shape
+    projector = Projector(features, width)
+    projector.load_state_dict(weights)
+    return projector
+
+
+def symbolic_from(checkpoint: Path) -> SymbolicImage:
+    """The symbolic embeddings that a decoder checkpoint holds."""
+    weights = load_checkpoint(checkpoint)["symbolic"]
+    symbolic = SymbolicImage(weights["tables.0.weight"].shape[1])
+    symbolic.load_state_dict(weights)
+    return symbolic
+
+
+@app.command()
+def vision(
+    out: Out = RUNS,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """Contrastive and dense training of the CLIP (about an hour on one CPU core)."""
+    from ivtp.micro.vision import Recipe, Trainer
+
+    torch.set_num_threads(threads)
+    recipe = Recipe(steps=steps, minutes=None if steps else minutes or 55.0, seed=seed)
+    Trainer(out / "vision", recipe, torch.device(device), resume=resume).run(console)
+
+
+@app.command()
+def decoder(
+    out: Out = RUNS,
+    layers: Annotated[int, typer.Option(help="depth; with --start a multiple of its depth")] = 8,
+    name: Annotated[str, typer.Option(help="name of the checkpoint")] = "shallow",
+    start: Start = None,
+    level: Annotated[int, typer.Option(help="curriculum step to begin at, 0..3")] = 0,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    scenes: Scenes = 16,
+    muon_lr: MuonRate = 2e-2,
+    adam_lr: AdamRate = 6e-3,
+    cooldown: float = 0.35,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """Symbolic pre-training of the decoder; ``--start shallow.pt --layers 16 --name deep`` deepens it."""
+    with _stage("decoder", threads, seed) as report:
+        tokenizer = tokenizer_in(out)
+        model = build_decoder(tokenizer, layers=layers)
+        symbolic = SymbolicImage(WIDTH)
+        symbolic.speak_like(model, tokenizer)
+        if start is not None and not resume:
+            model, symbolic = deepen(decoder_from(start, tokenizer), layers), symbolic_from(start)
+        model.to(device)
+        symbolic.to(device)
+        loop = LoopOptions(steps, minutes, muon_lr, adam_lr, cooldown, seed)
+        options = DecoderOptions(scenes=scenes, level=level)
+        path = out / "decoder" / f"{name}.pt"
+        tracker = train_decoder(model, symbolic, tokenizer, options, loop, path, resume=resume, report=report)
+    console.print(tracker.row())
+
+
+@app.command()
+def features(
+    out: Out = RUNS,
+    images: Annotated[int, typer.Option(help="training images to store")] = 6000,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """Patch features of the first training images (221 KB each on disk)."""
+    with _stage("features", threads, seed) as report:
+        folder = out / "vision" / "clip"
+        tower = CLIPModel.from_pretrained(folder, dtype=torch.bfloat16).vision_model.to(device).eval()
+        images_of = CLIPImageProcessor.from_pretrained(folder)
+        build_store(tower, images_of.image_mean, images_of.image_std, out / "features", images, report=report)
+
+
+@app.command()
+def align(
+    out: Out = RUNS,
+    name: Annotated[str, typer.Option(help="decoder checkpoint to align to")] = "deep",
+    images: Annotated[int, typer.Option(help="images of the regression")] = 600,
+    steps: Annotated[int, typer.Option(help="steps of the regression")] = 2000,
+    seed: Seed = 0,
+    threads: Threads = 1,
+) -> None:
+    """Initialises the projector by regression onto the symbolic embeddings."""
+    with _stage("align", threads, seed) as report:
+        store, symbolic = FeatureStore(out / "features"), symbolic_from(out / "decoder" / f"{name}.pt")
+        projector = Projector(store.width, symbolic.width)
+        error = align_projector(projector, symbolic, store, images=images, steps=steps, seed=seed, report=report)
+        weights = load_checkpoint(out / "decoder" / f"{name}.pt")["decoder"]
+        save_checkpoint(out / "aligned.pt", {"projector": projector.state_dict(), "decoder": weights})
+    console.print(f"relative squared error on held-out images: {error:.3f}")
+
+
+def _llava_stage(
+    stage: int,
+    out: Path,
+    start: Path,
+    loop: LoopOptions,
+    options: StageOptions,
+    resume: bool,
+    threads: int,
+    device: str,
+) -> None:
+    with _stage(f"stage {stage}", threads, loop.seed) as report:
+        tokenizer = tokenizer_in(out)
+        projector, model = projector_from(start).to(device), decoder_from(start, tokenizer).to(device)
+        model.requires_grad_(stage == 2)
+        store, path = FeatureStore(out / "features"), out / f"stage{stage}.pt"
+        tracker = train_stage(projector, model, tokenizer, store, options, loop, path, resume=resume, report=report)
+        first = rank() == 0
+    if first:
+        console.print(tracker.row())
+
+
+@app.command()
+def stage1(
+    out: Out = RUNS,
+    start: Start = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    scenes: Scenes = 16,
+    adam_lr: AdamRate = 1e-3,
+    cooldown: float = 0.5,
+    seed: Seed = 1,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """LLaVA's first stage: the projector alone, on captions."""
+    loop = LoopOptions(steps, minutes, 0.0, adam_lr, cooldown, seed)
+    options = StageOptions(scenes=scenes, captions_only=True)
+    _llava_stage(1, out, start or out / "aligned.pt", loop, options, resume, threads, device)
+
+
+@app.command()
+def stage2(
+    out: Out = RUNS,
+    start: Start = None,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    scenes: Scenes = 8,
+    muon_lr: MuonRate = 5e-3,
+    adam_lr: AdamRate = 1.5e-3,
+    cooldown: float = 0.7,
+    seed: Seed = 2,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """LLaVA's second stage: projector and decoder, on instructions; the vision tower stays frozen."""
+    loop = LoopOptions(steps, minutes, muon_lr, adam_lr, cooldown, seed)
+    _llava_stage(2, out, start or out / "stage1.pt", loop, StageOptions(scenes=scenes), resume, threads, device)
+
+
+@app.command()
+def export(
+    out: Out = RUNS,
+    start: Start = None,
+    asset: Annotated[Path, typer.Option(help="folder to write")] = Path(__file__).parent / "assets",
+    threads: Threads = 1,
+) -> None:
+    """Writes the stock checkpoint folder; the relevance threshold is chosen on validation scenes."""
+    torch.set_num_threads(threads)
+    checkpoint, folder = start or out / "stage2.pt", out / "vision" / "clip"
+    tokenizer, clip = tokenizer_in(out), CLIPModel.from_pretrained(folder).eval()
+    clip_tokenizer, images_of = (
+        AutoTokenizer.from_pretrained(folder),
+        CLIPImageProcessor.from_pretrained(folder),
+    )
+    model = assemble(decoder_from(checkpoint, tokenizer), clip, tokenizer, projector_from(checkpoint))
+    threshold = choose_threshold(clip, clip_tokenizer, images_of)
+    save_asset(asset, model, build_processor(tokenizer, images_of), clip, clip_tokenizer, threshold=threshold)
+    console.print(f"{asset}: threshold {threshold:.3f}")
+
+
+if __name__ == "__main__":
+    app()

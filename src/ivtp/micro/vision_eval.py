@@ -1,0 +1,108 @@
+"""What the micro CLIP has learnt, measured on whole validation images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerBase
+
+from ivtp.micro.vision_data import IGNORE, make_batch
+from ivtp.micro.vision_model import WORD_THRESHOLD, Heads, encode_texts, encode_windows
+from ivtp.micro.world import GRID, NAMES, SIZE, canonical_caption, questions, sample_scene, split_seed
+
+
+@torch.no_grad()
+def evaluate(
+    clip: CLIPModel,
+    heads: Heads,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Tensor,
+    *,
+    count: int = 64,
+    split: str = "validation",
+) -> dict[str, float]:
+    """Accuracies of the dense read-outs at layer -2, retrieval among ``count``, word relevance.
+
+    ``object_accuracy`` and the attributes are over patches that an object covers. ``word_auc`` is the chance
+    that a word naming a present object scores above one naming an absent object, in questions (Eq. 5);
+    ``word_recall`` and ``word_false_rate`` are the shares of both that pass the default threshold.
+    """
+    device = clip.device
+    seeds = [split_seed(split, i) for i in range(count)]
+    hits: dict[str, list[Tensor]] = {}
+    images, present = [], []
+    for start in range(0, count, 8):
+        batch = make_batch(seeds[start : start + 8], GRID, tokenizer, table).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            states, image = encode_windows(clip, batch.patches, batch.positions)
+            logits, box = heads(states)
+        images.append(image)
+        present.append(batch.present)
+        inside = batch.labels["object"] > 0
+        for key, values in logits.items():
+            known = inside & (batch.labels[key] != IGNORE)
+            if key == "text":
+                known = known & (batch.labels["text"] > 0)
+            right = values.argmax(-1) == batch.labels[key]
+            hits.setdefault(f"{key}_accuracy", []).append(right[known].float())
+            if key == "object":
+                hits.setdefault("background_accuracy", []).append(right[batch.labels[key] == 0].float())
+        hits.setdefault("box_error_px", []).append((box.float() - batch.box)[inside].abs().flatten() * SIZE)
+    scores = {key: torch.cat(values).mean().item() for key, values in hits.items()}
+    image = torch.cat(images)
+    return (
+        scores
+        | _retrieval(clip, tokenizer, image, seeds)
+        | _words(clip, tokenizer, table, image, torch.cat(present), seeds)
+    )
+
+
+def _encode(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(
+        clip.device
+    )
+    with torch.autocast(clip.device.type, dtype=torch.bfloat16):
+        tokens, whole = encode_texts(clip, encoded["input_ids"], encoded["attention_mask"])
+    return encoded["input_ids"], tokens, whole
+
+
+def _retrieval(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, image: Tensor, seeds: list[int]
+) -> dict[str, float]:
+    """Share of images whose own canonical caption scores highest among all."""
+    captions = [canonical_caption(sample_scene(seed)) for seed in seeds]
+    _, _, texts = _encode(clip, tokenizer, captions)
+    target = torch.arange(len(seeds), device=image.device)
+    return {"retrieval": ((image @ texts.T).argmax(1) == target).float().mean().item()}
+
+
+def _words(
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Tensor,
+    image: Tensor,
+    present: Tensor,
+    seeds: list[int],
+) -> dict[str, float]:
+    """Relevance of object names in the scene's own questions and in those of the next scene."""
+    absent_scores, present_scores = [], []
+    for index in range(len(seeds)):
+        texts = []
+        for seed in (seeds[index], seeds[(index + 1) % len(seeds)]):
+            texts += [question.text for question in questions(sample_scene(seed), seed=0, count=6)]
+        ids, tokens, _ = _encode(clip, tokenizer, texts)
+        keywords = table.to(ids.device)[ids]
+        named = (keywords >= 0) & (keywords < len(NAMES))
+        scores = tokens[named] @ image[index]
+        truth = present[index][keywords[named]]
+        present_scores.append(scores[truth])
+        absent_scores.append(scores[~truth])
+    high, low = torch.cat(present_scores), torch.cat(absent_scores)
+    above = (high[:, None] > low[None]).float().mean() + 0.5 * (high[:, None] == low[None]).float().mean()
+    return {
+        "word_auc": above.item(),
+        "word_recall": (high > WORD_THRESHOLD).float().mean().item(),
+        "word_false_rate": (low > WORD_THRESHOLD).float().mean().item(),
+    }

@@ -1,0 +1,48 @@
+"""The micro world: synthetic scenes of glyphs, discs, frames and signs, with questions and captions."""
+
+from ivtp.micro.world.captions import canonical_caption, caption
+from ivtp.micro.world.corpus import corpus
+from ivtp.micro.world.questions import KINDS, Question, ask, questions
+from ivtp.micro.world.render import render
+from ivtp.micro.world.samples import write_samples
+from ivtp.micro.world.scene import (
+    GRID,
+    PATCH,
+    SIZE,
+    Background,
+    Scene,
+    SceneObject,
+    patches_of,
+    position_of,
+    sample_scene,
+    split_seed,
+)
+from ivtp.micro.world.vocabulary import COLOURS, NAMES, NUMBERS, POSITIONS, SIGN_TEXTS, WORDS
+
+__all__ = [
+    "COLOURS",
+    "GRID",
+    "KINDS",
+    "NAMES",
+    "NUMBERS",
+    "PATCH",
+    "POSITIONS",
+    "SIGN_TEXTS",
+    "SIZE",
+    "WORDS",
+    "Background",
+    "Question",
+    "Scene",
+    "SceneObject",
+    "ask",
+    "canonical_caption",
+    "caption",
+    "corpus",
+    "patches_of",
+    "position_of",
+    "questions",
+    "render",
+    "sample_scene",
+    "split_seed",
+    "write_samples",
+]

@@ -1,0 +1,48 @@
+"""Names to modules: every file in `methods/` and `hosts/` registers itself by existing."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any, Literal
+
+from ivtp.errors import ConfigError
+
+Room = Literal["methods", "hosts"]
+
+
+@cache
+def _names(room: Room) -> tuple[str, ...]:
+    package = importlib.import_module(f"ivtp.{room}")
+    files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
+
+
+def list_methods() -> list[str]:
+    """Names of the pruning methods, in alphabetical order."""
+    return list(_names("methods"))
+
+
+def list_hosts() -> list[str]:
+    """Names of the model families that can be pruned, in alphabetical order."""
+    return list(_names("hosts"))
+
+
+def method_class(name: str) -> Any:
+    """The `Method` subclass called `name`. Raises `ConfigError` with the nearest names."""
+    return _load("methods", name, "METHOD")
+
+
+def host_class(name: str) -> Any:
+    """The `Host` subclass called `name`. Raises `ConfigError` with the nearest names."""
+    return _load("hosts", name, "HOST")
+
+
+def _load(room: Room, name: str, attribute: str) -> Any:
+    if name not in _names(room):
+        near = difflib.get_close_matches(str(name), _names(room), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(f"unknown {room[:-1]} {name!r}; {hint}available: {', '.join(_names(room))}")
+    return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)

@@ -1,0 +1,110 @@
+"""Turn the tensors of a finished prefill into the record that users read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivtp.flops import Relevance, count_flops
+from ivtp.prefill import CutResult, Prefill
+from ivtp.trace import PruneTrace, StageTrace
+
+
+def build_trace(prefill: Prefill) -> PruneTrace:
+    """Copy everything to the CPU and count a row for each sample."""
+    patches = prefill.host.size.num_patches
+    tokens = prefill.method.plan.tokens_per_layer(prefill.host.size)
+    return PruneTrace(
+        num_patches=patches,
+        images=prefill.images,
+        stages=[_stage(result, prefill.images, prefill.image_of_slot, patches) for result in prefill.cuts],
+        words=[guide.words() for guide in prefill.guides] or [[] for _ in prefill.images],
+        fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(prefill.images),
+        tokens_per_layer=tokens,
+        flops=_flops(prefill),
+        seconds=prefill.seconds,
+    )
+
+
+def _flops(prefill: Prefill) -> float:
+    """Cost of the whole batch: every row with its own number of images, padding counted as it was computed."""
+    relevance = _relevance(prefill)
+    return sum(
+        count_flops(
+            prefill.host.size,
+            prefill.method.plan,
+            text_tokens=prefill.prompt_length - count * prefill.host.size.num_patches,
+            images=count,
+            relevance=relevance,
+            instruction_tokens=prefill.guides[row].clip_tokens if prefill.guides else 0,
+        ).total
+        for row, count in enumerate(prefill.images)
+    )
+
+
+def _relevance(prefill: Prefill) -> Relevance | None:
+    clip = prefill.guide_maker.clip
+    if clip is None:
+        return None
+    text: Any = clip.text_model.config
+    return Relevance(
+        text_layers=text.num_hidden_layers,
+        text_hidden=text.hidden_size,
+        text_mlp=text.intermediate_size,
+        projection=clip.visual_projection.out_features,
+        context=clip.context,
+        vision_layers=len(prefill.host.vision_layers) - prefill.host.size.vision_layers,
+    )
+
+
+def _stage(result: CutResult, images: tuple[int, ...], image_of_slot: list[int], patches: int) -> StageTrace:
+    candidates, scores, kept = (t.detach().cpu() for t in (result.candidates, result.scores, result.kept))
+    sources = None if result.sources is None else result.sources.cpu()
+    if result.cut.where == "vision":  # a row for each image so far: one for each sample from here on
+        candidates, scores, kept = (t[image_of_slot] for t in (candidates, scores, kept))
+        sources = None if sources is None else sources[image_of_slot]
+        candidates = _join(_offset(candidates, images, patches), images, -1)
+        kept = _join(_offset(kept, images, patches), images, -1)
+        scores = _join(scores, images, float("-inf"))
+        sources = None if sources is None else _join(_offset(sources, images, patches), images, -1)
+    order = _visual_first(candidates)
+    candidates = candidates.gather(1, order)
+    scores = scores.float().gather(1, order).masked_fill(candidates < 0, float("-inf"))
+    kept = kept.gather(1, _visual_first(kept))
+    return StageTrace(
+        where=result.cut.where,
+        layer=result.cut.layer,
+        kept=_trim(kept, kept),
+        scores=_trim(scores, candidates),
+        candidates=_trim(candidates, candidates),
+        sources=sources,
+    )
+
+
+def _offset(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:
+    """Patch indices (I, T) of single images, counted on within each sample."""
+    number = torch.tensor([m for count in images for m in range(count)]).unsqueeze(1)
+    return torch.where(patch >= 0, patch + number * patches, -1)
+
+
+def _join(tensor: Tensor, images: tuple[int, ...], fill: float) -> Tensor:
+    """Rows of images (I, T) to rows of samples (B, T * most images)."""
+    rows = tensor.new_full((len(images), tensor.shape[1] * max(images)), fill)
+    first = 0
+    for row, count in enumerate(images):
+        flat = tensor[first : first + count].flatten()
+        rows[row, : len(flat)] = flat
+        first += count
+    return rows
+
+
+def _visual_first(patch: Tensor) -> Tensor:
+    """Order that puts visual tokens in front, each kind in its own order."""
+    return (patch < 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def _trim(tensor: Tensor, patch: Tensor) -> Tensor:
+    width = int((patch >= 0).sum(dim=1).max()) if patch.numel() else 0
+    return tensor[:, :width]

@@ -1,0 +1,86 @@
+"""What happened in one prefill. Cost, pictures and reports read this and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Where = Literal["vision", "llm"]
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """One cut: which patches stayed.
+
+    `layer` is the 0-based layer in which the cut happens (for a cut after the encoder: the last layer that ran).
+    `kept` (B, k) holds original patch indices, 0..N-1 in raster order; image m of a prompt counts from m*N; rows
+    with fewer tokens end in -1. `scores` (B, n) ranks the n tokens that entered the cut, -inf where a row has fewer,
+    and `candidates` (B, n) says which patches those were. `sources` (B, N*images), of merging methods only, names for
+    every original patch the kept patch that stands for it, -1 where it was dropped.
+    """
+
+    where: Where
+    layer: int
+    kept: Tensor
+    scores: Tensor
+    candidates: Tensor
+    sources: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Word:
+    """One word of the instruction: its relevance to the image (Eq. 6) and whether it joined the pseudo CLS token."""
+
+    text: str
+    score: float
+    used: bool
+
+
+@dataclass(frozen=True)
+class TokensPerLayer:
+    """Visual tokens of one image in each layer: those that its attention sees and those that its MLP sees."""
+
+    vision_attention: tuple[int, ...]
+    vision_mlp: tuple[int, ...]
+    llm_attention: tuple[int, ...]
+    llm_mlp: tuple[int, ...]
+
+    @property
+    def final(self) -> int:
+        """Visual tokens that leave the last layer."""
+        return self.llm_mlp[-1]
+
+
+@dataclass
+class PruneTrace:
+    """The record of one prefill, a row of each list for each sample of the batch."""
+
+    num_patches: int
+    images: tuple[int, ...]
+    """Images in each sample."""
+    stages: list[StageTrace] = field(default_factory=list)
+    words: list[list[Word]] = field(default_factory=list)
+    """The instruction's words, a list for each sample; empty where the guide reads no text."""
+    fallback: list[bool] = field(default_factory=list)
+    """True where no word passed the threshold, so the projected visual CLS was the guide."""
+    tokens_per_layer: TokensPerLayer | None = None
+    flops: float = 0.0
+    """Prefill cost of the whole batch in FLOPs (multiply-accumulate = 2), pruning included."""
+    seconds: float = 0.0
+    """Wall-clock of the prefill (vision encoder, pruning and decoder)."""
+
+    def kept(self, where: Where | None = None) -> Tensor:
+        """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.
+
+        An untouched stage answers with all patches.
+        """
+        chosen = [s for s in self.stages if where is None or s.where == where]
+        if chosen:
+            return chosen[-1].kept
+        width = self.num_patches * max(self.images, default=0)
+        everything = torch.arange(width).repeat(len(self.images), 1)  # (B, N * images)
+        limits = torch.tensor(self.images).unsqueeze(1) * self.num_patches
+        return torch.where(everything < limits, everything, -1)

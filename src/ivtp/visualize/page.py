@@ -1,0 +1,157 @@
+"""Whole pages: one pruned prefill, or several methods side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ivtp.errors import ConfigError
+from ivtp.trace import PruneTrace
+from ivtp.visualize.patches import OUTLINE, Fate, as_seen, fates, paint
+from ivtp.visualize.text import INK, MUTED, Bars, font, wrap
+
+_MARGIN = 24
+_SIDE = 432
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a comparison: which method, what it kept, what was answered."""
+
+    title: str
+    trace: PruneTrace | None = None
+    """None draws the picture untouched."""
+    answer: str = ""
+    note: str = ""
+
+
+def draw(
+    image: Image.Image | Sequence[Image.Image],
+    trace: PruneTrace,
+    *,
+    row: int = 0,
+    question: str | None = None,
+    answer: str | None = None,
+    threshold: float | None = None,
+    square: int = 336,
+) -> Image.Image:
+    """Kept patches in colour, dropped ones dimmed, and the relevance of every word of the instruction.
+
+    `image`: the picture of sample `row`, or all of them in the order of the prompt. `square`: side in
+    pixels of the model's input, to which each picture is scaled and cropped. `threshold`: drawn as a line
+    through the word bars. Raises `ConfigError` when the pictures and the trace do not fit together.
+    """
+    pictures = [image] if isinstance(image, Image.Image) else list(image)
+    maps = [fates(trace, row, m) for m in range(len(pictures))]
+    if len(pictures) != trace.images[row]:
+        raise ConfigError(f"sample {row} of the trace has {trace.images[row]} images; pass all of them, in order")
+    panels = [paint(_enlarged(p, square), f) for p, f in zip(pictures, maps, strict=True)]
+    bars = _bars(trace, row, threshold)
+    pictures_width = len(panels) * (panels[0].width + _MARGIN) - _MARGIN
+    width = _MARGIN + pictures_width + _MARGIN + (bars.width + _MARGIN if bars else 0)
+    head = wrap(question, 20, width - 2 * _MARGIN, 3) if question else []
+    foot = wrap(f"Answer: {answer}", 18, pictures_width, 4) if answer else []
+    top = _MARGIN + 28 * len(head) + (8 if head else 0)
+    below = top + panels[0].height + 12
+    height = below + 3 * 22 + 26 * len(foot) + _MARGIN
+    page = Image.new("RGB", (width, max(height, top + bars.height + _MARGIN if bars else 0)), "white")
+    pen = ImageDraw.Draw(page)
+    _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
+    for m, panel in enumerate(panels):
+        page.paste(panel, (_MARGIN + m * (panel.width + _MARGIN), top))
+    _legend(page, np.stack(maps), _MARGIN, below)
+    _lines(pen, foot, _MARGIN, below + 3 * 22 + 6, 18, 26)
+    if bars:
+        bars.draw(page, _MARGIN + pictures_width + _MARGIN, top)
+    return page
+
+
+def draw_comparison(
+    image: Image.Image,
+    rows: Sequence[tuple[str, Sequence[Panel]]],
+    *,
+    threshold: float | None = None,
+    square: int = 336,
+) -> Image.Image:
+    """For each question one row of panels, each with its answer, and behind them the words of its last panel.
+
+    `rows`: pairs of question and panels, every panel about sample 0 of its trace with this one picture.
+    """
+    if not rows or not all(panels for _, panels in rows):
+        raise ConfigError("a comparison needs at least one question with at least one panel")
+    strips = [_strip(_enlarged(image, square), question, panels, threshold) for question, panels in rows]
+    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    top = 0
+    for strip in strips:
+        page.paste(strip, (0, top))
+        top += strip.height
+    return page
+
+
+def _strip(picture: Image.Image, question: str, panels: Sequence[Panel], threshold: float | None) -> Image.Image:
+    maps = [None if p.trace is None else fates(p.trace) for p in panels]
+    painted = [picture if f is None else paint(picture, f) for f in maps]
+    side = max(p.width for p in painted)
+    last = panels[-1].trace
+    bars = None if last is None else _bars(last, 0, threshold)
+    width = _MARGIN + len(panels) * (side + _MARGIN) + (bars.width + _MARGIN if bars else 0)
+    head = wrap(question, 20, width - 2 * _MARGIN, 2)
+    answers = [wrap(p.answer, 20, side, 3) for p in panels]
+    top = _MARGIN + 28 * len(head) + 32
+    below = top + side + 12
+    height = below + 28 * max(len(a) for a in answers) + 26 + 3 * 22 + 8
+    page = Image.new("RGB", (width, max(height, top + bars.height if bars else 0)), "white")
+    pen = ImageDraw.Draw(page)
+    _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
+    for index, (panel, picture_of, fate) in enumerate(zip(panels, painted, maps, strict=True)):
+        left = _MARGIN + index * (side + _MARGIN)
+        pen.text((left, top - 26), panel.title, MUTED, font(17))
+        page.paste(picture_of, (left, top))
+        _lines(pen, answers[index], left, below, 20, 28)
+        note = below + 28 * max(len(a) for a in answers)
+        pen.text((left, note), panel.note, MUTED, font(14))
+        if fate is not None:
+            _legend(page, fate, left, note + 26)
+    if bars:
+        bars.draw(page, _MARGIN + len(panels) * (side + _MARGIN), top)
+    return page
+
+
+def _enlarged(image: Image.Image, square: int) -> Image.Image:
+    """The model's crop at reading size."""
+    return as_seen(image, square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+
+
+def _bars(trace: PruneTrace, row: int, threshold: float | None) -> Bars | None:
+    words = trace.words[row] if row < len(trace.words) else []
+    fallback = trace.fallback[row] if row < len(trace.fallback) else False
+    return Bars(words, threshold, fallback) if words else None
+
+
+def _legend(page: Image.Image, fate: NDArray[np.uint8], left: int, top: int) -> None:
+    """A swatch, drawn like the patches themselves, and the count of every fate that occurs."""
+    pen = ImageDraw.Draw(page)
+    names = {
+        Fate.KEPT: "kept",
+        Fate.DROPPED_IN_DECODER: "dropped in the decoder (stage 2)",
+        Fate.DROPPED_IN_ENCODER: "dropped in the vision encoder (stage 1)",
+    }
+    for kind, name in names.items():
+        count = int((fate == kind).sum())
+        if not count:
+            continue
+        swatch = paint(Image.new("RGB", (16, 16), (110, 110, 110)), np.full((1, 1), kind, np.uint8))
+        page.paste(swatch, (left, top))
+        if kind == Fate.KEPT:
+            pen.rectangle((left, top, left + 15, top + 15), outline=OUTLINE)
+        pen.text((left + 24, top + 8), f"{count} {name}", INK, font(14), anchor="lm")
+        top += 22
+
+
+def _lines(pen: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, size: int, pitch: int) -> None:
+    for index, line in enumerate(lines):
+        pen.text((left, top + index * pitch), line, INK, font(size))

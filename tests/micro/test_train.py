@@ -1,0 +1,226 @@
+"""Every stage of the recipe runs, learns something, and continues after a kill as if never stopped."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, CLIPModel
+from typer.testing import CliRunner
+
+from ivtp.errors import ConfigError
+from ivtp.micro import decoder as decoder_module
+from ivtp.micro import train, world
+from ivtp.micro.decoder import BACKGROUND, DecoderOptions, SymbolicImage, choose_patches, symbol_map, train_decoder
+from ivtp.micro.features import FeatureStore, build_store, patch_features, pixels_of, scene_of
+from ivtp.micro.instruct import ask_many
+from ivtp.micro.loop import Budget, KindTracker, LoopOptions, load_checkpoint, rng_for
+from ivtp.micro.model import build_decoder
+from ivtp.micro.optim import Muon, orthogonalise, trapezoid
+from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
+from ivtp.micro.tokenizer import build_tokenizer
+from tests.micro.test_model import tiny_clip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(world.corpus())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer) -> Path:
+    """A folder in which the vision stage has already left a (tiny, untrained) CLIP."""
+    folder = tmp_path_factory.mktemp("run")
+    clip = tiny_clip(len(tokenizer))
+    clip.save_pretrained(folder / "vision" / "clip")
+    tokenizer.save_pretrained(folder / "vision" / "clip")
+    train.CLIPImageProcessor(size={"shortest_edge": 336}).save_pretrained(folder / "vision" / "clip")
+    store = folder / "features"
+    build_store(clip.vision_model, [0.5] * 3, [0.25] * 3, store, 6, batch=4)
+    return folder
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 16, 16), (1, 8, 24), (1, 24, 8)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), steps=10))
+        assert float(values.min()) > 0.6
+        assert float(values.max()) < 1.3
+
+
+def test_muon_solves_a_linear_regression() -> None:
+    torch.manual_seed(0)
+    x, truth = torch.randn(256, 8), torch.randn(4, 8)
+    weight = torch.nn.Parameter(torch.zeros(4, 8))
+    optimiser = Muon([weight], lr=0.05)
+    for step in range(200):
+        loss = (x @ weight.T - x @ truth.T).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.param_groups[0]["lr"] = 0.05 * trapezoid(step / 200)
+        optimiser.step()
+    assert float(loss.detach()) < 0.05
+
+
+def test_the_schedule_rises_stays_and_ends_at_zero() -> None:
+    assert trapezoid(0.0) == 0.01
+    assert trapezoid(0.3) == 1.0
+    assert 0 < trapezoid(0.9) < 0.5
+    assert trapezoid(1.0) == 0.0
+
+
+def test_a_budget_wants_steps_or_minutes() -> None:
+    with pytest.raises(ConfigError, match="exactly one"):
+        Budget(None, None)
+    with pytest.raises(ConfigError, match="exactly one"):
+        Budget(3, 1.0)
+    assert Budget(4, None).fraction(2) == 0.5
+    assert Budget(None, 2.0, spent=1.0).fraction(7) >= 0.5
+
+
+def test_symbols_say_what_each_patch_shows() -> None:
+    item = world.SceneObject("dog", (28, 42, 70, 84), "disc", "red", None)
+    background = world.Background("plain", ((90, 90, 90), (90, 90, 90)), 0)
+    grid = symbol_map(world.Scene(0, background, (item,))).reshape(24, 24, -1)
+    shown = np.argwhere(grid[..., 0] != BACKGROUND)
+    assert shown.min(0).tolist() == [3, 2]
+    assert shown.max(0).tolist() == [5, 4]
+    assert grid[4, 3].tolist() == [0, 1, 1, 0, 4, 3, 1 + 4, 1 + 3, 4, 4]
+
+
+@pytest.mark.parametrize("count", [12, 120])
+def test_chosen_patches_show_every_object(count: int) -> None:
+    for seed in range(20):
+        scene = world.sample_scene(seed)
+        symbols = symbol_map(scene)
+        chosen = choose_patches(symbols, len(scene.objects), random.Random(seed), count)
+        assert len(chosen) == count == len(set(chosen))
+        assert chosen == sorted(chosen)
+        centres = {(row[6], row[7]) for row in symbols[chosen].tolist() if row[0] != BACKGROUND}
+        assert len(centres) == len({(row[6], row[7]) for row in symbols.tolist() if row[0] != BACKGROUND})
+
+
+def test_unsolved_kinds_are_asked_more_often() -> None:
+    tracker = KindTracker()
+    tracker.update([8.0] + [0.0] * 9, [8] * 10)
+    weights = tracker.weights(0.1)
+    assert weights[0] < weights[1]
+    assert weights[world.KINDS.index("caption")] == pytest.approx(0.1 * weights[1])
+    scene = world.sample_scene(3)
+    asked = ask_many(scene, rng_for(1), 30, [1.0] + [0.0] * 9)
+    assert {question.kind for question in asked} == {"existence"}
+
+
+def small_decoder(tokenizer):
+    torch.manual_seed(0)
+    decoder = build_decoder(tokenizer, layers=2, width=64)
+    symbolic = SymbolicImage(64)
+    symbolic.speak_like(decoder, tokenizer)
+    return decoder, symbolic
+
+
+def same(first: Path, second: Path, *names: str) -> None:
+    a, b = load_checkpoint(first), load_checkpoint(second)
+    assert a["step"] == b["step"]
+    for name in names:
+        for key, value in a[name].items():
+            assert torch.equal(value, b[name][key]), key
+
+
+def stop_at(step: int):
+    """A report that kills the run after some steps, as a power cut would."""
+    calls = iter(range(1, step + 1))
+
+    def report(fraction: float, text: str) -> None:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_a_killed_decoder_run_ends_like_an_uninterrupted_one(tokenizer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(decoder_module, "MASTERED", 2.0)
+    options = DecoderOptions(scenes=2, questions=3)
+    loop = LoopOptions(steps=6, save_minutes=0.0, log_steps=1)  # a checkpoint after every step
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    train_decoder(*small_decoder(tokenizer), tokenizer, options, loop, whole)
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(*small_decoder(tokenizer), tokenizer, options, loop, killed, report=stop_at(4))
+    train_decoder(*small_decoder(tokenizer), tokenizer, options, loop, killed, resume=True)
+    same(whole, killed, "decoder", "symbolic")
+    assert len(whole.with_suffix(".csv").read_text().splitlines()) == 7
+
+
+def test_resuming_nothing_says_so(tokenizer, tmp_path: Path) -> None:
+    loop = LoopOptions(steps=1)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        train_decoder(*small_decoder(tokenizer), tokenizer, DecoderOptions(), loop, tmp_path / "x.pt", resume=True)
+
+
+def test_stored_features_are_those_of_the_tower(run: Path, tokenizer) -> None:
+    store = FeatureStore(run / "features")
+    tower = CLIPModel.from_pretrained(run / "vision" / "clip").vision_model
+    fresh = patch_features(tower, pixels_of([scene_of(4)], [0.5] * 3, [0.25] * 3))
+    assert store[[4]].shape == (1, 576, 32)
+    torch.testing.assert_close(store[[4]].float(), fresh.float(), atol=0.02, rtol=0.02)
+
+
+def test_pixels_equal_the_image_processor(run: Path) -> None:
+    processor = train.CLIPImageProcessor.from_pretrained(run / "vision" / "clip")
+    scene = scene_of(2)
+    expected = processor(world.render(scene), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(
+        pixels_of([scene], processor.image_mean, processor.image_std), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_alignment_folds_the_standardisation_into_the_projector(run: Path) -> None:
+    torch.manual_seed(0)
+    projector = Projector(32, 64)
+    error = align_projector(projector, SymbolicImage(64), FeatureStore(run / "features"), images=6, steps=60)
+    assert error < 1.1  # an untrained tower knows positions only
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_stage_ends_like_an_uninterrupted_one(stage: int, run: Path, tokenizer, tmp_path: Path) -> None:
+    store = FeatureStore(run / "features")
+    options = StageOptions(scenes=2, questions=2, captions_only=stage == 1)
+    loop = LoopOptions(steps=4, save_minutes=0.0, muon_lr=1e-3, adam_lr=1e-3)
+
+    def start():
+        decoder, _ = small_decoder(tokenizer)
+        torch.manual_seed(1)
+        return Projector(32, 64), decoder.requires_grad_(stage == 2)
+
+    whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
+    projector, decoder = start()
+    before = decoder.model.layers[0].mlp.up_proj.weight.clone()
+    train_stage(projector, decoder, tokenizer, store, options, loop, whole)
+    assert torch.equal(decoder.model.layers[0].mlp.up_proj.weight, before) == (stage == 1)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(*start(), tokenizer, store, options, loop, killed, report=stop_at(3))
+    train_stage(*start(), tokenizer, store, options, loop, killed, resume=True)
+    same(whole, killed, "projector", "decoder")
+
+
+def test_the_commands_lead_to_an_asset(run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "WIDTH", 64)
+    monkeypatch.setattr(
+        train, "build_decoder", lambda tok, layers, width=64: build_decoder(tok, layers=layers, width=64)
+    )
+    monkeypatch.setattr(train, "choose_threshold", lambda *args: 0.25)
+    shallow = str(run / "decoder" / "shallow.pt")
+    for command in (
+        ["decoder", "--layers", "2", "--steps", "1", "--scenes", "2"],
+        ["decoder", "--layers", "4", "--steps", "1", "--scenes", "2", "--start", shallow, "--name", "deep"],
+        ["align", "--images", "4", "--steps", "2"],
+        ["stage1", "--steps", "1", "--scenes", "2"],
+        ["stage2", "--steps", "1", "--scenes", "2"],
+    ):
+        result = CliRunner().invoke(train.app, [*command, "--out", str(run)])
+        assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(train.app, ["export", "--out", str(run), "--asset", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert model.config.text_config.num_hidden_layers == 4

@@ -1,0 +1,316 @@
+"""Attach, trace, detach: the model comes back exactly as it was, whatever happened in between."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    LLM_LAYERS,
+    NUM_PATCHES,
+    QUESTIONS,
+    TEXT_LAYERS,
+    VISION_LAYERS,
+    Tiny,
+    generated,
+    image,
+    samples,
+)
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import ivtp
+from ivtp.core.schedule import uniform_ratio
+from ivtp.errors import AttachError, ConfigError
+
+# Library modules whose classes and functions no pruner may replace for good.
+SHARED = [
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava",
+    "transformers.cache_utils",
+    "transformers.masking_utils",
+    "transformers.generation.utils",
+    "transformers.modeling_utils",
+    "torch.nn.functional",
+]
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Everything that a pruner could leave behind: attributes, hooks, classes, configs, shared library state."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        found[f"{name}.__class__"] = type(module)
+        found[f"{name}.__dict__"] = {key: _freeze(value) for key, value in vars(module).items()}
+        for base in type(module).__mro__:
+            found[f"{base.__module__}.{base.__qualname__}"] = {
+                k: id(v) for k, v in vars(base).items() if k != "__doc__"
+            }
+    for name, module in model.named_modules():
+        for attribute in ("config", "generation_config"):
+            if hasattr(module, attribute):
+                found[f"{name}.{attribute}"] = repr(vars(getattr(module, attribute)))
+    for name in SHARED:
+        module = sys.modules[name]
+        found[name] = {k: id(v) for k, v in vars(module).items() if callable(v)}
+        for klass in (v for v in vars(module).values() if isinstance(v, type)):
+            found[f"{name}.{klass.__name__}"] = {k: id(v) for k, v in vars(klass).items() if callable(v)}
+    found["attention"] = {key: id(ALL_ATTENTION_FUNCTIONS[key]) for key in ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    return found
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, dict | OrderedDict):
+        return {key: _freeze(inner) for key, inner in value.items()}
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    return id(value)
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+
+
+@pytest.fixture
+def model(tiny: Tiny) -> Any:
+    """A model that has run once, so that lazily built attributes of the stock code exist already."""
+    model = tiny.model()
+    model.generate(**tiny.inputs(*samples(tiny, "one")), max_new_tokens=2)
+    return model
+
+
+def use(tiny: Tiny, model: Any) -> None:
+    """All that one does with an attached model."""
+    inputs = tiny.inputs(*samples(tiny, "mixed"))
+    model.generate(**inputs, max_new_tokens=3)
+    model.generate(**tiny.inputs(*samples(tiny, "no image")), max_new_tokens=2, num_beams=2)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("method", ivtp.list_methods())
+def test_detach_leaves_nothing_behind(tiny: Tiny, model: Any, method: str) -> None:
+    inputs = tiny.inputs(*samples(tiny, "mixed"))
+    with torch.no_grad():
+        stock = model(**inputs).logits
+    before = fingerprint(model)
+    side = fingerprint(tiny.clip[0])
+    pruner = tiny.attach(model, method=method)
+    use(tiny, model)
+    pruner.detach()
+    assert difference(before, fingerprint(model)) == []
+    assert difference(side, fingerprint(tiny.clip[0])) == []
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock)
+
+
+def test_hooks_of_others_survive(tiny: Tiny, model: Any) -> None:
+    """In their order, still called, and an instance attribute of the user's stays."""
+    calls: list[str] = []
+    layer = model.model.language_model.layers[2]
+    layer.register_forward_hook(lambda *_: calls.append("first"))
+    layer.note = "mine"
+    pruner = tiny.attach(model)
+    late = layer.register_forward_hook(lambda *_: calls.append("second"))
+    model(**tiny.inputs(*samples(tiny, "one")))
+    assert calls == ["first", "second"]
+    pruner.detach()
+    calls.clear()
+    model(**tiny.inputs(*samples(tiny, "one")))
+    assert calls == ["first", "second"]
+    late.remove()
+    assert layer.note == "mine"
+
+
+def test_attach_twice(tiny: Tiny, model: Any) -> None:
+    with tiny.attach(model) as pruner:
+        with pytest.raises(AttachError, match="detach"):
+            tiny.attach(model, method="topk")
+        model(**tiny.inputs(*samples(tiny, "one")))
+        assert pruner.trace.stages
+    before = fingerprint(model)
+    tiny.attach(model, method="topk").detach()
+    assert difference(before, fingerprint(model)) == []
+
+
+def test_detach_twice(tiny: Tiny, model: Any) -> None:
+    """The second time is no error and touches nothing, not even a later pruner."""
+    before = fingerprint(model)
+    first = tiny.attach(model)
+    first.detach()
+    first.detach()
+    assert difference(before, fingerprint(model)) == []
+    with tiny.attach(model) as second:
+        first.detach()
+        model(**tiny.inputs(*samples(tiny, "one")))
+        assert second.trace.kept().shape == (1, 8)
+    assert difference(before, fingerprint(model)) == []
+
+
+def test_two_models_at_once(tiny: Tiny) -> None:
+    """One pruner each, independent of one another."""
+    one, two, inputs = tiny.model(), tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with torch.no_grad(), tiny.attach(one, keep=4) as a, tiny.attach(two, keep=12) as b:
+        one(**inputs)
+        two(**inputs)
+        one(**inputs)
+        assert (a.trace.kept().shape, b.trace.kept().shape) == ((1, 4), (1, 12))
+
+
+def test_exception_inside_the_context(tiny: Tiny, model: Any) -> None:
+    before = fingerprint(model)
+
+    def fail() -> None:
+        with tiny.attach(model):
+            model(**tiny.inputs(*samples(tiny, "one")))
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fail()
+    assert difference(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("part", ["vision_tower.encoder.layers.4.mlp", "language_model.layers.3.mlp"])
+def test_exception_inside_the_model(tiny: Tiny, model: Any, part: str) -> None:
+    """A forward pass that dies half-way: the next one prunes as ever, and detaching still restores everything."""
+    inputs = tiny.inputs(*samples(tiny, "mixed"))
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        with tiny.attach(other_model := tiny.model()):
+            expected = other_model(**inputs).logits[:, -1]
+    before = fingerprint(model)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with torch.no_grad(), tiny.attach(model):
+        handle = model.model.get_submodule(part).register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(**inputs)
+        handle.remove()
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected)
+    assert difference(before, fingerprint(model)) == []
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, stock)
+
+
+@pytest.mark.parametrize("name", ["one", "batch", "two images", "mixed"])
+@pytest.mark.parametrize("method", ivtp.list_methods())
+def test_trace(tiny: Tiny, name: str, method: str) -> None:
+    batch = samples(tiny, name)
+    model, inputs = tiny.model(), tiny.inputs(*batch)
+    with torch.no_grad(), tiny.attach(model, method=method) as pruner:
+        model(**inputs)
+    trace, rows = pruner.trace, len(batch)
+    images = [len(s.images) for s in batch]
+    assert trace.num_patches == NUM_PATCHES
+    assert list(trace.images) == images
+    assert trace.stages
+    assert trace.seconds > 0
+    assert trace.flops > 0
+    for stage in trace.stages:
+        assert stage.where in ("vision", "llm")
+        assert 0 <= stage.layer < (VISION_LAYERS if stage.where == "vision" else LLM_LAYERS)
+        assert stage.kept.dtype == torch.int64
+        assert stage.kept.shape[0] == rows
+        assert stage.scores.shape == stage.candidates.shape
+        for b, count in enumerate(images):
+            kept = [i for i in stage.kept[b].tolist() if i >= 0]
+            candidates = [i for i in stage.candidates[b].tolist() if i >= 0]
+            assert stage.kept[b, : len(kept)].tolist() == kept, "-1 only at the end"
+            assert kept == sorted(set(kept)), "raster order, no patch twice"
+            assert set(kept) <= set(candidates) <= set(range(NUM_PATCHES * count))
+            scores = stage.scores[b][stage.candidates[b] >= 0]
+            assert not scores.isnan().any()
+            assert (stage.scores[b][stage.candidates[b] < 0] == -torch.inf).all()
+    for b, count in enumerate(images):
+        assert (trace.kept()[b] >= 0).sum() == 8 * count
+    assert len(trace.words) == len(trace.fallback) == rows
+
+
+@pytest.mark.parametrize("stages", ["both", "vision", "llm"])
+def test_trace_tokens_per_layer(tiny: Tiny, stages: str) -> None:
+    """Every layer's attention sees what entered it; the MLP of a cut layer sees what the cut left."""
+    groups = {"both": (2, 2), "vision": (2, 0), "llm": (0, 2)}[stages]
+    counts = [NUM_PATCHES, *uniform_ratio(NUM_PATCHES, 8, sum(groups))]
+    vision = [x for k in counts[: groups[0]] for x in [k] * 3] or [NUM_PATCHES] * 6
+    entering = counts[groups[0] :]
+    llm = [x for k in entering[: groups[1]] for x in [k] * 3]
+    llm += [counts[-1]] * (TEXT_LAYERS - len(llm))
+    with torch.no_grad(), tiny.attach(model := tiny.model(), stages=stages) as pruner:
+        model(**tiny.inputs(*samples(tiny, "one")))
+    tokens = pruner.trace.tokens_per_layer
+    assert tokens is not None
+    assert tokens.vision_attention == tuple(vision)
+    assert tokens.llm_attention == tuple(llm)
+    assert tokens.vision_mlp == (*vision[1:], entering[0])
+    assert tokens.llm_mlp == (*llm[1:], 8)
+    assert tokens.final == 8
+
+
+def test_trace_of_an_image_free_prompt(tiny: Tiny) -> None:
+    with torch.no_grad(), tiny.attach(model := tiny.model()) as pruner:
+        model(**tiny.inputs(*samples(tiny, "one")))
+        model(**tiny.inputs(*samples(tiny, "no image")))
+        assert pruner.trace is None or (pruner.trace.stages == [] and list(pruner.trace.images) == [0])
+
+
+def test_the_trace_costs_less_with_fewer_tokens(tiny: Tiny) -> None:
+    flops = []
+    for keep in (4, 12, NUM_PATCHES):
+        with torch.no_grad(), tiny.attach(model := tiny.model(), method="topk", keep=keep) as pruner:
+            model(**tiny.inputs(*samples(tiny, "one")))
+        flops.append(pruner.trace.flops)
+    assert flops[0] < flops[1] < flops[2]
+
+
+def test_options_as_keywords_or_as_a_config(tiny: Tiny) -> None:
+    """`attach(model, processor, method=..., keep=...)` is short for a `PruneConfig`."""
+    model = tiny.model()
+    with ivtp.attach(model, tiny.processor, clip=tiny.clip, method="ivtp", keep=8, llm_layers=6) as pruner:
+        assert pruner.config == ivtp.PruneConfig(keep=8, llm_layers=6)
+    with pytest.raises(ConfigError):
+        ivtp.attach(model, tiny.processor, ivtp.PruneConfig(keep=8), clip=tiny.clip, keep=9)
+
+
+def test_random_is_seeded(tiny: Tiny) -> None:
+    def kept(seed: int) -> list[list[int]]:
+        with torch.no_grad(), tiny.attach(model := tiny.model(), method="random", seed=seed) as pruner:
+            model(**tiny.inputs(*samples(tiny, "mixed")))
+            return list(pruner.trace.kept().tolist())
+
+    assert kept(0) == kept(0)
+    assert kept(0) != kept(1)
+
+
+@pytest.mark.parametrize("keep", [8, NUM_PATCHES])
+def test_ask(tiny: Tiny, model: Any, keep: int) -> None:
+    """Image and question in, answer out; the model is stock again afterwards."""
+    before = fingerprint(model)
+    options: dict[str, Any] = {"guide": "visual", "llm_layers": 6, "keep": keep}
+    answer = ivtp.ask(model, tiny.processor, image(3), QUESTIONS[0], max_new_tokens=5, **options)
+    assert difference(before, fingerprint(model)) == []
+    sample = tiny.sample(QUESTIONS[0], seed=3)
+    inputs = tiny.inputs(sample)
+    with ivtp.attach(model, tiny.processor, **options) as pruner:
+        tokens = generated(model.generate(**inputs, max_new_tokens=5, do_sample=False), inputs)
+    assert answer.text == tiny.processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+    assert answer.trace.kept().tolist() == pruner.trace.kept().tolist()
+    assert answer.seconds > 0
+
+
+def test_scenarios_leave_the_configuration_alone(tiny: Tiny, model: Any) -> None:
+    """Inside the context too: attention kernels and configs are the user's."""
+    config = copy.deepcopy(model.config.to_dict())
+    check: Callable[[], bool] = lambda: model.config.to_dict() == config  # noqa: E731
+    with tiny.attach(model):
+        assert check()
+        model.generate(**tiny.inputs(*samples(tiny, "one")), max_new_tokens=2)
+        assert check()
+        assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert check()
