@@ -413,14 +413,20 @@ def select(scores: Tensor, k: int) -> list[int]:
 
 
 def split_words(text: str) -> list[Span]:
-    """Runs of letters and digits; each CJK character, and every other visible character, is a word of its own."""
+    """Runs of letters and digits; each CJK character, and every other visible character, is a word of its own.
+
+    A combining mark belongs to the character before it.
+    """
     words: list[Span] = []
     open_run = False
     for i, char in enumerate(text):
-        joins = char.isalnum() and "CJK" not in unicodedata.name(char, "")
-        if joins and open_run:
+        adjacent = bool(words) and words[-1][1] == i
+        script = unicodedata.name(char, "").split(" ")[0]
+        joins = char.isalnum() and script not in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+        if adjacent and (unicodedata.category(char)[0] == "M" or (joins and open_run)):
             words[-1] = (words[-1][0], i + 1)
-        elif not char.isspace():
+            continue
+        if not char.isspace():
             words.append((i, i + 1))
         open_run = joins
     return words

@@ -18,6 +18,9 @@ from transformers import (
     CLIPModel,
     GPT2Config,
     GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
     StaticCache,
 )
 
@@ -132,6 +135,21 @@ def test_unsupported_families(tiny: Tiny) -> None:
         message = one_line(caught.value)
         assert all(host in message for host in ivtp.list_hosts())
         assert difference(before, fingerprint(model)) == []
+
+
+def test_sliding_window_decoder(tiny: Tiny, model: Any) -> None:
+    """Its layers do not see the whole prompt, so a cut has no one answer: refused before anything is touched."""
+    config = model.config.to_dict()
+    config["text_config"] = MistralConfig(**{k: config["text_config"][k] for k in _SIZES}, sliding_window=16)
+    mistral = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
+    before = fingerprint(mistral)
+    with pytest.raises(UnsupportedModelError, match="sliding") as caught:
+        tiny.attach(mistral)
+    one_line(caught.value)
+    assert difference(before, fingerprint(mistral)) == []
+
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
 
 @pytest.mark.parametrize("method", ["ivtp", "topk"])

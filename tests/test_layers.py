@@ -11,9 +11,9 @@ ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trace", "errors", "registry"),
-    ("core", "flops"),
+    ("core", "cost"),
     ("methods", "hosts", "compressors"),
-    ("plug", "generate", "images", "instruction", "guide", "probe", "prefill", "decode", "report"),
+    ("plug", "generate", "images", "instruction", "guide", "probe", "prompt", "stages", "decode", "report"),
     ("micro", "evaluation", "training", "visualize", "benchmark"),
     ("cli", "console", "server"),
 )
@@ -88,14 +88,14 @@ def test_imports_point_downwards(file: Path) -> None:
         ("core/rollout", "from ivtp.methods.base import Plan", False),
         ("core/rollout", "def f():\n    from ivtp import plug", False),
         ("core/rollout", "import ivtp", False),
-        ("flops", "from ivtp.core import schedule", True),
+        ("cost", "from ivtp.core import schedule", True),
         ("methods/topk", "from ivtp.methods.base import Method", True),
         ("methods/topk", "from .base import Method", True),
         ("methods/topk", "from ivtp.methods.ivtp import METHOD", False),
         ("methods/topk", "from . import ivtp", False),
         ("methods/topk", "from ivtp.hosts.base import Host", False),
         ("images", "from ivtp.micro import world", False),
-        ("prefill", "from ivtp.methods.base import Cut", True),
+        ("stages", "from ivtp.methods.base import Cut", True),
         ("visualize/page", "from ivtp.visualize.text import Bars", True),
         ("visualize/page", "from ivtp.micro import world", False),
         ("evaluation/run", "from ivtp.micro import world", True),

@@ -195,6 +195,22 @@ def test_instruction_is_the_last_user_turn(tiny: Tiny) -> None:
     check_logits(logits, [sample], tiny, expected)
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "x_2 of the U.S.A.: 3.14?",
+        "naïve e\u0301te\u0301 नमस्ते",
+        "日本語の dog カタカナ 한국어\u3000cat",
+        "left\u00a0of\t🐶\n“q” ’s 👩‍👧 a:b",
+    ],
+)
+def test_words_of_any_script(tiny: Tiny, question: str) -> None:
+    sample = tiny.sample(question, seed=10)
+    trace, _, expected = run(tiny, [sample])
+    check_words(trace, expected)
+    check_stages(trace, expected)
+
+
 def test_prompt_without_a_chat_template(tiny: Tiny) -> None:
     """No role words: all text is the user's, special tokens are not."""
     sample = Sample("<image>\n" + QUESTIONS[0], QUESTIONS[0], samples(tiny, "one")[0].images)
@@ -266,5 +282,6 @@ def test_reference_itself(tiny: Tiny) -> None:
     stock = model(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0]
     torch.testing.assert_close(result.logits, stock.double(), atol=1e-4, rtol=0)
     assert select(torch.tensor([1.0, 3.0, 3.0, 2.0, 3.0]), 2) == [1, 2]
-    words = [("it's " + "左边 x_2")[slice(*span)] for span in split_words("it's 左边 x_2")]
-    assert words == ["it", "'", "s", "左", "边", "x", "_", "2"]
+    text = "it's 左边 x_2 e\u0301t नमस्ते\u3000ok"
+    words = [text[slice(*span)] for span in split_words(text)]
+    assert words == ["it", "'", "s", "左", "边", "x", "_", "2", "e\u0301t", "नमस्ते", "ok"]

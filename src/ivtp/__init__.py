@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivtp.config import PruneConfig
+    from ivtp.cost import FlopsReport, flops
     from ivtp.errors import IvtpError
-    from ivtp.flops import FlopsReport, flops
     from ivtp.generate import Answer, ask, load
     from ivtp.plug import Pruner, attach
     from ivtp.registry import list_hosts, list_methods
@@ -37,7 +37,7 @@ __all__ = [
 _HOMES = {
     "config": ("PruneConfig",),
     "errors": ("IvtpError",),
-    "flops": ("FlopsReport", "flops"),
+    "cost": ("FlopsReport", "flops"),
     "generate": ("Answer", "ask", "load"),
     "plug": ("Pruner", "attach"),
     "registry": ("list_hosts", "list_methods"),
@@ -50,7 +50,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'ivtp' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"ivtp.{home}"), name)
-    globals()[name] = value  # also puts the function `flops` in front of the module of that name
+    globals()[name] = value
     return value
 
 

@@ -134,7 +134,7 @@ def flops(
     JSON keys: model, method, keep, text_tokens, batch, images, full and pruned (vision, projector, llm, head,
     pruning, total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost).
     """
-    from ivtp.flops import flops as count
+    from ivtp.cost import flops as count
 
     asked: dict[str, Any] = {"text_tokens": text, "batch": batch, "images": images}
     with err.status("counting"):
@@ -291,14 +291,14 @@ def _threshold(model: Any, given: float | None) -> float:
 
 def _square(model: Any) -> int:
     """Side in pixels of what the vision tower sees."""
-    from ivtp.flops import sizes
+    from ivtp.cost import sizes
 
     geometry = sizes(model).geometry
     return math.isqrt(geometry.num_patches) * geometry.patch_size
 
 
 def _draw(photo: Any, answer: Any, model: Any, question: str, threshold: float | None) -> Any:
-    from ivtp.flops import sizes
+    from ivtp.cost import sizes
     from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from ivtp.flops import FlopsReport
+    from ivtp.cost import FlopsReport
     from ivtp.generate import Answer
     from ivtp.trace import PruneTrace
 
@@ -34,8 +34,8 @@ class Cost:
     @classmethod
     def of(cls, model: Any, processor: Any, photo: Any, question: str, trace: PruneTrace | None) -> Cost:
         """The cost of one question about one image; None is the trace of the untouched model."""
-        from ivtp.flops import flops as count
-        from ivtp.flops import sizes
+        from ivtp.cost import flops as count
+        from ivtp.cost import sizes
         from ivtp.generate import prompt_for
 
         patches = sizes(model).geometry.num_patches

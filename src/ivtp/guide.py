@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from ivtp.config import PruneConfig
 from ivtp.core import relevance as rel
 from ivtp.hosts.base import Host
 from ivtp.instruction import ClipText, InstructionReader
+from ivtp.prompt import TextTokens
 from ivtp.trace import Word
 
 NEEDS_CLIP = ("instruction", "weighted", "clip")
@@ -41,18 +41,6 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One row of a batch as the guide sees it: text tokens (no image slot, no padding, no answer) and its images."""
-
-    ids: list[int]
-    columns: list[int]
-    last_image_column: int
-    embeddings: Tensor  # (T, D), of every column
-    cls: Tensor  # (m, D_vision): feature-layer CLS of its images
-    pooled: Tensor  # (m, D_vision): post-normalised CLS of the encoder's last layer
-
-
-@dataclass(frozen=True)
 class GuideMaker:
     """Makes the pseudo CLS token of a prompt (Eq. 5-7 and the ablations of the paper's guide)."""
 
@@ -61,31 +49,36 @@ class GuideMaker:
     reader: InstructionReader | None
     clip: ClipText | None
 
-    def make(self, prompt: Prompt) -> Guide:
-        """The guide of one prompt. A prompt without an image gets one that nothing will look at."""
-        if prompt.cls.shape[0] == 0:
-            return Guide(torch.zeros_like(prompt.embeddings[0]), torch.tensor(False))
-        visual = self.host.project(prompt.cls).mean(dim=0).to(prompt.embeddings.dtype)
+    def make(self, text: TextTokens, embeddings: Tensor, cls: Tensor, pooled: Tensor) -> Guide:
+        """The guide of one prompt; without an image one that nothing will look at.
+
+        `embeddings` (T, D) of all columns of the prompt; of its m images the CLS of the layer that the projector
+        reads, `cls` (m, D_vision), and the post-normalised CLS of the encoder's last layer, `pooled` (m, D_vision).
+        """
+        no = torch.tensor(False)
+        if cls.shape[0] == 0:
+            return Guide(torch.zeros_like(embeddings[0]), no)
+        visual = self.host.project(cls).mean(dim=0).to(embeddings.dtype)
         kind = self.config.guide
         if kind == "visual":
-            return Guide(visual, torch.tensor(False))
+            return Guide(visual, no)
         if kind == "text":
-            return self._mean_of_text(prompt, visual)
+            return self._mean_of_text(text, embeddings, visual)
         assert self.reader is not None
         assert self.clip is not None
-        instruction = self.reader.read(prompt.ids, prompt.columns)
+        instruction = self.reader.read(text.ids, text.columns)
         tokens, sentence, spans = self.clip.encode(instruction.text)
         if kind == "clip":
-            return Guide(self._sentence(sentence, prompt), torch.tensor(False), clip_tokens=len(spans))
+            return Guide(self._sentence(sentence, cls).to(embeddings.dtype), no, clip_tokens=len(spans))
         words = rel.words(instruction.text)
         clip_words, own_words = rel.overlapping(words, spans), rel.overlapping(words, instruction.spans)
-        by_token = rel.relevance(tokens, self.clip.image(prompt.pooled))
+        with torch.autocast(tokens.device.type, enabled=False):
+            by_token = rel.relevance(tokens, self.clip.image(pooled))
         weights = self._weigh(rel.spread(by_token, clip_words, own_words, len(instruction.columns)))
-        token, empty = rel.pseudo_cls(prompt.embeddings[instruction.columns], weights, visual)
-        itself = [(i, i) for i in range(len(words))]
-        scores = rel.spread(by_token, clip_words, itself, len(words))
-        texts = tuple(instruction.text[a:b] for a, b in words)
-        return Guide(token, empty, texts, scores.nan_to_num(), _joined(own_words, weights, len(words)), len(spans))
+        token, empty = rel.pseudo_cls(embeddings[instruction.columns], weights, visual)
+        scores = rel.spread(by_token, clip_words, [(i, i) for i in range(len(words))], len(words)).nan_to_num()
+        joined = _joined(own_words, weights, len(words))
+        return Guide(token, empty, tuple(instruction.text[a:b] for a, b in words), scores, joined, len(spans))
 
     def _weigh(self, scores: Tensor) -> Tensor:
         """Weights of Eq. 7: 0/1 by the threshold, or the relevance itself where it is positive."""
@@ -93,23 +86,22 @@ class GuideMaker:
             return scores.nan_to_num().clamp_min(0)
         return (scores > self.config.threshold).float()
 
-    def _mean_of_text(self, prompt: Prompt, visual: Tensor) -> Guide:
+    def _mean_of_text(self, text: TextTokens, embeddings: Tensor, visual: Tensor) -> Guide:
         """The mean of all instruction embeddings; without a processor, of all text behind the last image."""
-        columns: Sequence[int]
         if self.reader is None:
-            columns = [c for c in prompt.columns if c > prompt.last_image_column]
+            columns = [c for c in text.columns if c > text.last_image_column]
         else:
-            columns = self.reader.read(prompt.ids, prompt.columns).columns
+            columns = self.reader.read(text.ids, text.columns).columns
         weights = torch.ones(len(columns), device=visual.device)
-        return Guide(*rel.pseudo_cls(prompt.embeddings[list(columns)], weights, visual))
+        return Guide(*rel.pseudo_cls(embeddings[columns], weights, visual))
 
-    def _sentence(self, sentence: Tensor, prompt: Prompt) -> Tensor:
+    def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
         """CLIP's sentence embedding on the path that a visual CLS takes, at a visual CLS's length."""
         assert self.clip is not None
         feature = self.clip.to_vision(sentence)
-        length = torch.linalg.vector_norm(prompt.cls.float(), dim=-1).mean()
+        length = torch.linalg.vector_norm(cls.float(), dim=-1).mean()
         scaled = feature * length / torch.linalg.vector_norm(feature).clamp_min(1e-12)
-        return self.host.project(scaled.to(prompt.cls.dtype)).to(prompt.embeddings.dtype)
+        return self.host.project(scaled.to(cls.dtype))
 
 
 def _joined(own_words: list[tuple[int, int]], weights: Tensor, words: int) -> Tensor:

@@ -39,11 +39,15 @@ class InstructionReader:
         stop = len(text) if stop < 0 else stop
         start = text.rfind(self.before, 0, stop) if self.before else -1
         start = 0 if start < 0 else start + len(self.before)
+        special = set(self.tokenizer.all_special_ids)
+        own = [i for i, (a, b) in enumerate(spans) if a < stop and b > start and ids[i] not in special]
+        start = max([start, *(spans[i][0] for i in own[:1])])
+        stop = min([stop, *(spans[i][1] for i in own[-1:])]) if own else start
         body = text[start:stop]
         start += len(body) - len(body.lstrip())
         body = body.strip()
         stop = start + len(body)
-        inside = [i for i, (a, b) in enumerate(spans) if a < stop and b > start]
+        inside = [i for i in own if spans[i][0] < stop and spans[i][1] > start]
         return Instruction(
             body,
             [columns[i] for i in inside],

@@ -185,14 +185,13 @@ class Pruner:
         @functools.wraps(stock)
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             running = self._running
-            if running is None or running.stage != cut.where:
+            if running is None or not running.runs(cut.where):
                 return stock(hidden, *args, **kwargs)
             if layer.training and getattr(layer, "gradient_checkpointing", False):
                 # the checkpointed layers around this one drop the cache as well
                 kwargs = {**kwargs, "use_cache": False, "past_key_values": None}
             hidden = self.host.attend(cut.where, layer, hidden, *args, **kwargs)
-            hidden = (running.cut_vision if cut.where == "vision" else running.cut_llm)(cut, hidden)
-            return self.host.feed_forward(cut.where, layer, hidden)
+            return self.host.feed_forward(cut.where, layer, running.cut(cut, hidden))
 
         self._set(layer, name, forward)
 
@@ -262,10 +261,11 @@ class Pruner:
             inputs, self._layer_masks = continue_inputs(self.host, inputs)
             return (), inputs
         self._check_training()
-        prefill = Prefill(self.host, self.method, self.guide_maker, repeats=self._repeats)
-        self._repeats = 1
-        self._running = prefill
-        return (), prefill.start(inputs, self._labels)
+        repeats, self._repeats = self._repeats, 1
+        self._running = Prefill.of(
+            inputs, self.host, self.method, self.guide_maker, labels=self._labels, repeats=repeats
+        )
+        return (), self._running.start(inputs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         prefill, self._running = self._running, None
@@ -283,18 +283,18 @@ class Pruner:
         return None
 
     def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._running is not None and self._running.stage == "vision":
+        if self._running is not None and self._running.runs("vision"):
             self._running.feature_layer_done(output[0] if isinstance(output, tuple) else output)
 
     def _layer_inputs(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._running is not None and self._running.stage == "llm":
+        if self._running is not None and self._running.runs("llm"):
             return args, self._running.layer_inputs(args[0], kwargs)
         if number in self._layer_masks:
             return args, {**kwargs, "attention_mask": self._layer_masks[number]}
         return None
 
     def _see(self, where: str, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        if self._running is not None:
+        if self._running is not None and self._running.runs(where):
             self._running.see(where, layer, query, key, value, scale)
 
     def _check_training(self) -> None:

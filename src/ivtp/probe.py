@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -25,7 +25,7 @@ class AttentionProbe:
     """
 
     def __init__(self, module: nn.Module, sink: Sink) -> None:
-        self.module: Any = module
+        self.module = cast(Any, module)
         self.sink: Sink = sink
         self.original: Any = self.module.config
         self.tapped: Any = copy.copy(self.original)

@@ -7,21 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivtp.flops import Relevance, count_flops
-from ivtp.prefill import CutResult, Prefill
+from ivtp.cost import Relevance, count_flops
+from ivtp.prefill import Prefill
+from ivtp.stages import CutResult
 from ivtp.trace import PruneTrace, StageTrace
 
 
 def build_trace(prefill: Prefill) -> PruneTrace:
     """Copy everything to the CPU and count a row for each sample."""
     patches = prefill.host.size.num_patches
+    images = prefill.prompts.images
     tokens = prefill.method.plan.tokens_per_layer(prefill.host.size)
     return PruneTrace(
         num_patches=patches,
-        images=prefill.images,
-        stages=[_stage(result, prefill.images, prefill.image_of_slot, patches) for result in prefill.cuts],
-        words=[guide.words() for guide in prefill.guides] or [[] for _ in prefill.images],
-        fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(prefill.images),
+        images=images,
+        stages=[_stage(result, images, prefill.prompts.image_of_slot, patches) for result in prefill.results],
+        words=[guide.words() for guide in prefill.guides] or [[] for _ in images],
+        fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(images),
         tokens_per_layer=tokens,
         flops=_flops(prefill),
         seconds=prefill.seconds,
@@ -35,12 +37,12 @@ def _flops(prefill: Prefill) -> float:
         count_flops(
             prefill.host.size,
             prefill.method.plan,
-            text_tokens=prefill.prompt_length - count * prefill.host.size.num_patches,
+            text_tokens=prefill.prompts.length - count * prefill.host.size.num_patches,
             images=count,
             relevance=relevance,
             instruction_tokens=prefill.guides[row].clip_tokens if prefill.guides else 0,
         ).total
-        for row, count in enumerate(prefill.images)
+        for row, count in enumerate(prefill.prompts.images)
     )
 
 

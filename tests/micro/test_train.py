@@ -35,7 +35,7 @@ def run(tmp_path_factory, tokenizer) -> Path:
     clip = tiny_clip(len(tokenizer))
     clip.save_pretrained(folder / "vision" / "clip")
     tokenizer.save_pretrained(folder / "vision" / "clip")
-    train.CLIPImageProcessor(size={"shortest_edge": 336}).save_pretrained(folder / "vision" / "clip")
+    train.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder / "vision" / "clip")
     store = folder / "features"
     build_store(clip.vision_model, [0.5] * 3, [0.25] * 3, store, 6, batch=4)
     return folder

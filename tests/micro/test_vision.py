@@ -108,7 +108,7 @@ def test_labels_of_whole_images(tokenizer: PreTrainedTokenizerFast) -> None:
             assert labels["colour"][patch] == (list(COLOURS).index(item.colour) + 1 if item.colour else 0)
             assert labels["text"][patch] == (SIGN_TEXTS.index(item.text) + 1 if item.text else 0)
             centre = np.array([patch % GRID, patch // GRID] * 2) * PATCH + PATCH / 2
-            assert np.allclose(batch.box[row, patch] * SIZE + centre, item.box, atol=1e-3)
+            assert np.allclose(batch.box[row, patch].numpy() * SIZE + centre, item.box, atol=1e-3)
         truth = {word for item in scene.objects for word in (item.name, item.colour, item.text)} - {None}
         assert {KEYWORDS[i] for i in batch.present[row].nonzero().flatten()} == truth
 

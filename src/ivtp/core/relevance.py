@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +10,31 @@ from torch import Tensor, nn
 
 Span = tuple[int, int]
 
-_CJK = "⺀-鿿豈-﫿"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[^\w\s]")
-
 
 def words(text: str) -> list[Span]:
-    """Character spans of the words: runs of letters and digits; every other sign and CJK character by itself."""
-    return [match.span() for match in _WORD.finditer(text)]
+    """Character spans of the words: runs of letters and digits, every CJK character and every other sign by itself.
+
+    White space belongs to no word; a combining mark belongs to the character that it is written on.
+    """
+    spans: list[Span] = []
+    in_run = False
+    for place, character in enumerate(text):
+        kind = unicodedata.category(character)[0]
+        touches = bool(spans) and spans[-1][1] == place
+        runs = kind in "LN" and not _is_cjk(character)
+        if character.isspace():
+            continue
+        if touches and (kind == "M" or (runs and in_run)):
+            spans[-1] = (spans[-1][0], place + 1)
+        else:
+            spans.append((place, place + 1))
+            in_run = runs
+    return spans
+
+
+def _is_cjk(character: str) -> bool:
+    """Whether the script of `character` writes without spaces: Chinese, kana, Hangul."""
+    return unicodedata.name(character, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
 
 
 def overlapping(spans: Sequence[Span], tokens: Sequence[Span]) -> list[tuple[int, int]]:

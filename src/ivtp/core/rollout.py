@@ -78,9 +78,10 @@ def importance(row: Tensor, value: Tensor, visual: Tensor) -> Tensor:
     `row` (B, T), `value` (B, H_kv, T, d) of the group's last layer, `visual` (B, T) bool. Returns (B, T), float32,
     summing to 1 over the visual tokens of a sample and 0 elsewhere.
     """
-    norms = torch.linalg.vector_norm(value.float(), dim=(1, 3))  # (B, T), all heads concatenated
+    norms: Tensor = torch.linalg.vector_norm(value.float(), dim=(1, 3))  # (B, T), all heads concatenated
     weighted = row * norms * visual
-    return weighted / weighted.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weighted.dtype).tiny)
+    total: Tensor = weighted.sum(dim=1, keepdim=True)
+    return weighted / total.clamp_min(torch.finfo(weighted.dtype).tiny)
 
 
 def _attention(tap: AttentionTap, start: int, stop: int) -> Tensor:

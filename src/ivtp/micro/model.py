@@ -23,6 +23,8 @@ from ivtp.micro.tokenizer import IMAGE
 from ivtp.micro.world.vocabulary import plural
 
 WIDTH = 192
+ROPE_THETA = 1e6
+"""Slow enough that half of a head's dimensions can match content across an image's 576 positions."""
 LLM_LAYERS_PRUNED = 6
 """W: the paper prunes in 12 of 32 decoder layers, so 6 of 16 here."""
 GROUP_LAYERS = 3
@@ -51,6 +53,7 @@ def decoder_config(
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
         max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -82,6 +85,21 @@ def _init_layer(layer: nn.Module, width: int, layers: int) -> None:
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 with torch.no_grad():
                     parameter /= (2 * layers) ** 0.5
+    _match_alike(layer.self_attn)
+
+
+@torch.no_grad()
+def _match_alike(attention: nn.Module) -> None:
+    """Lets the first head begin by attending to tokens like its own: its keys start equal to its queries.
+
+    Only dimensions that rotate by less than a radian over an image's width in positions can match at that distance;
+    the others start small. Finding the patch that a word names is then a matter of tuning, not of discovery.
+    """
+    d = attention.head_dim
+    turn = ROPE_THETA ** (-(torch.arange(d) % (d // 2)) / (d // 2))  # radians a position, half-split layout
+    query = attention.q_proj.weight[:d]
+    query[turn * 600 > 1] *= 0.3
+    attention.k_proj.weight[:d] = query
 
 
 def deepen(decoder: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:

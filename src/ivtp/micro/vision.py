@@ -43,7 +43,7 @@ class Stage:
     keep: int | None = None
 
 
-CURRICULUM = (Stage(8, 0.0, 32), Stage(GRID, 0.2, 24, keep=160), Stage(GRID, 0.72, 8))
+CURRICULUM = (Stage(8, 0.0, 32), Stage(GRID, 0.2, 24, keep=160), Stage(GRID, 0.8, 8))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +18,8 @@ LINE = (222, 226, 233)
 USED = (228, 96, 34)
 UNUSED = (186, 193, 204)
 
+_LONGEST = 400
+"""Letters that any column has room for; measuring more of a text would only take time."""
 _ROW = 24
 _COLUMN = 290
 _SHOWN = 44
@@ -32,11 +36,13 @@ def wrap(text: str, size: int, width: int, max_lines: int = 4) -> list[str]:
     """Lines of `text` that fit `width` pixels; what exceeds `max_lines` ends in an ellipsis."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+        longer = f"{lines[-1]} {word[:_LONGEST]}".strip()
         if font(size).getlength(longer) <= width:
             lines[-1] = longer
         else:
-            lines.append(word)
+            lines.append(word[:_LONGEST])
+        if len(lines) > max_lines + 1:
+            break
     lines = [line for line in lines if line] or [""]
     if len(lines) > max_lines:
         lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]} ..."]
@@ -45,11 +51,14 @@ def wrap(text: str, size: int, width: int, max_lines: int = 4) -> list[str]:
 
 def shorten(text: str, size: int, width: int) -> str:
     """`text`, cut with an ellipsis where it is wider than `width` pixels."""
-    if font(size).getlength(text) <= width:
+    if font(size).getlength(text[:_LONGEST]) <= width and len(text) <= _LONGEST:
         return text
-    while text and font(size).getlength(f"{text}...") > width:
-        text = text[:-1]
-    return f"{text}..."
+
+    def pixels(letters: int) -> int:
+        return math.ceil(font(size).getlength(f"{text[:letters]}..."))
+
+    fits = bisect.bisect_right(range(_LONGEST), width, key=pixels) - 1
+    return f"{text[: max(0, fits)]}..."
 
 
 @dataclass(frozen=True)

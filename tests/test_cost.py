@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 import ivtp
 from ivtp.config import Geometry
 from ivtp.errors import ConfigError, LoadError, UnsupportedModelError
-from ivtp.flops import FlopsReport, Relevance, count_flops, flops, sizes
+from ivtp.cost import FlopsReport, Relevance, count_flops, flops, sizes
 
 SEVEN_B = "llava-1.5-7b"
 PARTS = ("vision", "projector", "llm", "head", "pruning")

@@ -1,0 +1,140 @@
+"""A batch of prompts as the user gave it: text, image slots, padding, and what is an answer to train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ivtp.core.sequence import Placeholders, TokenSequence
+from ivtp.errors import InputError
+from ivtp.hosts.base import Host
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The text of one prompt, without image slots, padding and answer: ids and their columns."""
+
+    ids: list[int]
+    columns: list[int]
+    last_image_column: int
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What one prefill is asked to read. `Batch` rows, `T` columns, N slots for each image."""
+
+    ids: Tensor  # (B, T)
+    pixels: Tensor  # (I, 3, H, W)
+    tokens: TokenSequence
+    slots: Placeholders
+    image_of_slot: list[int]
+    """For every image of the rows, row by row, which of the I given images it is."""
+    answer: Tensor | None
+    """(B, T) bool: the first answer and all behind it, which must not lead the pruning, as at inference."""
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Images in each row."""
+        return self.slots.images
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+    def texts(self) -> list[TextTokens]:
+        """The text of every row, on the host."""
+        ids, slots, valid = self.ids.tolist(), self.slots.mask.tolist(), self.tokens.valid.tolist()
+        answer = None if self.answer is None else self.answer.tolist()
+        texts = []
+        for row in range(len(ids)):
+            stop = answer[row].index(True) if answer and True in answer[row] else self.length
+            columns = [c for c in range(stop) if valid[row][c] and not slots[row][c]]
+            last = max((c for c in range(self.length) if slots[row][c]), default=-1)
+            texts.append(TextTokens([ids[row][c] for c in columns], columns, last))
+        return texts
+
+    def answer_in(self, sequence: TokenSequence) -> Tensor | None:
+        """(B, T') bool: the text columns of `sequence` that belong to the answer; None without one."""
+        if self.answer is None:
+            return None
+        return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
+
+
+def read_prompts(inputs: dict[str, Any], host: Host, labels: Tensor | None, repeats: int) -> PromptBatch:
+    """Check the model's inputs and find the image slots. Raises `InputError`; nothing has run by then.
+
+    `repeats` rows in a row are copies of one prompt (beams); their images are given, and will be encoded, once.
+    """
+    _check_cache(inputs.get("past_key_values"))
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        raise InputError(
+            "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
+        )
+    pixels = inputs["pixel_values"]
+    slots = _find_slots(ids, host, pixels.shape[0], repeats)
+    tokens = _describe(ids, mask, inputs.get("position_ids"))
+    answer = _answer(labels, ids, tokens.valid & ~slots.mask)
+    return PromptBatch(ids, pixels, tokens, slots, _image_of_slot(slots.images, repeats), answer)
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is None:
+        return
+    if cache.get_seq_length() > 0:
+        raise InputError(
+            "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
+        )
+    if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise InputError(
+            f"a {type(cache).__name__} with fixed or transformed layers cannot shrink; "
+            'use the default dynamic cache (no cache_implementation="static")'
+        )
+
+
+def _find_slots(ids: Tensor, host: Host, images: int, repeats: int) -> Placeholders:
+    patches = host.size.num_patches
+    mask = ids == host.image_token
+    counts = mask.sum(dim=1).tolist()
+    if sum(counts) != images * patches * repeats or any(c % patches for c in counts):
+        raise InputError(
+            f"the prompt has {sum(counts)} image slots for {images} image(s) of {patches} patches each; "
+            "build it with the model's processor, one <image> for each picture"
+        )
+    return Placeholders(mask, tuple(c // patches for c in counts), patches)
+
+
+def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:
+    found: list[int] = []
+    first = 0
+    for row in range(0, len(images), repeats):
+        own = list(range(first, first + images[row]))
+        found.extend(own * repeats)
+        first += images[row]
+    return found
+
+
+def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None) -> TokenSequence:
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().to(ids.device)
+    rows: list[list[bool]] = valid.tolist()
+    slack = tuple(row.index(True) if True in row else len(row) for row in rows)
+    holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
+    position = columns if position is None else position.expand_as(ids)
+    return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)
+
+
+def _answer(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None:
+    """What `PromptBatch.answer` says. A row whose whole text is labelled tells no question from an answer: none."""
+    if labels is None or labels.shape != ids.shape:
+        return None
+    labelled = (labels.to(ids.device) != -100) & text
+    everything = (labelled == text).all(dim=1, keepdim=True)
+    return (labelled.cumsum(dim=1) > 0) & ~everything
