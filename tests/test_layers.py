@@ -13,7 +13,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trace", "errors", "registry"),
     ("core", "cost"),
     ("methods", "hosts", "compressors"),
-    ("plug", "generate", "images", "instruction", "guide", "probe", "prompt", "stages", "decode", "report"),
+    ("plug", "generate", "images", "instruction", "guide", "probe", "prompt", "prefill", "stages", "decode", "report"),
     ("micro", "evaluation", "training", "visualize", "benchmark"),
     ("cli", "console", "server"),
 )
@@ -61,6 +61,8 @@ def complaint(here: tuple[str, ...], target: tuple[str, ...]) -> str | None:
     if not target:
         return "imports the façade, which imports everything" if LAYER[here[0]] < 4 else None
     room, other = here[0], target[0]
+    if other not in LAYER:
+        return f"imports {other}, which is in no layer"
     if LAYER[other] > LAYER[room]:
         return f"layer {LAYER[room]} imports {'.'.join(target)} of layer {LAYER[other]}"
     if room == other:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
+import importlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +25,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ivtp
+import ivtp.plug  # adds its own attention kernel to the shared table once, when it is imported
 from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import AttachError, ConfigError
 
@@ -56,7 +57,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
             if hasattr(module, attribute):
                 found[f"{name}.{attribute}"] = repr(vars(getattr(module, attribute)))
     for name in SHARED:
-        module = sys.modules[name]
+        module = importlib.import_module(name)
         found[name] = {k: id(v) for k, v in vars(module).items() if callable(v)}
         for klass in (v for v in vars(module).values() if isinstance(v, type)):
             found[f"{name}.{klass.__name__}"] = {k: id(v) for k, v in vars(klass).items() if callable(v)}

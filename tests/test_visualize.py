@@ -135,6 +135,23 @@ def test_a_page_shows_used_words_and_the_threshold() -> None:
     assert ImageChops.difference(page, no_line).getbbox()
 
 
+@pytest.mark.parametrize("number", [0, 1, 3, 30, 60])
+@pytest.mark.parametrize("fallback", [False, True])
+def test_nothing_is_clipped_at_the_margins(number: int, fallback: bool) -> None:
+    words = [Word(f"extraordinary{i}", (-1) ** i * i / 100, i > 20 and not fallback) for i in range(number)]
+    trace = two_stages([0, 1, 7], [7], words)
+    trace.fallback[:] = [fallback]
+    panels = [Panel("IVTP " * 9, trace, "yes " * 40, "-46.8%")]
+    question = "Is it? " * 60
+    for page in (
+        draw(noise((120, 80)), trace, question=question, answer="no " * 99, threshold=0.2),
+        draw_comparison(noise((120, 80)), [(question, panels)], threshold=0.2),
+    ):
+        pixels = np.asarray(page)
+        for margin in (pixels[:, :8], pixels[:, -8:], pixels[:8], pixels[-4:]):
+            assert (margin == 255).all()
+
+
 def test_long_instructions_stay_on_the_page() -> None:
     words = [Word(f"word{i}" * (1 + i % 5), (i * 37 % 100) / 200, i % 7 == 0) for i in range(2000)]
     trace = two_stages([0, 1], [1], words)

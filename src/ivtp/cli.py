@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
@@ -217,11 +218,11 @@ def _compare(model: Any, processor: Any, photo: Any, question: str, keep: int | 
     table = Table("", "answer", "visual tokens", "prefill", "time", box=None, pad_edge=False)
     panels = []
     for title, method in (("all tokens", "none"), ("TopK", "topk"), ("IVTP", "ivtp")):
-        with err.status(f"{title}: {question}"):
+        with err.status(escape(f"{title}: {question}")):
             for _ in range(2):  # the first call of each kind pays for set-up; the second is the one that is timed
                 answer = answer_question(model, processor, photo, question, method=method, keep=keep)
         cost = Cost.of(model, processor, photo, question, answer.trace)
-        table.add_row(title, answer.text, cost.tokens(), cost.flops(), f"{1000 * answer.seconds:.0f} ms")
+        table.add_row(title, escape(answer.text), cost.tokens(), cost.flops(), f"{1000 * answer.seconds:.0f} ms")
         panels.append(Panel(f"{title}: {cost.tokens()}", answer.trace, answer.text, cost.flops()))
     return table, panels
 
@@ -234,7 +235,7 @@ def _two_questions(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _load(model: str) -> tuple[Any, Any]:
-    with err.status(f"loading {model}"):
+    with err.status(escape(f"loading {model}")):
         from transformers.utils import logging
 
         from ivtp.generate import load

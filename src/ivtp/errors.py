@@ -7,6 +7,12 @@ class IvtpError(Exception):
     """Root of all errors that this library raises on purpose."""
 
 
+def short_reason(error: BaseException) -> str:
+    """What another library says went wrong, in at most one short line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+
+
 class ConfigError(IvtpError, ValueError):
     """An option is unknown or out of range."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ivtp.config import PruneConfig
-from ivtp.errors import LoadError
+from ivtp.errors import LoadError, short_reason
 from ivtp.images import load_image
 from ivtp.plug import attach
 from ivtp.trace import PruneTrace
@@ -44,9 +44,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadError(
-            f"model {str(name)!r} could not be loaded ({reason}); "
+            f"model {str(name)!r} could not be loaded ({short_reason(error)}); "
             'use "micro", a folder with a transformers checkpoint, or a hub id'
         ) from None
     return model.to(device).eval(), processor

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.relevance import Span
-from ivtp.errors import ConfigError, LoadError
+from ivtp.errors import ConfigError, LoadError, short_reason
 
 _SENTINEL = "instruction-goes-here"
 
@@ -162,8 +162,7 @@ def _load_clip(source: str | Path) -> tuple[Any, Any]:
     try:
         return CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise LoadError(
-            f"the CLIP text side {str(source)!r} could not be loaded ({reason}); pass clip=(model, tokenizer), "
-            'a folder or a hub id, or use a guide that needs none: guide="visual" or guide="text"'
+            f"the CLIP text side {str(source)!r} could not be loaded ({short_reason(error)}); "
+            'pass clip=(model, tokenizer), a folder or a hub id, or use a guide without CLIP: "visual" or "text"'
         ) from None

@@ -120,6 +120,15 @@ class LlavaHost(Host):
         self.vision_layers = tower.encoder.layers
         self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.image_token = inner.config.image_token_id
+        text: Any = inner.config.text_config
+        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * bool(
+            getattr(text, "sliding_window", None)
+        )
+        if "sliding_attention" in kinds:
+            raise UnsupportedModelError(
+                f"the decoder ({text.model_type}) has sliding-window layers, which do not see the whole prompt; "
+                "a decoder with full attention in every layer can be pruned"
+            )
         needed = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
         missing = [n for n in needed if not hasattr(self.text_layers[0], n)]
         if missing:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ivtp.errors import ConfigError
 from ivtp.trace import PruneTrace
 from ivtp.visualize.patches import OUTLINE, Fate, as_seen, fates, paint
-from ivtp.visualize.text import INK, MUTED, Bars, font, wrap
+from ivtp.visualize.text import INK, MUTED, Bars, font, shorten, wrap
 
 _MARGIN = 24
 _SIDE = 432
@@ -109,11 +109,11 @@ def _strip(picture: Image.Image, question: str, panels: Sequence[Panel], thresho
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
     for index, (panel, picture_of, fate) in enumerate(zip(panels, painted, maps, strict=True)):
         left = _MARGIN + index * (side + _MARGIN)
-        pen.text((left, top - 26), panel.title, MUTED, font(17))
+        pen.text((left, top - 26), shorten(panel.title, 17, side), MUTED, font(17))
         page.paste(picture_of, (left, top))
         _lines(pen, answers[index], left, below, 20, 28)
         note = below + 28 * max(len(a) for a in answers)
-        pen.text((left, note), panel.note, MUTED, font(14))
+        pen.text((left, note), shorten(panel.note, 14, side), MUTED, font(14))
         if fate is not None:
             _legend(page, fate, left, note + 26)
     if bars:

@@ -88,7 +88,7 @@ class Bars:
     @property
     def height(self) -> int:
         """Pixels that the list takes, heading and notes included."""
-        return 56 + _ROW * -(-len(self._shown) // self._columns) + 44
+        return 56 + _ROW * -(-len(self._shown) // self._columns) + 62
 
     def draw(self, page: Image.Image, left: int, top: int) -> None:
         """Put the list on `page`."""
@@ -103,7 +103,7 @@ class Bars:
         hidden = len(self.words) - len(shown)
         notes = [f"... and {hidden} less relevant words"] if hidden else []
         if self.fallback:
-            notes.append("No word passed: the image's own CLS token was the guide")
+            notes += ["no word passed the threshold:", "the image's own CLS token was the guide"]
         elif any(w.used for w in shown):
             pen.rectangle((left, below + 3, left + 11, below + 14), USED)
             pen.text((left + 18, below), "words that made the pseudo CLS token", MUTED, font(13))

@@ -1,0 +1,109 @@
+"""Rollout rows against full matrices (Eq. 2-4)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ivtp.core.rollout import AttentionTap, attention_row, importance, rollout_row, weighted_column_sum
+
+AGGREGATIONS = ("residual", "mean", "max", "multiply", "layer")
+
+
+def make_taps(
+    seed: int, layers: int, length: int, *, causal: bool, padding: int = 0, groups: int = 2
+) -> list[AttentionTap]:
+    generator = torch.Generator().manual_seed(seed)
+    valid = None
+    if padding:
+        valid = torch.ones(2, length, dtype=torch.bool)
+        valid[1, :padding] = False
+
+    def draw(heads: int) -> Tensor:
+        return torch.randn(2, heads, length, 8, generator=generator) * 2
+
+    return [AttentionTap(draw(4), draw(4 // groups), draw(4 // groups), 8**-0.5, causal, valid) for _ in range(layers)]
+
+
+def full_map(tap: AttentionTap) -> Tensor:
+    """(B, T, T), float64, every head spelt out."""
+    query, key = tap.query.double(), tap.key.double()
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = query @ key.transpose(2, 3) * tap.scale
+    if tap.causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), float("-inf"))
+    if tap.valid is not None:
+        logits = logits.masked_fill(~tap.valid[:, None, None], float("-inf"))
+    return logits.softmax(-1).nan_to_num().mean(1)
+
+
+def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
+    if aggregation == "layer":
+        return maps[-1]
+    if aggregation in ("mean", "max"):
+        return torch.stack(maps).mean(0) if aggregation == "mean" else torch.stack(maps).amax(0)
+    eye = torch.eye(maps[0].shape[-1], dtype=torch.float64) if aggregation == "residual" else 0.0
+    share = 2 if aggregation == "residual" else 1
+    product = (maps[0] + eye) / share
+    for attention in maps[1:]:
+        product = (attention + eye) / share @ product
+    return product
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    layers=st.integers(1, 4),
+    length=st.integers(2, 40),
+    causal=st.booleans(),
+    padding=st.integers(0, 1),
+    groups=st.sampled_from([1, 2, 4]),
+    aggregation=st.sampled_from(AGGREGATIONS),
+)
+def test_the_row_is_the_row_of_the_product(
+    seed: int, layers: int, length: int, causal: bool, padding: int, groups: int, aggregation: str
+) -> None:
+    taps = make_taps(seed, layers, length, causal=causal, padding=padding, groups=groups)
+    reference = -1 if causal else 0
+    if padding and not causal:
+        reference = length - 1  # row 1's first token is padding: it is no reference
+    row = rollout_row(taps, reference, aggregation)
+    expected = full_rollout([full_map(tap) for tap in taps], aggregation)[:, reference]
+    torch.testing.assert_close(row.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("aggregation", ["residual", "multiply", "mean"])
+def test_rows_still_sum_to_one(aggregation: str) -> None:
+    row = rollout_row(make_taps(3, 3, 20, causal=True, padding=4), -1, aggregation)
+    torch.testing.assert_close(row.sum(1), torch.ones(2))
+
+
+@given(block=st.integers(1, 50))
+def test_the_block_size_changes_nothing(block: int) -> None:
+    (tap,) = make_taps(5, 1, 33, causal=True)
+    weights = torch.rand(2, 33, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(weighted_column_sum(tap, weights, block), weighted_column_sum(tap, weights))
+
+
+def test_the_answer_is_hidden_from_the_last_row_alone() -> None:
+    (tap,) = make_taps(7, 1, 12, causal=True)
+    answer = torch.zeros(2, 12, dtype=torch.bool)
+    answer[:, 8:11] = True
+    blind = AttentionTap(tap.query, tap.key, tap.value, tap.scale, True, None, answer)
+    assert (attention_row(blind, -1)[answer] < 1e-6).all()
+    torch.testing.assert_close(attention_row(blind, 10), attention_row(tap, 10))
+
+
+def test_importance_is_a_share_among_visual_tokens() -> None:
+    """Eq. 4 by hand: two visual tokens with equal attention, one with twice the value norm."""
+    row = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
+    value = torch.zeros(1, 2, 4, 3)
+    value[0, 0, 1] = torch.tensor([3.0, 0.0, 0.0])
+    value[0, 1, 1] = torch.tensor([0.0, 4.0, 0.0])  # norm 5 over both heads
+    value[0, 0, 2, 0] = 10.0
+    value[0, 0, 0, 0] = 99.0  # CLS does not count
+    visual = torch.tensor([[False, True, True, False]])
+    torch.testing.assert_close(importance(row, value, visual), torch.tensor([[0.0, 1 / 3, 2 / 3, 0.0]]))

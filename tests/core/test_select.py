@@ -1,0 +1,49 @@
+"""Selection of tokens."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ivtp.core.select import keep_highest, right_aligned, take
+
+rows = st.integers(1, 4)
+columns = st.integers(1, 30)
+
+
+@given(rows, columns, st.integers(0, 30), st.integers(0, 1000), st.booleans())
+def test_the_highest_candidates_stay(batch: int, length: int, count: int, seed: int, ties: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, length, generator=generator)
+    scores = (scores * 3).round() if ties else scores
+    candidates = torch.rand(batch, length, generator=generator) > 0.3
+    keep = keep_highest(scores, candidates, count)
+    for row in range(batch):
+        pool = [i for i in range(length) if candidates[row, i]]
+        best = sorted(pool, key=lambda i: (-float(scores[row, i]), i))[:count]
+        assert sorted(best) == keep[row].nonzero().flatten().tolist()
+
+
+def test_each_row_may_have_its_own_count() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    keep = keep_highest(scores, torch.ones(2, 3, dtype=torch.bool), torch.tensor([1, 2]))
+    assert keep.tolist() == [[True, False, False], [False, True, True]]
+
+
+@given(rows, columns, st.integers(0, 1000))
+def test_kept_columns_end_up_at_the_right_in_order(batch: int, length: int, seed: int) -> None:
+    keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) > 0.5
+    width = int(keep.sum(1).max())
+    index = right_aligned(keep, width)
+    for row in range(batch):
+        kept = keep[row].nonzero().flatten().tolist()
+        assert index[row, width - len(kept) :].tolist() == kept
+
+
+def test_take_gathers_along_any_dimension() -> None:
+    tensor = torch.arange(2 * 3 * 5 * 4).view(2, 3, 5, 4)
+    index = torch.tensor([[4, 0], [1, 3]])
+    taken = take(tensor, index, dim=2)
+    assert torch.equal(taken[0], tensor[0][:, [4, 0]])
+    assert torch.equal(taken[1], tensor[1][:, [1, 3]])

@@ -1,0 +1,67 @@
+"""Every registered model family, found by enumerating the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ivtp
+from ivtp.errors import LoadError, UnsupportedModelError
+from ivtp.plug import find_host
+from ivtp.registry import host_class, list_hosts
+
+HOSTS = list_hosts()
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_parts_are_where_the_geometry_says(name: str) -> None:
+    model, _ = host_class(name).tiny()
+    host = find_host(model)
+    assert host.name == name
+    assert host.size.vision_layers <= len(host.vision_layers)
+    assert host.size.text_layers == len(host.text_layers)
+    assert host.geometry(model.config) == host.size
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_halves_of_a_layer_make_the_layer(name: str) -> None:
+    """`attend` and `feed_forward` are the stock layer cut in two."""
+    host = find_host(host_class(name).tiny()[0])
+    hidden = torch.randn(2, 7, host.size.vision_hidden, generator=torch.Generator().manual_seed(0))
+    layer = host.vision_layers[0]
+    with torch.no_grad():
+        halves = host.feed_forward("vision", layer, host.attend("vision", layer, hidden, None))
+        torch.testing.assert_close(halves, layer(hidden, None))
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_tiny_is_the_same_every_time(name: str) -> None:
+    first, second = (host_class(name).tiny()[0].state_dict() for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_settings_outside_the_family_are_refused() -> None:
+    config = host_class("llava").tiny()[0].config
+    config.vision_feature_layer = [-2, -3]
+    with pytest.raises(UnsupportedModelError, match="one feature layer"):
+        host_class("llava").geometry(config)
+
+
+def test_a_checkpoint_recommends_its_options(tmp_path: Path) -> None:
+    model, _ = host_class("llava").tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "group_layers": 2, "threshold": 0.3}))
+    loaded = type(model).from_pretrained(tmp_path)
+    with ivtp.attach(loaded, None, keep=4, guide="text", group_layers=1) as pruner:
+        assert (pruner.config.llm_layers, pruner.config.group_layers, pruner.config.threshold) == (5, 1, 0.3)
+
+
+def test_a_broken_sidecar_says_so(tmp_path: Path) -> None:
+    model, _ = host_class("llava").tiny()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "ivtp.json").write_text("{")
+    with pytest.raises(LoadError, match=r"ivtp.json"):
+        ivtp.attach(type(model).from_pretrained(tmp_path), None, keep=4, guide="text")

@@ -1,0 +1,284 @@
+"""The command line as a user meets it: what is printed where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+from tiny import NUM_PATCHES, QUESTIONS, Tiny, image
+
+import ivtp
+from ivtp import cli
+
+
+class Result(NamedTuple):
+    """What one command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `ivtp ARGUMENTS` in this process."""
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def command(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ivtp", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert isinstance(end.value.code, int)
+        return Result(end.value.code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as the embedded one is built: stock checkpoint, processor, CLIP side, recommendations."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.model().save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    for part in tiny.clip:
+        part.save_pretrained(folder / "clip")
+    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image file."""
+    file = tmp_path_factory.mktemp("photos") / "photo.png"
+    image(3).save(file)
+    return file
+
+
+def one_line(text: str) -> str:
+    """The only line of the error output."""
+    lines = text.strip().splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# ---- ask ------------------------------------------------------------------------------------------------------
+
+ASK_KEYS = ["answer", "model", "method", "tokens", "flops", "seconds", "stages", "words", "fallback", "picture"]
+
+
+def ask(run: Run, photo: Path, checkpoint: Path, *more: object) -> Result:
+    """`ivtp ask` with the tiny model at 8 tokens."""
+    return run("ask", photo, QUESTIONS[0], "--model", checkpoint, "--keep", 8, "--max-new-tokens", 4, *more)
+
+
+def test_ask_json_is_complete_and_alone(run: Run, photo: Path, checkpoint: Path, tiny: Tiny) -> None:
+    result = ask(run, photo, checkpoint, "--json")
+    assert result.code == 0
+    document = json.loads(result.out)
+    assert list(document) == ASK_KEYS
+    assert document["tokens"] == {"all": NUM_PATCHES, "kept": 8}
+    assert 0 < document["flops"]["pruned"] < document["flops"]["full"]
+    assert document["words"][0].keys() == {"text", "score", "used"}
+    assert [w["text"] for w in document["words"]][:2] == ["What", "is"]
+    kept = document["stages"][-1]["kept"]
+    assert kept == sorted(set(kept))
+    assert len(kept) == 8
+    model, processor = ivtp.load(checkpoint)
+    answer = ivtp.ask(model, processor, photo, QUESTIONS[0], keep=8, max_new_tokens=4)
+    assert document["answer"] == answer.text
+    assert answer.trace is not None
+    assert kept == answer.trace.kept()[0].tolist()
+
+
+def test_ask_puts_the_answer_on_stdout_and_the_rest_on_stderr(run: Run, photo: Path, checkpoint: Path) -> None:
+    result = ask(run, photo, checkpoint)
+    assert result.code == 0
+    assert result.out.strip() == json.loads(ask(run, photo, checkpoint, "--json").out)["answer"]
+    assert f"8 of {NUM_PATCHES} visual tokens" in result.err
+    assert "%" in result.err
+    assert "guided by" in result.err
+
+
+def test_brackets_in_a_question_are_no_markup(run: Run, photo: Path, checkpoint: Path) -> None:
+    result = run("ask", photo, "[/b] What is [red]?", "--model", checkpoint, "--keep", 8, "--max-new-tokens", 1)
+    assert result.code == 0
+
+
+def test_ask_without_pruning(run: Run, photo: Path, checkpoint: Path) -> None:
+    document = json.loads(ask(run, photo, checkpoint, "--json", "--method", "none").out)
+    assert document["tokens"] == {"all": NUM_PATCHES, "kept": NUM_PATCHES}
+    assert document["flops"]["full"] == document["flops"]["pruned"]
+    assert document["stages"] == []
+    assert document["words"] == []
+
+
+def test_ask_options_reach_the_method(run: Run, photo: Path, checkpoint: Path) -> None:
+    def stages(*more: object) -> list[dict[str, object]]:
+        found = json.loads(ask(run, photo, checkpoint, "--json", *more).out)["stages"]
+        assert isinstance(found, list)
+        return found
+
+    random = "--method", "random"
+    assert stages(*random, "--seed", 1) == stages(*random, "--seed", 1)
+    assert stages(*random, "--seed", 1) != stages(*random, "--seed", 2)
+    assert len(stages("--method", "topk", "--option", "where=layers")) > len(stages("--method", "topk")) == 1
+    assert {s["where"] for s in stages("--option", "stages=llm")} == {"llm"}
+    used = [
+        [w["used"] for w in json.loads(ask(run, photo, checkpoint, "--json", "--threshold", t).out)["words"]]
+        for t in (-1, 1)
+    ]
+    assert all(used[0])
+    assert not any(used[1])
+
+
+@pytest.mark.parametrize("method", ["ivtp", "topk", "none"])
+def test_ask_draws_a_picture(run: Run, photo: Path, checkpoint: Path, tmp_path: Path, method: str) -> None:
+    file = tmp_path / "out.png"
+    result = ask(run, photo, checkpoint, "--json", "--method", method, "--picture", file)
+    assert json.loads(result.out)["picture"] == str(file)
+    with Image.open(file) as drawn:
+        assert drawn.width > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--keep", "0"], "keep=0"),
+        (["--keep", str(NUM_PATCHES + 1)], f"1..{NUM_PATCHES}"),
+        (["--keep", "300%"], "300%"),
+        (["--keep", "nan"], "keep='nan'"),
+        (["--method", "ivpt"], "did you mean ivtp"),
+        (["--threshold", "7"], "cosine"),
+        (["--option", "guide"], "NAME=VALUE"),
+        (["--option", "guide=nobody"], "instruction"),
+        (["--option", "nothing=1"], "nothing"),
+        (["--picture", "out.docx"], "suffix"),
+        (["--picture", "nowhere/out.png"], "does not exist"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_code_2(
+    run: Run, photo: Path, checkpoint: Path, arguments: list[str], words: str
+) -> None:
+    result = run("ask", photo, "Hello?", "--model", checkpoint, "--keep", 8, *arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert words in one_line(result.err)
+
+
+def test_bad_images_are_code_2_before_a_model_is_loaded(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    for bad in (tmp_path / "missing.png", tmp_path, text):
+        result = run("ask", bad, "Hello?", "--model", tmp_path / "no-model")
+        assert result.code == 2
+        assert str(bad) in one_line(result.err)
+
+
+def test_a_missing_model_is_code_1(run: Run, photo: Path, tmp_path: Path) -> None:
+    result = run("ask", photo, "Hello?", "--model", tmp_path)
+    assert result.code == 1
+    assert str(tmp_path) in one_line(result.err)
+
+
+@pytest.mark.parametrize("arguments", [["ask"], ["flops", "--no-such-option"], ["dance"], ["samples"]])
+def test_usage_errors_are_code_2(run: Run, arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Usage" in result.err
+
+
+# ---- flops, methods, samples, demo ----------------------------------------------------------------------------
+
+
+def test_flops_prints_the_published_saving(run: Run) -> None:
+    result = run("flops", "--model", "llava-1.5-7b", "--keep", 64, "--text", 512)
+    assert result.code == 0
+    total = next(line for line in result.out.splitlines() if line.startswith("total")).split()
+    assert total[1:] == ["15.4", "8.2"]
+    assert "-46.8%" in result.out
+
+
+def test_flops_json(run: Run) -> None:
+    document = json.loads(run("flops", "--json", "--method", "topk", "--option", "where=layers").out)
+    assert list(document) == [
+        "model",
+        "method",
+        "keep",
+        "text_tokens",
+        "batch",
+        "images",
+        "full",
+        "pruned",
+        "saving",
+    ]
+    assert list(document["full"]) == ["vision", "projector", "llm", "head", "pruning", "total"]
+    assert round(document["pruned"]["total"] / 1e12, 1) == 8.0
+    assert document["saving"] == pytest.approx(1 - document["pruned"]["total"] / document["full"]["total"])
+
+
+def test_flops_takes_lists_and_shares(run: Run) -> None:
+    two = json.loads(run("flops", "--json", "--option", "schedule=133,64").out)
+    assert two["keep"] == 64
+    assert json.loads(run("flops", "--json", "--keep", "11%").out)["keep"] == 63
+    assert run("flops", "--model", "no-such-model").code == 1
+
+
+def test_methods_lists_every_method(run: Run) -> None:
+    rows = json.loads(run("methods", "--json").out)
+    assert [row["name"] for row in rows] == ivtp.list_methods()
+    assert set(rows[0]) == {"name", "title", "year", "stage", "guided", "trainable", "merges", "paper"}
+    table = run("methods").out
+    assert all(row["name"] in table and row["title"] in table for row in rows)
+
+
+def test_samples_are_written_with_questions(run: Run, tmp_path: Path) -> None:
+    result = run("samples", tmp_path / "new", "--count", 2, "--seed", 5)
+    assert result.code == 0
+    files = result.out.split()
+    assert [Path(f).suffix for f in files] == [".png", ".png", ".json"]
+    assert all(Path(f).is_file() for f in files)
+    entries = json.loads(Path(files[-1]).read_text())
+    assert all(entry["questions"][0]["text"] and entry["questions"][0]["answer"] for entry in entries)
+
+
+def test_demo_compares_two_questions(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("samples", tmp_path / "samples", "--count", 1)
+    monkeypatch.setattr("ivtp.cli._SAMPLES", tmp_path / "samples")
+    monkeypatch.setattr("ivtp.generate._MICRO", checkpoint)
+    result = run("demo", "--output", tmp_path / "shown", "--keep", 8)
+    assert result.code == 0, result.err
+    asked = [line for line in result.out.splitlines() if "right answer" in line]
+    assert len(asked) == len(set(asked)) == 2
+    for title in ("all tokens", "TopK", "IVTP"):
+        assert sum(line.startswith(title) for line in result.out.splitlines()) == 2
+    assert f"8 of {NUM_PATCHES}" in result.out
+    with Image.open(tmp_path / "shown" / "demo.png") as drawn:
+        assert drawn.width > 1000
+        assert drawn.height > 1000
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").out.strip() == f"ivtp {ivtp.__version__}"
+    assert "ask" in run("--help").out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    began = time.perf_counter()
+    code = "import sys; sys.argv = ['ivtp', '--help']\nfrom ivtp.cli import app\napp(standalone_mode=False)\n"
+    code += "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert time.perf_counter() - began < 20  # a second on a quiet machine; the imports above would be several

@@ -1,0 +1,62 @@
+"""Configs refuse what makes no sense, in one line that says what would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ivtp.config import PruneConfig
+from ivtp.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("keep", 0),
+        ("keep", -3),
+        ("keep", float("nan")),
+        ("keep", 1.5),
+        ("keep", True),
+        ("keep", None),
+        ("keep", "300%"),
+        ("keep", "0%"),
+        ("keep", "eleven"),
+        ("group_layers", 0),
+        ("llm_layers", 2.0),
+        ("threshold", 2),
+        ("threshold", float("nan")),
+        ("threshold", "high"),
+        ("aggregation", "sum"),
+        ("guide", "image"),
+        ("stages", "none"),
+        ("positions", "new"),
+        ("cache", "drop"),
+        ("schedule", ()),
+        ("schedule", (10, 20)),
+        ("schedule", (10, 0)),
+        ("seed", -1),
+    ],
+)
+def test_bad_values(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PruneConfig(**{field: value})
+    message = str(caught.value)
+    assert field in message
+    assert "use" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(64, 64), ("11%", 63), ("100%", 576), ("0.01%", 1), ("12.5%", 72)])
+def test_keep_as_tokens(keep: int | str, expected: int) -> None:
+    assert PruneConfig(keep=keep).tokens(576) == expected
+
+
+def test_keep_beyond_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"keep=600 exceeds the 576 visual tokens of this model; use 1\.\.576"):
+        PruneConfig(keep=600).tokens(576)
+
+
+def test_unknown_keywords_become_options_of_the_method() -> None:
+    config = PruneConfig.of(method="topk", keep=9, where="layers")
+    assert config.options == {"where": "layers"}
