@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trace", "errors", "registry"),
-    ("core", "cost"),
+    ("core", "cost", "sizes"),
     ("methods", "hosts", "compressors"),
     ("plug", "generate", "images", "instruction", "guide", "probe", "prompt", "prefill", "stages", "decode", "report"),
     ("micro", "evaluation", "training", "visualize", "benchmark"),

@@ -124,7 +124,7 @@ def flops(
     ] = "llava-1.5-7b",
     method: Method = "ivtp",
     keep: Keep = "64",
-    text: Annotated[int, typer.Option(help="Text tokens of the prompt, image slots not included.")] = 512,
+    text: Annotated[int, typer.Option(help="Tokens of the prompt, with one placeholder for each image.")] = 512,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     option: Options = None,
@@ -292,14 +292,14 @@ def _threshold(model: Any, given: float | None) -> float:
 
 def _square(model: Any) -> int:
     """Side in pixels of what the vision tower sees."""
-    from ivtp.cost import sizes
+    from ivtp.sizes import sizes
 
     geometry = sizes(model).geometry
     return math.isqrt(geometry.num_patches) * geometry.patch_size
 
 
 def _draw(photo: Any, answer: Any, model: Any, question: str, threshold: float | None) -> Any:
-    from ivtp.cost import sizes
+    from ivtp.sizes import sizes
     from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 

@@ -18,6 +18,9 @@ Stages = Literal["both", "vision", "llm"]
 Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
 
+READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
+"""Guides that read the instruction with CLIP's text side."""
+
 
 @dataclass(frozen=True)
 class PruneConfig:

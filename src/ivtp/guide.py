@@ -14,9 +14,6 @@ from ivtp.instruction import ClipText, InstructionReader
 from ivtp.prompt import TextTokens
 from ivtp.trace import Word
 
-NEEDS_CLIP = ("instruction", "weighted", "clip")
-"""Guides that read the instruction with CLIP."""
-
 
 @dataclass(frozen=True)
 class Guide:

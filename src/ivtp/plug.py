@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ivtp import registry
-from ivtp.config import PruneConfig
+from ivtp.config import READS_CLIP, PruneConfig
 from ivtp.decode import continue_inputs, is_prefill
 from ivtp.errors import AttachError, ConfigError, UnsupportedModelError
-from ivtp.guide import NEEDS_CLIP, GuideMaker
+from ivtp.guide import GuideMaker
 from ivtp.hosts.base import Host
 from ivtp.instruction import ClipText, InstructionReader
 from ivtp.methods.base import Cut, Method
@@ -71,11 +71,11 @@ def find_host(model: nn.Module) -> Host:
 
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
-    config, needs_clip = method.config, method.config.guide in NEEDS_CLIP
+    config, reads_clip = method.config, method.config.guide in READS_CLIP
     if not method.plan.guide_layers:
         return GuideMaker(config, host, None, None)
     reader = InstructionReader(processor) if processor is not None else None
-    if not needs_clip:
+    if not reads_clip:
         return GuideMaker(config, host, reader, None)
     if reader is None:
         raise ConfigError(
@@ -298,7 +298,7 @@ class Pruner:
             self._running.see(where, layer, query, key, value, scale)
 
     def _check_training(self) -> None:
-        """Transformers before 5.20 re-run a layer's hooks when checkpointing recomputes it; those cannot be served."""
+        """Older transformers re-run a layer's hooks when checkpointing recomputes it; those cannot be served."""
         layer: Any = self.host.text_layers[0]
         old = "__call__" in next(c for c in type(layer).__mro__ if c.__name__ == "GradientCheckpointingLayer").__dict__
         if old and layer.training and layer.gradient_checkpointing and torch.is_grad_enabled():

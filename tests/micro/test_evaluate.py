@@ -26,7 +26,9 @@ def folder(tmp_path_factory) -> Path:
     clip = tiny_clip(len(tokenizer))
     torch.manual_seed(0)
     model = assemble(build_decoder(tokenizer, layers=6, width=64), clip, tokenizer, Projector(32, 64))
-    processor = build_processor(tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}))
+    processor = build_processor(
+        tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    )
     save_asset(path, model, processor, clip, tokenizer, threshold=0.0)
     return path
 

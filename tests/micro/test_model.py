@@ -70,7 +70,9 @@ def test_the_saved_folder_is_a_stock_checkpoint(tokenizer, tmp_path: Path) -> No
     clip = tiny_clip(len(tokenizer))
     decoder, projector = build_decoder(tokenizer, layers=2, width=64), Projector(32, 64)
     model = assemble(decoder, clip, tokenizer, projector)
-    processor = build_processor(tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}))
+    processor = build_processor(
+        tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    )
     save_asset(tmp_path, model, processor, clip, tokenizer, threshold=0.2)
     for shard in tmp_path.rglob("*.safetensors"):
         assert shard.stat().st_size < 16e6

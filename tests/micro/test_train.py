@@ -35,7 +35,9 @@ def run(tmp_path_factory, tokenizer) -> Path:
     clip = tiny_clip(len(tokenizer))
     clip.save_pretrained(folder / "vision" / "clip")
     tokenizer.save_pretrained(folder / "vision" / "clip")
-    train.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(folder / "vision" / "clip")
+    train.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}).save_pretrained(
+        folder / "vision" / "clip"
+    )
     store = folder / "features"
     build_store(clip.vision_model, [0.5] * 3, [0.25] * 3, store, 6, batch=4)
     return folder
@@ -213,7 +215,7 @@ def test_the_commands_lead_to_an_asset(run: Path, tmp_path: Path, monkeypatch) -
     shallow = str(run / "decoder" / "shallow.pt")
     for command in (
         ["decoder", "--layers", "2", "--steps", "1", "--scenes", "2"],
-        ["decoder", "--layers", "4", "--steps", "1", "--scenes", "2", "--start", shallow, "--name", "deep"],
+        ["decoder", "--layers", "4", "--steps", "1", "--scenes", "2", "--weights", shallow, "--name", "deep"],
         ["align", "--images", "4", "--steps", "2"],
         ["stage1", "--steps", "1", "--scenes", "2"],
         ["stage2", "--steps", "1", "--scenes", "2"],

@@ -85,9 +85,7 @@ def test_window_encoder_is_the_stock_tower(clip: CLIPModel, tokenizer: PreTraine
         torch.testing.assert_close(states, stock.hidden_states[-2][:, 1:], atol=2e-4, rtol=1e-3)
         expected = F.normalize(clip.visual_projection(stock.pooler_output), dim=-1)
         torch.testing.assert_close(image, expected, atol=2e-4, rtol=1e-3)
-        features = clip.get_text_features(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask
-        ).pooler_output
+        features = clip.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask).pooler_output
         _, texts = encode_texts(clip, batch.input_ids, batch.attention_mask)
         torch.testing.assert_close(texts, F.normalize(features, dim=-1), atol=1e-5, rtol=1e-4)
 
@@ -114,9 +112,7 @@ def test_labels_of_whole_images(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize(("window", "keep"), [(8, None), (12, None), (GRID, 160)])
-def test_views_are_parts_of_the_whole(
-    tokenizer: PreTrainedTokenizerFast, window: int, keep: int | None
-) -> None:
+def test_views_are_parts_of_the_whole(tokenizer: PreTrainedTokenizerFast, window: int, keep: int | None) -> None:
     table = keyword_table(tokenizer)
     whole = make_batch(SEEDS, GRID, tokenizer, table)
     part = make_batch(SEEDS, window, tokenizer, table, keep=keep)
@@ -131,9 +127,7 @@ def test_views_are_parts_of_the_whole(
         assert not (part.present[row] & ~whole.present[row]).any()
 
 
-def test_losses_are_finite_and_reach_every_weight(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_losses_are_finite_and_reach_every_weight(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
     heads = Heads(32)
     terms = losses(clip, heads, make_batch(SEEDS, 8, tokenizer, keyword_table(tokenizer)))
     assert set(terms) == set(WEIGHTS)

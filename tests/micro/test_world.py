@@ -122,10 +122,7 @@ def test_objects_are_drawn_inside_their_boxes() -> None:
 
 
 def test_splits_are_disjoint() -> None:
-    ranges = {
-        split: (split_seed(split, 0), split_seed(split, 2**40 - 1))
-        for split in ("train", "validation", "test")
-    }
+    ranges = {split: (split_seed(split, 0), split_seed(split, 2**40 - 1)) for split in ("train", "validation", "test")}
     for (_, (a, b)), (_, (c, d)) in combinations(ranges.items(), 2):
         assert b < c or d < a
     for split, index in (("dev", 0), ("train", -1), ("train", 2**40)):

@@ -85,22 +85,13 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.to(x.dtype) * x32.to(x.dtype)
 
 
-def _project(
-    x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, signed_sin: Tensor, heads: int, eps: float
-) -> Tensor:
+def _project(x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, signed_sin: Tensor, heads: int, eps: float) -> Tensor:
     """Normalised, rotated queries, keys and values of all tokens: (3, n, H, d)."""
-    qk, v = (
-        nn.functional.linear(_rms(x, norm, eps), qkv)
-        .view(x.shape[0], 3, heads, -1)
-        .transpose(0, 1)
-        .split((2, 1))
-    )
+    qk, v = nn.functional.linear(_rms(x, norm, eps), qkv).view(x.shape[0], 3, heads, -1).transpose(0, 1).split((2, 1))
     return torch.cat((_rotate(qk, cos, signed_sin), v))
 
 
-def _mix(
-    x: Tensor, context: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float
-) -> Tensor:
+def _mix(x: Tensor, context: Tensor, out: Tensor, norm: Tensor, gate_up: Tensor, down: Tensor, eps: float) -> Tensor:
     """Output projection with its residual, then the gated feed-forward with its residual."""
     x = x + nn.functional.linear(context, out)
     gate, up = nn.functional.linear(_rms(x, norm, eps), gate_up).chunk(2, dim=-1)
@@ -127,9 +118,7 @@ def _attend_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, dim=2)
 
 
-def _attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor
-) -> Tensor:
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor) -> Tensor:
     """Attention of text blocks (B, H, Q, L, d) to the image prefix (B, H, P, d) and, causally, to themselves."""
     B, H, Q, L, d = q.shape
     P = prefix_k.shape[2]
@@ -141,9 +130,7 @@ def _attend_blocks(
     return (on_prefix.reshape(B, H, Q * L, P) @ prefix_v).view(B, H, Q, L, d) + on_self @ v
 
 
-def forward_blocks(
-    model: LlamaModel, prefix: Tensor, positions: Tensor, text: TextBlocks, text_start: int
-) -> Tensor:
+def forward_blocks(model: LlamaModel, prefix: Tensor, positions: Tensor, text: TextBlocks, text_start: int) -> Tensor:
     """Final hidden states of the packed text tokens, (n, C).
 
     ``prefix`` (B, P, C) are the embeddings before the first text token of a block (begin-of-sequence, role word,
@@ -164,9 +151,7 @@ def forward_blocks(
     mask = torch.full((L, L), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        qkv_weight = torch.cat(
-            (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        ).to(dtype)
+        qkv_weight = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(dtype)
         qkv = _project(x, layer.input_layernorm.weight, qkv_weight, cos, sin, H, eps)
         of_prefix, of_text = qkv.split((n_prefix, len(text.slots)), dim=1)  # (3, n, H, d)
         pq, pk, pv = of_prefix.reshape(3, B, P, H, -1).transpose(2, 3)  # (B, H, P, d)

@@ -108,7 +108,7 @@ class SymbolicImage(nn.Module):
         super().__init__()
         self.width = width
         self.tables = nn.ModuleList(
-            nn.Embedding.from_pretrained(_ordinal(size, width) if name in _ORDINAL else _free(size, width), freeze=False)
+            nn.Embedding.from_pretrained((_ordinal if name in _ORDINAL else _free)(size, width), freeze=False)
             for name, size in FIELDS.items()
         )
 
@@ -192,9 +192,7 @@ def train_decoder(
             tracker.level += 1
 
     modules = {"decoder": decoder, "symbolic": symbolic}
-    train_loop(
-        batch, modules, optimisers, tracker, loop, checkpoint, resume=resume, after=advance, report=report
-    )
+    train_loop(batch, modules, optimisers, tracker, loop, checkpoint, resume=resume, after=advance, report=report)
     return tracker
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ivtp.flops import flops
+from ivtp.cost import flops
 from ivtp.generate import load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.oracle import compare_coverage, compare_oracle
@@ -119,7 +119,7 @@ def compare_methods(
 
 def full_flops(model: Any, processor: Any, item: Item) -> float:
     """FLOPs of one prefill without pruning."""
-    text = len(processor.tokenizer(prompt_for(processor, item.question.text)).input_ids) - 1  # less the image slot
+    text = len(processor.tokenizer(prompt_for(processor, item.question.text)).input_ids)
     return flops(model, method="none", text_tokens=text).total
 
 

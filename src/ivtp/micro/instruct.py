@@ -65,9 +65,7 @@ def answer_loss(head: nn.Linear, hidden: Tensor, text: TextBlocks) -> tuple[Tens
     return loss, right, asked
 
 
-def ask_many(
-    scene: world.Scene, rng: random.Random, count: int, weights: list[float]
-) -> list[world.Question]:
+def ask_many(scene: world.Scene, rng: random.Random, count: int, weights: list[float]) -> list[world.Question]:
     """``count`` questions about a scene, the kinds drawn by weight; kinds that the scene does not offer are skipped."""
     found: list[world.Question] = []
     while len(found) < count:

@@ -41,9 +41,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def decoder_config(
-    tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH
-) -> LlamaConfig:
+def decoder_config(tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH) -> LlamaConfig:
     """A small Llama: heads of 64, gated feed-forward of twice the width, untied embeddings."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -61,9 +59,7 @@ def decoder_config(
     )
 
 
-def build_decoder(
-    tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH
-) -> LlamaForCausalLM:
+def build_decoder(tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width: int = WIDTH) -> LlamaForCausalLM:
     """A freshly initialised decoder; what a layer adds to the residual stream starts small."""
     decoder = LlamaForCausalLM(decoder_config(tokenizer, layers=layers, width=width))
     words = decoder.model.embed_tokens.weight
@@ -159,9 +155,7 @@ def _load_tower(tower: nn.Module, clip: CLIPModel) -> None:
     tower.load_state_dict({prefix + k: v for k, v in state.items()})
 
 
-def build_processor(
-    tokenizer: PreTrainedTokenizerBase, image_processor: CLIPImageProcessor
-) -> LlavaProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerBase, image_processor: CLIPImageProcessor) -> LlavaProcessor:
     """LLaVA's processor: image and prompt in, model inputs out; it carries the chat template."""
     return LlavaProcessor(
         image_processor=image_processor,

@@ -51,16 +51,14 @@ def align_projector(
     """Regresses projected patch features onto the symbolic embeddings of the same patches.
 
     The features' mean and scale are folded into the first layer: without that the regression fails. All object
-    patches and as many background patches take part. Returns the relative squared error on the last tenth of the images.
+    patches and as many background patches take part. Returns the relative squared error on the last tenth of the
+    images.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
     images = min(images, store.count)
     held = max(1, images // 10)
-    parts = [
-        _pairs(store, list(rows), symbolic, rng)
-        for rows in (range(images - held), range(images - held, images))
-    ]
+    parts = [_pairs(store, list(rows), symbolic, rng) for rows in (range(images - held), range(images - held, images))]
     (x, y), (test_x, test_y) = parts
     mean, std = x.mean(0), x.std(0) + 1e-4
     x, test_x = (x - mean) / std, (test_x - mean) / std
@@ -86,9 +84,7 @@ def align_projector(
     return float(error)
 
 
-def _pairs(
-    store: FeatureStore, rows: list[int], symbolic: SymbolicImage, rng: random.Random
-) -> tuple[Tensor, Tensor]:
+def _pairs(store: FeatureStore, rows: list[int], symbolic: SymbolicImage, rng: random.Random) -> tuple[Tensor, Tensor]:
     """(features, symbolic embeddings) of all object patches and as many background patches, float32."""
     features, symbols = [], []
     for row in rows:
@@ -173,9 +169,7 @@ def _batch(
     head = torch.tensor(template.head, device=device)
     start = decoder.model.embed_tokens(head).to(dtype).expand(len(rows), -1, -1)
     positions = torch.arange(len(head) + PATCHES, device=device).expand(len(rows), -1)
-    hidden = forward_blocks(
-        decoder.model, torch.cat((start, image), dim=1), positions, text, template.text_start
-    )
+    hidden = forward_blocks(decoder.model, torch.cat((start, image), dim=1), positions, text, template.text_start)
     loss, right, total = answer_loss(decoder.lm_head, hidden, text)
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), right, total

@@ -25,20 +25,14 @@ def word_relevance(
     clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], image: Tensor
 ) -> list[list[tuple[str, float]]]:
     """(word, cosine with the image embedding) for each text (Eq. 5, averaged over a word's tokens)."""
-    encoded = tokenizer(
-        texts, padding=True, truncation=True, return_tensors="pt", return_offsets_mapping=True
-    )
-    states = clip.text_model(
-        input_ids=encoded.input_ids, attention_mask=encoded.attention_mask
-    ).last_hidden_state
+    encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt", return_offsets_mapping=True)
+    states = clip.text_model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
     tokens = nn.functional.normalize(clip.text_projection(states), dim=-1)  # (B, T, D)
     scores = tokens @ nn.functional.normalize(image, dim=-1)
     found = []
     for row, text in enumerate(texts):
         words: dict[tuple[int, int], list[float]] = {}
-        for (start, end), score in zip(
-            encoded.offset_mapping[row].tolist(), scores[row].tolist(), strict=True
-        ):
+        for (start, end), score in zip(encoded.offset_mapping[row].tolist(), scores[row].tolist(), strict=True):
             if end > start:
                 left = text.rfind(" ", 0, start + 1) + 1
                 right = text.find(" ", max(end - 1, left))
@@ -69,8 +63,6 @@ def choose_threshold(
 def best_split(high: Tensor, low: Tensor) -> float:
     """The value that maximises the share of ``high`` above it plus the share of ``low`` not above it."""
     candidates = torch.linspace(-0.5, 0.95, 291)
-    gain = (high[None] > candidates[:, None]).float().mean(1) + (
-        low[None] <= candidates[:, None]
-    ).float().mean(1)
+    gain = (high[None] > candidates[:, None]).float().mean(1) + (low[None] <= candidates[:, None]).float().mean(1)
     best = (gain == gain.max()).nonzero().squeeze(1)
     return float(candidates[best].mean())

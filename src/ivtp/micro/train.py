@@ -1,7 +1,7 @@
 """The training recipe of the micro model, one sub-command a stage: ``python -m ivtp.micro.train STAGE``.
 
-In order: ``vision`` (CLIP from scratch), ``decoder`` (symbolic pre-training; shallow, then ``--start`` deeper),
-``features`` (of the frozen tower), ``align`` (projector onto the symbols), ``stage1`` and ``stage2`` (LLaVA's), ``export``.
+In order: ``vision`` (CLIP from scratch), ``decoder`` (symbolic pre-training of a shallow decoder), ``features`` (of
+the frozen tower), ``align`` (projector onto the symbols), ``stage1`` and ``stage2`` (LLaVA's), ``export``.
 Every stage can be stopped at any moment and continued with ``--resume``; ``torchrun --nproc_per_node N -m
 ivtp.micro.train ...`` splits ``features``, ``stage1`` and ``stage2`` over N processes.
 """
@@ -42,13 +42,14 @@ Out = Annotated[Path, typer.Option(help="folder of all checkpoints and logs")]
 Steps = Annotated[int | None, typer.Option(help="length in steps (repeats exactly)")]
 Minutes = Annotated[float | None, typer.Option(help="length by the clock; the schedule follows it")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue this stage from its checkpoint")]
-Start = Annotated[Path | None, typer.Option(help="checkpoint whose weights a new run starts from")]
+Weights = Annotated[Path | None, typer.Option(help="checkpoint whose weights a new run starts from")]
 Scenes = Annotated[int, typer.Option(help="scenes a batch and process")]
 Seed = Annotated[int, typer.Option(help="seed of data and initialisation")]
 Threads = Annotated[int, typer.Option(help="CPU threads of this process")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 MuonRate = Annotated[float, typer.Option(help="rate of the hidden matrices")]
 AdamRate = Annotated[float, typer.Option(help="rate of everything else")]
+Layers = Annotated[int | None, typer.Option(help="deepen the decoder to so many layers: a multiple of its depth")]
 RUNS = Path("runs/micro")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -124,9 +125,9 @@ def vision(
 @app.command()
 def decoder(
     out: Out = RUNS,
-    layers: Annotated[int, typer.Option(help="depth; with --start a multiple of its depth")] = 8,
+    layers: Annotated[int, typer.Option(help="depth; with --weights a multiple of its depth")] = 8,
     name: Annotated[str, typer.Option(help="name of the checkpoint")] = "shallow",
-    start: Start = None,
+    weights: Weights = None,
     level: Annotated[int, typer.Option(help="curriculum step to begin at, 0..3")] = 0,
     minutes: Minutes = None,
     steps: Steps = None,
@@ -139,14 +140,14 @@ def decoder(
     threads: Threads = 1,
     device: Device = DEVICE,
 ) -> None:
-    """Symbolic pre-training of the decoder; ``--start shallow.pt --layers 16 --name deep`` deepens it."""
+    """Symbolic pre-training of the decoder; ``--weights shallow.pt --layers 16 --name deep`` deepens it."""
     with _stage("decoder", threads, seed) as report:
         tokenizer = tokenizer_in(out)
         model = build_decoder(tokenizer, layers=layers)
         symbolic = SymbolicImage(WIDTH)
         symbolic.speak_like(model, tokenizer)
-        if start is not None and not resume:
-            model, symbolic = deepen(decoder_from(start, tokenizer), layers), symbolic_from(start)
+        if weights is not None and not resume:
+            model, symbolic = deepen(decoder_from(weights, tokenizer), layers), symbolic_from(weights)
         model.to(device)
         symbolic.to(device)
         loop = LoopOptions(steps, minutes, muon_lr, adam_lr, cooldown, seed)
@@ -195,6 +196,7 @@ def _llava_stage(
     stage: int,
     out: Path,
     start: Path,
+    layers: int | None,
     loop: LoopOptions,
     options: StageOptions,
     resume: bool,
@@ -202,10 +204,13 @@ def _llava_stage(
     device: str,
 ) -> None:
     with _stage(f"stage {stage}", threads, loop.seed) as report:
-        tokenizer = tokenizer_in(out)
-        projector, model = projector_from(start).to(device), decoder_from(start, tokenizer).to(device)
-        model.requires_grad_(stage == 2)
-        store, path = FeatureStore(out / "features"), out / f"stage{stage}.pt"
+        tokenizer, path = tokenizer_in(out), out / f"stage{stage}.pt"
+        start = path if resume else start
+        projector, model = projector_from(start).to(device), decoder_from(start, tokenizer)
+        if layers is not None:
+            model = deepen(model, layers)
+        model.to(device).requires_grad_(stage == 2)
+        store = FeatureStore(out / "features")
         tracker = train_stage(projector, model, tokenizer, store, options, loop, path, resume=resume, report=report)
         first = rank() == 0
     if first:
@@ -215,7 +220,7 @@ def _llava_stage(
 @app.command()
 def stage1(
     out: Out = RUNS,
-    start: Start = None,
+    weights: Weights = None,
     minutes: Minutes = None,
     steps: Steps = None,
     resume: Resume = False,
@@ -229,13 +234,14 @@ def stage1(
     """LLaVA's first stage: the projector alone, on captions."""
     loop = LoopOptions(steps, minutes, 0.0, adam_lr, cooldown, seed)
     options = StageOptions(scenes=scenes, captions_only=True)
-    _llava_stage(1, out, start or out / "aligned.pt", loop, options, resume, threads, device)
+    _llava_stage(1, out, weights or out / "aligned.pt", None, loop, options, resume, threads, device)
 
 
 @app.command()
 def stage2(
     out: Out = RUNS,
-    start: Start = None,
+    weights: Weights = None,
+    layers: Layers = None,
     minutes: Minutes = None,
     steps: Steps = None,
     resume: Resume = False,
@@ -249,19 +255,20 @@ def stage2(
 ) -> None:
     """LLaVA's second stage: projector and decoder, on instructions; the vision tower stays frozen."""
     loop = LoopOptions(steps, minutes, muon_lr, adam_lr, cooldown, seed)
-    _llava_stage(2, out, start or out / "stage1.pt", loop, StageOptions(scenes=scenes), resume, threads, device)
+    options = StageOptions(scenes=scenes)
+    _llava_stage(2, out, weights or out / "stage1.pt", layers, loop, options, resume, threads, device)
 
 
 @app.command()
 def export(
     out: Out = RUNS,
-    start: Start = None,
+    weights: Weights = None,
     asset: Annotated[Path, typer.Option(help="folder to write")] = Path(__file__).parent / "assets",
     threads: Threads = 1,
 ) -> None:
     """Writes the stock checkpoint folder; the relevance threshold is chosen on validation scenes."""
     torch.set_num_threads(threads)
-    checkpoint, folder = start or out / "stage2.pt", out / "vision" / "clip"
+    checkpoint, folder = weights or out / "stage2.pt", out / "vision" / "clip"
     tokenizer, clip = tokenizer_in(out), CLIPModel.from_pretrained(folder).eval()
     clip_tokenizer, images_of = (
         AutoTokenizer.from_pretrained(folder),

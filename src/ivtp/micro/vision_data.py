@@ -92,9 +92,7 @@ def make_batch(
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
     keywords = torch.where(encoded["attention_mask"].bool(), table[ids], -2)
-    labels = {
-        key: torch.from_numpy(np.stack([v.labels[key] for v in views])) for key in views[0].labels
-    }
+    labels = {key: torch.from_numpy(np.stack([v.labels[key] for v in views])) for key in views[0].labels}
     return Batch(
         patches=torch.from_numpy(np.stack([v.patches for v in views])),
         positions=torch.from_numpy(np.stack([v.positions for v in views])),

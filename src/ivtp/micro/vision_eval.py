@@ -57,12 +57,8 @@ def evaluate(
     )
 
 
-def _encode(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]
-) -> tuple[Tensor, Tensor, Tensor]:
-    encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(
-        clip.device
-    )
+def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(clip.device)
     with torch.autocast(clip.device.type, dtype=torch.bfloat16):
         tokens, whole = encode_texts(clip, encoded["input_ids"], encoded["attention_mask"])
     return encoded["input_ids"], tokens, whole

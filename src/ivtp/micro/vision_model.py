@@ -20,9 +20,7 @@ from transformers import (
 from ivtp.micro.vision_data import CLASSES, IGNORE, Batch
 from ivtp.micro.world import PATCH, SIZE, corpus
 
-WORD_THRESHOLD = (
-    0.2  # the method's default relevance threshold: trained to be where present and absent words part
-)
+WORD_THRESHOLD = 0.2  # the method's default relevance threshold: trained to be where present and absent words part
 WORD_SCALE = 12.0
 _SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")
 
@@ -149,9 +147,7 @@ def losses(clip: CLIPModel, heads: Heads, batch: Batch) -> dict[str, Tensor]:
         target = batch.labels[key]
         if key != "object":  # attributes are read off objects only, and words off signs only
             target = torch.where(inside & ((target > 0) | (key != "text")), target, IGNORE)
-        total = F.cross_entropy(
-            values.float().flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        total = F.cross_entropy(values.float().flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="sum")
         terms[key] = total / (target != IGNORE).sum().clamp(min=1)
     terms["box"] = F.smooth_l1_loss(box.float()[inside], batch.box[inside], beta=0.02) * 10
     tokens, texts = encode_texts(clip, batch.input_ids, batch.attention_mask)

@@ -47,9 +47,7 @@ def main() -> None:
     """Command line: writes atlas.png beside this file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--font", type=Path, required=True, help="NotoColorEmoji.ttf")
-    parser.add_argument(
-        "--text-font", type=Path, required=True, help="a bold Latin font, DejaVuSans-Bold.ttf"
-    )
+    parser.add_argument("--text-font", type=Path, required=True, help="a bold Latin font, DejaVuSans-Bold.ttf")
     parser.add_argument("--out", type=Path, default=ATLAS)
     options = parser.parse_args()
     build(options.font, options.text_font).save(options.out, optimize=True)

@@ -23,9 +23,7 @@ def place(item: SceneObject) -> str:
     """Where an object is, in words: ``at the top left``, ``on the right``."""
     word = position_of(item.box)
     assert word is not None
-    return {"left": "on the left", "right": "on the right", "center": "in the center"}.get(
-        word, f"at the {word}"
-    )
+    return {"left": "on the left", "right": "on the right", "center": "in the center"}.get(word, f"at the {word}")
 
 
 def ordered(scene: Scene, axis: int = 0) -> list[int]:

@@ -89,13 +89,9 @@ def _existence(scene: Scene, rng: random.Random) -> Question | None:
     else:
         name = _absent_name(scene, rng)
     objects = tuple(i for i, item in enumerate(scene.objects) if item.name == name)
-    form = rng.choice(
-        ("is there {} in the image?", "is there {}?", "can you see {}?", "does the image show {}?")
-    )
+    form = rng.choice(("is there {} in the image?", "is there {}?", "can you see {}?", "does the image show {}?"))
     text = form.format(article(name))
-    return Question(
-        "existence", text, "yes" if objects else "no", objects or tuple(range(len(scene.objects)))
-    )
+    return Question("existence", text, "yes" if objects else "no", objects or tuple(range(len(scene.objects))))
 
 
 def _existence_on_backing(scene: Scene, rng: random.Random, index: int) -> Question:
@@ -162,9 +158,7 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
         return None
     joint = direction if direction in ("above", "below") else f"{direction} of"
     a, b = scene.objects[first].name, scene.objects[second].name
-    form = rng.choice(
-        ("is the {} {} the {}?", "is the {} located {} the {}?", "do you see the {} {} the {}?")
-    )
+    form = rng.choice(("is the {} {} the {}?", "is the {} located {} the {}?", "do you see the {} {} the {}?"))
     return Question("relation", form.format(a, joint, b), "yes" if holds else "no", (first, second))
 
 

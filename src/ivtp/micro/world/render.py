@@ -71,9 +71,7 @@ def _draw_object(image: Image.Image, draw: ImageDraw.ImageDraw, item: SceneObjec
 
 def _draw_sign(image: Image.Image, draw: ImageDraw.ImageDraw, item: SceneObject) -> None:
     x0, y0, x1, y1 = item.box
-    draw.rounded_rectangle(
-        (x0, y0, x1 - 1, y1 - 1), radius=5, fill=(244, 244, 236), outline=(60, 60, 60), width=2
-    )
+    draw.rounded_rectangle((x0, y0, x1 - 1, y1 - 1), radius=5, fill=(244, 244, 236), outline=(60, 60, 60), width=2)
     text = _text(item.text or "", x1 - x0 - 10, y1 - y0 - 12)
     image.paste(text, (x0 + (x1 - x0 - text.width) // 2, y0 + (y1 - y0 - text.height) // 2), text)
 

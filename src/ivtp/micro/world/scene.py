@@ -131,9 +131,7 @@ def _boxes(
     return placed
 
 
-def _furnish(
-    rng: random.Random, boxes: list[tuple[tuple[int, int, int, int], bool]]
-) -> tuple[SceneObject, ...]:
+def _furnish(rng: random.Random, boxes: list[tuple[tuple[int, int, int, int], bool]]) -> tuple[SceneObject, ...]:
     """Names, backings and texts; names and colours repeat often enough that counting is a question."""
     count = len(boxes)
     names = rng.sample(GLYPHS, count)
