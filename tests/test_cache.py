@@ -243,3 +243,15 @@ def test_every_method_decodes_on_its_pruned_cache(tiny: Tiny, method: str) -> No
             runs.append(torch.cat(rows, 1))
     torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
     assert LLM_LAYERS < TEXT_LAYERS
+
+
+@pytest.mark.parametrize("choice", [{}, {"positions": "compact"}], ids=str)
+def test_a_padded_cache_does_not_go_on_without_the_pruner(tiny: Tiny, choice: dict[str, Any]) -> None:
+    """Only the pruner knows which of the kept tokens are padding; the stock model would silently attend to it."""
+    inputs = tiny.inputs(*samples(tiny, "batch"))
+    model = tiny.model()
+    with torch.no_grad(), tiny.attach(model, **choice):
+        cache = model(**inputs).past_key_values
+    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+    with torch.no_grad(), pytest.raises(ivtp.IvtpError, match="pruner is attached"):
+        model(**step)

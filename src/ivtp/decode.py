@@ -29,6 +29,8 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     if not layers or not isinstance(layers[0], PrunedLayer):
         return inputs, {}
     first: PrunedLayer = layers[0]
+    for layer in layers:
+        layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     changed = dict(inputs)
     if first.shift is not None:

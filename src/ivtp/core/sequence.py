@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ivtp.core.select import right_aligned, take
+from ivtp.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,29 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.prompt_valid = prompt_valid
         self.shift = shift
         self.part = part
+        self.expected = False
+        """Whether the attached pruner has prepared the step that comes next."""
 
     def get_seq_length(self) -> int:
         """The logical length: the whole prompt and everything after it."""
         return int(super().get_seq_length()) + self.removed
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that are there, and the offset that makes column j of them the logical token j + removed."""
+        """Keys that are there, and the offset that makes column j of them the logical token j + removed.
+
+        Raises `InputError` where only an attached pruner could make the right mask and none is at work.
+        """
+        if (self.prompt_valid is not None or self.shift is not None) and not self.expected:
+            raise InputError(
+                "this cache holds a pruned prompt; go on with it while the pruner is attached, or start a new cache"
+            )
         return int(super().get_seq_length()) + query_length, self.removed
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append a step's keys and values."""
+        self.expected = False
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
 
     def crop(self, max_length: int) -> None:
         """Remove -`max_length` tokens from the end, or (a positive number) all behind that logical length."""
