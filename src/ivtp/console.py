@@ -104,7 +104,7 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
     table.add_column(f"{pruned.method}, {pruned.keep} tokens", f"{totals[1]}", justify="right")
     for name in PARTS:
         table.add_row(name, *(f"{getattr(report, name) / size:.3f}" for report in (full, pruned)))
-    out.print(f"{full.model}, {full.text_tokens} text tokens", markup=False)
+    out.print(f"{full.model}, {full.text_tokens} prompt tokens", markup=False)
     out.print(table)
     printed, exact = totals[1] / totals[0] - 1, pruned.total / full.total - 1
     out.print(f"saved: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")

@@ -9,6 +9,7 @@ embedding look-ups and decode steps. `docs/flops.md` gives the reasons and the p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,9 +20,6 @@ from ivtp.sizes import Relevance, sizes
 
 if TYPE_CHECKING:
     from ivtp.trace import TokensPerLayer, Where
-
-__all__ = ["READS_CLIP", "CutLike", "FlopsReport", "PlanLike", "Relevance", "count_flops", "flops"]
-
 
 @dataclass(frozen=True)
 class FlopsReport:
@@ -96,10 +94,10 @@ def flops(
 
     `model`: a name (`llava-1.5-7b`, `llava-1.5-13b`, `micro`), a folder or hub id whose `config.json` is on
     this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
-    counts it, with one placeholder for each image, whose place the visual tokens take. `instruction_tokens`: CLIP tokens of the user's turn; None takes the whole text, but
-    at most one CLIP context. `config`: fields of `PruneConfig` and options of the method. Raises
-    `ConfigError` for a value out of range, `UnsupportedModelError` for a family without a host, `LoadError`
-    for a model that is not there.
+    counts it, with one placeholder for each image, whose place the visual tokens take. `instruction_tokens`:
+    CLIP tokens of the user's turn; None takes the whole text, but at most one CLIP context. `config`: fields of
+    `PruneConfig` and options of the method. Raises `ConfigError` for a value out of range,
+    `UnsupportedModelError` for a family without a host, `LoadError` for a model that is not there.
     """
     for name, value, low in (("batch", batch, 1), ("images", images, 1), ("text_tokens", text_tokens, images)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -111,7 +109,7 @@ def flops(
     reads_clip = clip is not None and plan.guide_layers > 0 and asked.guide in READS_CLIP
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
-    return count_flops(
+    report = count_flops(
         geometry,
         plan,
         text_tokens=text_tokens - images,
@@ -121,6 +119,7 @@ def flops(
         instruction_tokens=instruction_tokens or 0,
         method=method,
     )
+    return dataclasses.replace(report, text_tokens=text_tokens)
 
 
 def count_flops(
