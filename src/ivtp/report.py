@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivtp.cost import Relevance, count_flops
+from ivtp.cost import count_flops
 from ivtp.prefill import Prefill
+from ivtp.sizes import Relevance
 from ivtp.stages import CutResult
 from ivtp.trace import PruneTrace, StageTrace
 
