@@ -196,7 +196,7 @@ keeps = st.integers(1, 36)
 methods = st.sampled_from(sorted(set(ivtp.list_methods()) - {"spatial"}))  # it keeps the nearest product of two sides
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(method=methods, low=keeps, high=keeps, text=st.integers(3, 400))
 def test_cost_grows_with_keep(small: Geometry, method: str, low: int, high: int, text: int) -> None:
     low, high = sorted((low, high))
@@ -206,7 +206,7 @@ def test_cost_grows_with_keep(small: Geometry, method: str, low: int, high: int,
     assert few.keep == low
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(method=methods, keep=keeps, text=st.integers(3, 400), batch=st.integers(1, 9))
 def test_batch_multiplies_every_part(small: Geometry, method: str, keep: int, text: int, batch: int) -> None:
     one, many = (flops(small, method=method, keep=keep, llm_layers=6, text_tokens=text, batch=b) for b in (1, batch))
@@ -214,7 +214,7 @@ def test_batch_multiplies_every_part(small: Geometry, method: str, keep: int, te
         assert getattr(many, part) == pytest.approx(batch * getattr(one, part), rel=1e-12)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(method=methods, text=st.integers(3, 400), images=st.integers(1, 3))
 def test_keeping_all_costs_the_full_model_and_the_choice(small: Geometry, method: str, text: int, images: int) -> None:
     full = flops(small, method="none", text_tokens=text, images=images)

@@ -202,7 +202,7 @@ def test_postscript_is_not_run() -> None:
     assert "EPS" in refused(encoded(halves(), "EPS"))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data(), kind=st.sampled_from(FORMATS))
 def test_damaged_files_never_crash(data: st.DataObject, kind: str) -> None:
     content = bytearray(encoded(Image.linear_gradient("L").resize((24, 16)).convert("RGB"), kind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
@@ -54,7 +54,6 @@ def test_a_stage_that_did_not_run_drops_nothing() -> None:
     assert (fates(PruneTrace(PATCHES, (1,))) == Fate.KEPT).all()
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_image_of_every_sample_gets_its_own_patches(data: st.DataObject) -> None:
     images = tuple(data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))

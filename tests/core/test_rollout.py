@@ -53,7 +53,7 @@ def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
     return product
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 10_000),
     layers=st.integers(1, 4),
