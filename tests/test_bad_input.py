@@ -157,7 +157,8 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 def test_empty_question(tiny: Tiny, model: Any, question: str, method: str) -> None:
     """No words, no relevance: the visual CLS token is the guide."""
     sample = tiny.sample(question, seed=10)
-    with torch.no_grad(), tiny.attach(model, method=method, threshold=1.0) as pruner:
+    threshold = {"threshold": 1.0} if method == "ivtp" else {}
+    with torch.no_grad(), tiny.attach(model, method=method, **threshold) as pruner:
         logits = model(**tiny.inputs(sample)).logits
     assert logits.isfinite().all()
     assert pruner.trace.kept().shape == (1, 8)

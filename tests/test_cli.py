@@ -164,7 +164,18 @@ def test_ask_draws_a_picture(run: Run, photo: Path, checkpoint: Path, tmp_path: 
         (["--option", "guide"], "NAME=VALUE"),
         (["--option", "guide=nobody"], "instruction"),
         (["--option", "nothing=1"], "nothing"),
+        (["--option", "keep=8"], "use --keep"),
+        (["--option", "max_new_tokens=8"], "use --max-new-tokens"),
+        (["--option", "seed=3"], "use --seed"),
+        (["--option", "threshold=0.3"], "use --threshold"),
+        (["--option", "clip=clip"], "clip"),
+        (["--option", "config=1"], "config"),
+        (["--option", "options=1"], "options"),
+        (["--option", "cls=1"], "cls"),
+        (["--method", "topk", "--option", "stages=llm"], "stages"),
         (["--picture", "out.docx"], "suffix"),
+        (["--picture", "out.mpg"], "suffix"),
+        (["--picture", "out.fits"], "suffix"),
         (["--picture", "nowhere/out.png"], "does not exist"),
     ],
 )
@@ -228,6 +239,16 @@ def test_flops_json(run: Run) -> None:
     assert document["saving"] == pytest.approx(1 - document["pruned"]["total"] / document["full"]["total"])
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [("text_tokens=3", "use --text"), ("method=topk", "use --method"), ("instruction_tokens=4", "instruction_tokens")],
+)
+def test_flops_refuses_its_own_flags_as_options(run: Run, option: str, words: str) -> None:
+    result = run("flops", "--option", option)
+    assert result.code == 2
+    assert words in one_line(result.err)
+
+
 def test_flops_takes_lists_and_shares(run: Run) -> None:
     two = json.loads(run("flops", "--json", "--option", "schedule=133,64").out)
     assert two["keep"] == 64
@@ -241,6 +262,14 @@ def test_methods_lists_every_method(run: Run) -> None:
     assert set(rows[0]) == {"name", "title", "year", "stage", "guided", "trainable", "merges", "paper"}
     table = run("methods").out
     assert all(row["name"] in table and row["title"] in table for row in rows)
+
+
+def test_papers_stay_whole_in_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    papers = {row["paper"] for row in json.loads(run("methods", "--json").out)}
+    monkeypatch.setattr(cli.out, "width", 80)
+    table = run("methods").out
+    assert all(paper in table for paper in papers)
+    assert all(len(line) <= 80 for line in table.splitlines())
 
 
 def test_samples_are_written_with_questions(run: Run, tmp_path: Path) -> None:
@@ -258,7 +287,7 @@ def test_demo_compares_two_questions(
 ) -> None:
     run("samples", tmp_path / "samples", "--count", 1)
     monkeypatch.setattr("ivtp.cli._SAMPLES", tmp_path / "samples")
-    monkeypatch.setattr("ivtp.generate._MICRO", checkpoint)
+    monkeypatch.setattr("ivtp.generate.MICRO", checkpoint)
     result = run("demo", "--output", tmp_path / "shown", "--keep", 8)
     assert result.code == 0, result.err
     asked = [line for line in result.out.splitlines() if "right answer" in line]

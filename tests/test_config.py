@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -35,6 +38,10 @@ from ivtp.errors import ConfigError
         ("schedule", ()),
         ("schedule", (10, 20)),
         ("schedule", (10, 0)),
+        ("schedule", 480),
+        ("schedule", "20"),
+        ("schedule", {20: 8}),
+        ("options", 3),
         ("seed", -1),
     ],
 )
@@ -60,3 +67,24 @@ def test_keep_beyond_the_model() -> None:
 def test_unknown_keywords_become_options_of_the_method() -> None:
     config = PruneConfig.of(method="topk", keep=9, where="layers")
     assert config.options == {"where": "layers"}
+    assert PruneConfig.of(cls=1).options == {"cls": 1}
+    with pytest.raises(ConfigError, match="options=3"):
+        PruneConfig.of(options=3)
+
+
+def test_spaces_around_a_share_do_not_matter() -> None:
+    assert PruneConfig(keep=" 11% ").tokens(576) == 63
+    assert PruneConfig(keep=" 11% ") == PruneConfig(keep="11%")
+
+
+def test_a_config_is_a_value() -> None:
+    """It can be a key, it can be copied, and what it was made from cannot change it."""
+    given = {"where": "layers"}
+    config = PruneConfig(method="topk", schedule=[20, 8], options=given)  # type: ignore[arg-type]
+    given["where"] = "after"
+    assert config.options == {"where": "layers"}
+    assert config.schedule == (20, 8)
+    for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert same == config
+        assert hash(same) == hash(config)
+    assert dataclasses.asdict(config)["options"] == {"where": "layers"}

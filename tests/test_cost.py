@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 import ivtp
 from ivtp.config import Geometry
-from ivtp.cost import FlopsReport, count_flops, flops
+from ivtp.cost import FlopsReport, count_flops, flops, prompt_tokens
 from ivtp.errors import ConfigError, LoadError, UnsupportedModelError
 from ivtp.sizes import Relevance, sizes
 
@@ -200,7 +200,7 @@ methods = st.sampled_from(sorted(set(ivtp.list_methods()) - {"spatial"}))  # it 
 @given(method=methods, low=keeps, high=keeps, text=st.integers(3, 400))
 def test_cost_grows_with_keep(small: Geometry, method: str, low: int, high: int, text: int) -> None:
     low, high = sorted((low, high))
-    few, many = (flops(small, method=method, keep=k, llm_layers=6, text_tokens=text) for k in (low, high))
+    few, many = (flops(small, method=method, keep=k, text_tokens=text) for k in (low, high))
     for part in PARTS:
         assert getattr(few, part) <= getattr(many, part)
     assert few.keep == low
@@ -209,7 +209,7 @@ def test_cost_grows_with_keep(small: Geometry, method: str, low: int, high: int,
 @settings(max_examples=40)
 @given(method=methods, keep=keeps, text=st.integers(3, 400), batch=st.integers(1, 9))
 def test_batch_multiplies_every_part(small: Geometry, method: str, keep: int, text: int, batch: int) -> None:
-    one, many = (flops(small, method=method, keep=keep, llm_layers=6, text_tokens=text, batch=b) for b in (1, batch))
+    one, many = (flops(small, method=method, keep=keep, text_tokens=text, batch=b) for b in (1, batch))
     for part in (*PARTS, "total"):
         assert getattr(many, part) == pytest.approx(batch * getattr(one, part), rel=1e-12)
 
@@ -218,7 +218,7 @@ def test_batch_multiplies_every_part(small: Geometry, method: str, keep: int, te
 @given(method=methods, text=st.integers(3, 400), images=st.integers(1, 3))
 def test_keeping_all_costs_the_full_model_and_the_choice(small: Geometry, method: str, text: int, images: int) -> None:
     full = flops(small, method="none", text_tokens=text, images=images)
-    kept = flops(small, method=method, keep=36, llm_layers=6, text_tokens=text, images=images)
+    kept = flops(small, method=method, keep=36, text_tokens=text, images=images)
     assert kept.total - kept.pruning == pytest.approx(full.total, rel=1e-12)
     assert full.pruning == 0
     assert full.keep == 36
@@ -270,6 +270,26 @@ def test_a_checkpoint_names_its_clip_and_its_layers(tiny: Tiny, tmp_path: Path) 
     with_clip = flops(tmp_path, **asked)
     assert with_clip.pruning > without
     assert flops(tmp_path, keep=8, text_tokens=20) == with_clip  # its recommendation is the default
+
+
+def test_fewer_decoder_layers_than_the_paper_prunes_in(tiny: Tiny) -> None:
+    model = tiny.model()
+    depth = sizes(model).geometry.text_layers
+    assert flops(model, guide="text", keep=8) == flops(model, guide="text", keep=8, llm_layers=depth)
+
+
+def test_a_recommendation_reaches_only_methods_that_read_it(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.model().config.save_pretrained(tmp_path)
+    (tmp_path / "ivtp.json").write_text('{"llm_layers": 6, "threshold": 0.3, "group_layers": 2}')
+    for method in (*ivtp.list_methods(), "none"):
+        assert flops(tmp_path, method=method, keep=4).total > 0
+    with pytest.raises(ConfigError, match="threshold"):
+        flops(tmp_path, method="topk", keep=4, threshold=0.3)
+
+
+def test_a_prompt_as_its_tokenizer_counts_it(small: Geometry) -> None:
+    assert prompt_tokens(20 + 36, small) == 21
+    assert prompt_tokens(20 + 2 * 36, small, images=2) == 22
 
 
 def test_hub_names_are_known_without_a_download() -> None:

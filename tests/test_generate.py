@@ -47,6 +47,26 @@ def test_a_missing_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_checkpoint_is_one_clear_line(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(LoadError, match="could not be loaded") as caught:
+        ivtp.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["warp", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"))],
+)
+def test_a_missing_device_is_one_clear_line(checkpoint: Path, device: str) -> None:
+    with pytest.raises(LoadError, match=f"device '{device}'") as caught:
+        ivtp.load(checkpoint, device=device)
+    assert "\n" not in str(caught.value)
+
+
 def test_asking_about_a_file(tiny: Tiny, checkpoint: Path, photo: Path) -> None:
     model, processor = ivtp.load(checkpoint)
     asked = {"keep": 8, "clip": tiny.clip, "llm_layers": 6, "max_new_tokens": 4}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -157,7 +158,9 @@ def refused(source: object) -> str:
 
 def test_missing_file_directory_and_address(tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "no.png")
-    assert "directory" in refused(tmp_path)
+    assert "is a directory" in refused(tmp_path)
+    assert "is no regular file" in refused(os.devnull)
+    assert "cannot be read" in refused("a" * 5000)
     assert "download" in refused("https://example.org/cat.png")
     assert "no file name" in refused("a\0b.png")
     assert "int" in refused(3)

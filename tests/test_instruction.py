@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
 from ivtp.instruction import InstructionReader
 
 
@@ -16,7 +19,8 @@ class Pieces:
         return "".join(self.texts[i] for i in ids)
 
     def __call__(self, text: str, **_: object) -> dict[str, list[object]]:
-        return {"input_ids": [99], "offset_mapping": [(0, len(text))]}
+        known: dict[str, list[object]] = {"USER:": [1], "ASSISTANT:": [2]}
+        return {"input_ids": known.get(text, [99]), "offset_mapping": [(0, len(text))]}
 
 
 class Processor:
@@ -40,3 +44,19 @@ def test_without_role_words_the_whole_text_counts() -> None:
     found = InstructionReader(Pieces()).read([0, 3, 4, 5], [0, 1, 2, 3])
     assert found.text == "dog"
     assert found.columns == [1, 2, 3]
+
+
+def test_role_words_of_a_lower_casing_tokenizer() -> None:
+    model = Tokenizer(models.BPE())
+    model.normalizer = normalizers.Lowercase()
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        ["user: where is the dog? assistant:"] * 9, trainers.BpeTrainer(initial_alphabet=alphabet)
+    )
+    processor = Processor()
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)  # type: ignore[assignment]
+    ids = processor.tokenizer("A chat.\nUSER: Where is the dog? ASSISTANT:")["input_ids"]
+    found = InstructionReader(processor).read(ids, list(range(len(ids))))
+    assert found.text == "where is the dog?"

@@ -11,11 +11,24 @@ ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trace", "errors", "registry"),
-    ("core", "cost", "sizes"),
+    ("core", "cost", "plan", "sizes"),
     ("methods", "hosts", "compressors"),
-    ("plug", "generate", "images", "instruction", "guide", "probe", "prompt", "prefill", "stages", "decode", "report"),
+    (
+        "plug",
+        "standins",
+        "generate",
+        "images",
+        "instruction",
+        "guide",
+        "probe",
+        "prompt",
+        "prefill",
+        "stages",
+        "decode",
+        "report",
+    ),
     ("micro", "evaluation", "training", "visualize", "benchmark"),
-    ("cli", "console", "server"),
+    ("cli", "arguments", "console", "server"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 ISOLATED = (2, 4)

@@ -95,7 +95,9 @@ class Tiny:
 
     def config(self, **changes: Any) -> ivtp.PruneConfig:
         """The tests' default: 8 of 36 patches, 6 decoder layers, a threshold that some words pass and some do not."""
-        return ivtp.PruneConfig.of(**{"keep": 8, "llm_layers": LLM_LAYERS, "threshold": 0.06, **changes})
+        reads = ivtp.registry.method_class(changes.get("method", "ivtp")).reads
+        defaults = {"llm_layers": LLM_LAYERS, "threshold": 0.06}
+        return ivtp.PruneConfig.of(**{"keep": 8, **{k: v for k, v in defaults.items() if k in reads}, **changes})
 
     def attach(self, model: nn.Module, **changes: Any) -> ivtp.Pruner:
         """Attach with the tests' defaults and the tiny CLIP side."""

@@ -16,6 +16,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
 from ivtp.errors import ConfigError, ImageError, IvtpError
 
@@ -69,6 +70,7 @@ def _root(
 
 @app.command()
 def ask(
+    context: typer.Context,
     image: Annotated[str, typer.Argument(help="A PNG, JPEG, WebP, GIF, BMP or TIFF file.")],
     question: Annotated[str, typer.Argument(help="What to ask about it.")],
     model: Model = "micro",
@@ -91,10 +93,10 @@ def ask(
     from ivtp.generate import ask as answer_question
     from ivtp.images import load_image
 
-    options = {**_parse_options(option), "seed": seed}
+    options = {**parse_options(option, context, answer_question), "seed": seed}
     if threshold is not None:
         options["threshold"] = threshold
-    _check(method, keep, options, picture)
+    check_asked(method, keep, options, picture)
     photo = load_image(image)
     loaded, processor = _load(model)
     with err.status("answering"):
@@ -104,7 +106,7 @@ def ask(
             photo,
             question,
             method=method,
-            keep=_parse_keep(keep),
+            keep=parse_keep(keep),
             max_new_tokens=max_new_tokens,
             **options,
         )
@@ -119,12 +121,15 @@ def ask(
 
 @app.command()
 def flops(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, micro, a folder, or a downloaded hub id.")
     ] = "llava-1.5-7b",
     method: Method = "ivtp",
     keep: Keep = "64",
-    text: Annotated[int, typer.Option(help="Tokens of the prompt, with one placeholder for each image.")] = 512,
+    text_tokens: Annotated[
+        int, typer.Option("--text", help="Tokens of the prompt, with one placeholder for each image.")
+    ] = 512,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     option: Options = None,
@@ -137,10 +142,11 @@ def flops(
     """
     from ivtp.cost import flops as count
 
-    asked: dict[str, Any] = {"text_tokens": text, "batch": batch, "images": images}
+    options = parse_options(option, context, count)
+    asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images}
     with err.status("counting"):
         full = count(model, method="none", **asked)
-        pruned = count(model, method=method, keep=_parse_keep(keep), **asked, **_parse_options(option))
+        pruned = count(model, method=method, keep=parse_keep(keep), **asked, **options)
     if not as_json:
         print_flops(full, pruned)
         return
@@ -164,10 +170,16 @@ def methods(as_json: Json = False) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
-        table.add_column(column, overflow="fold")
+        if column != "paper":
+            table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(("yes" if v else "-") if isinstance(v, bool) else str(v) for v in row.values()))
+        cells = (value for column, value in row.items() if column != "paper")
+        table.add_row(*(("yes" if v else "-") if isinstance(v, bool) else str(v) for v in cells))
     out.print(table)
+    out.print("\npapers", style="bold")  # below the table: in a column they would be broken
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        out.print(f"{row['name']:<{width}}  {row['paper']}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -201,7 +213,7 @@ def demo(
     out.print(f"image: {_SAMPLES / entry['image']}", markup=False, soft_wrap=True)
     rows = []
     for question in _two_questions(entry):
-        table, panels = _compare(model, processor, photo, question["text"], _parse_keep(keep))
+        table, panels = _compare(model, processor, photo, question["text"], parse_keep(keep))
         out.print(f"\n{question['text']}  (right answer: {question['answer']})", markup=False)
         out.print(table)
         rows.append((question["text"], panels))
@@ -243,44 +255,6 @@ def _load(model: str) -> tuple[Any, Any]:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         return load(model)
-
-
-def _parse_keep(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
-
-
-def _parse_options(given: list[str] | None) -> dict[str, Any]:
-    """`name=value` pairs: a value that is JSON is what it says, `1,2` is a tuple, anything else stays text."""
-    options: dict[str, Any] = {}
-    for pair in given or []:
-        name, separator, text = pair.partition("=")
-        if not separator or not name:
-            raise ConfigError(f"--option {pair!r} is not NAME=VALUE; write for example --option guide=visual")
-        try:
-            value = json.loads(f"[{text}]" if "," in text else text)
-        except ValueError:
-            value = text
-        options[name] = tuple(value) if isinstance(value, list) else value
-    return options
-
-
-def _check(method: str, keep: str, options: dict[str, Any], picture: Path | None) -> None:
-    """Refuse what is wrong in itself before a model is loaded."""
-    from PIL import Image
-
-    from ivtp.config import PruneConfig
-    from ivtp.registry import method_class
-
-    PruneConfig.of(method=method, keep=_parse_keep(keep), **options)
-    if method != "none":
-        method_class(method)
-    if picture is not None and picture.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--picture {picture} has no image suffix; name a .png or .jpg file")
-    if picture is not None and not picture.parent.is_dir():
-        raise ConfigError(f"--picture {picture}: the folder {picture.parent} does not exist; create it first")
 
 
 def _threshold(model: Any, given: float | None) -> float:

@@ -51,10 +51,12 @@ class PruneConfig:
     """After the prefill every layer's cache holds the final tokens, or each layer what it saw."""
     seed: int = 0
     """Seed of the methods that draw at random."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Options of the method itself, checked by the method's own `Options`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str):
+            object.__setattr__(self, "keep", self.keep.strip())
         _check_keep(self.keep)
         for name, low in (("group_layers", 1), ("llm_layers", 1)):
             value = getattr(self, name)
@@ -69,12 +71,13 @@ class PruneConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(accepted)}")
         if self.schedule is not None:
             object.__setattr__(self, "schedule", _check_schedule(self.schedule))
+        object.__setattr__(self, "options", _check_options(self.options))
 
     @classmethod
-    def of(cls, **values: Any) -> PruneConfig:
+    def of(cls, /, **values: Any) -> PruneConfig:
         """Build a config from flat keywords; what is no field of `PruneConfig` becomes a method option."""
         names = {f.name for f in dataclasses.fields(cls)}
-        options = {**values.pop("options", {}), **{k: v for k, v in values.items() if k not in names}}
+        options = _check_options(values.pop("options", {})) | {k: v for k, v in values.items() if k not in names}
         return cls(**{k: v for k, v in values.items() if k in names}, options=options)
 
     def tokens(self, num_patches: int) -> int:
@@ -105,7 +108,7 @@ def _is_int(value: object) -> bool:
 def _check_keep(keep: object) -> None:
     hint = 'use a number of tokens from 1 up, or a fraction such as "11%"'
     if isinstance(keep, str):
-        match = _PERCENT.fullmatch(keep.strip())
+        match = _PERCENT.fullmatch(keep)
         if not match or not 0 < float(match[1]) <= 100:
             raise ConfigError(f"keep={keep!r} is not a fraction from above 0% to 100%; {hint}")
     elif not _is_int(keep):
@@ -115,13 +118,22 @@ def _check_keep(keep: object) -> None:
         raise ConfigError(f"keep={keep} leaves no visual token; {hint}")
 
 
-def _check_schedule(schedule: Sequence[int]) -> tuple[int, ...]:
+def _check_schedule(schedule: object) -> tuple[int, ...]:
+    if not isinstance(schedule, Sequence) or isinstance(schedule, str | bytes):
+        raise ConfigError(f"schedule={schedule!r} is no list of token counts; use one such as (133, 64)")
     counts = tuple(schedule)
     if not counts or not all(_is_int(k) and k >= 1 for k in counts):
         raise ConfigError(f"schedule={counts} has an entry that is no token count; use whole numbers from 1 up")
     if any(a < b for a, b in pairwise(counts)):
         raise ConfigError(f"schedule={counts} grows; pruning only removes, so use counts that never increase")
     return counts
+
+
+def _check_options(options: object) -> dict[str, Any]:
+    """A copy, so that the caller's own dictionary cannot change a config."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"options={options!r} are no names with values; use a dictionary")
+    return dict(options)
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,7 @@ class Geometry:
     vision_mlp: int
     vision_heads: int
     vision_cls: int
-    """CLS tokens in front of the patches: 1 or 0."""
+    """CLS tokens in front of the patches: 1."""
     text_layers: int
     text_hidden: int
     text_mlp: int

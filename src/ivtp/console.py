@@ -35,12 +35,14 @@ class Cost:
     def of(cls, model: Any, processor: Any, photo: Any, question: str, trace: PruneTrace | None) -> Cost:
         """The cost of one question about one image; None is the trace of the untouched model."""
         from ivtp.cost import flops as count
+        from ivtp.cost import prompt_tokens
         from ivtp.generate import prompt_for
         from ivtp.sizes import sizes
 
-        patches = sizes(model).geometry.num_patches
+        geometry = sizes(model).geometry
+        patches = geometry.num_patches
         ids = processor(images=photo, text=prompt_for(processor, question))["input_ids"][0]
-        full = count(model, method="none", text_tokens=len(ids) - patches + 1).total
+        full = count(model, method="none", text_tokens=prompt_tokens(len(ids), geometry)).total
         if trace is None:
             return cls(patches, patches, full, full)
         return cls(patches, int((trace.kept()[0] >= 0).sum()), full, trace.flops)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from ivtp.config import READS_CLIP, Geometry, PruneConfig
 from ivtp.errors import ConfigError
+from ivtp.plan import Cut, Plan
 from ivtp.registry import method_class
-from ivtp.sizes import Relevance, sizes
+from ivtp.sizes import Relevance, Sizes, sizes
+from ivtp.trace import TokensPerLayer
 
-if TYPE_CHECKING:
-    from ivtp.trace import TokensPerLayer, Where
 
 @dataclass(frozen=True)
 class FlopsReport:
@@ -41,42 +41,6 @@ class FlopsReport:
     def total(self) -> float:
         """The sum of all parts."""
         return self.vision + self.projector + self.llm + self.head + self.pruning
-
-
-class CutLike(Protocol):
-    """What the cost needs to know of an `ivtp.methods.base.Cut`."""
-
-    @property
-    def where(self) -> Where: ...
-    @property
-    def taps(self) -> tuple[int, ...]: ...
-    @property
-    def full_rows(self) -> bool: ...
-
-
-class PlanLike(Protocol):
-    """What the cost needs to know of an `ivtp.methods.base.Plan`."""
-
-    @property
-    def cuts(self) -> tuple[CutLike, ...]: ...
-    @property
-    def guide_layers(self) -> int: ...
-    def tokens_per_layer(self, geometry: Geometry) -> TokensPerLayer:
-        """Visual tokens of one image that the attention and the MLP of each layer see."""
-
-
-@dataclass(frozen=True)
-class _KeepAll:
-    """The plan of the untouched model."""
-
-    cuts: tuple[CutLike, ...] = ()
-    guide_layers: int = 0
-
-    def tokens_per_layer(self, geometry: Geometry) -> TokensPerLayer:
-        from ivtp.trace import TokensPerLayer  # not at the top: it imports torch, and this module is light
-
-        vision, llm = ((geometry.num_patches,) * n for n in (geometry.vision_layers, geometry.text_layers))
-        return TokensPerLayer(vision, vision, llm, llm)
 
 
 def flops(
@@ -104,8 +68,7 @@ def flops(
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     known = sizes(model)
     geometry, clip = known.geometry, known.clip
-    asked = PruneConfig.of(**{**known.recommended, **config, "method": method, "keep": keep})
-    plan: PlanLike = _KeepAll() if method == "none" else method_class(method)(asked, geometry).plan
+    asked, plan = _plan(known, {**config, "method": method, "keep": keep})
     reads_clip = clip is not None and plan.guide_layers > 0 and asked.guide in READS_CLIP
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
@@ -122,9 +85,23 @@ def flops(
     return dataclasses.replace(report, text_tokens=text_tokens)
 
 
+def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
+    """The `text_tokens` of a prompt whose ids have `columns` columns, one for each patch of its images."""
+    return columns - images * (geometry.num_patches - 1)
+
+
+def _plan(known: Sizes, config: dict[str, Any]) -> tuple[PruneConfig, Plan]:
+    """What is asked, and the plan of its method, which takes of the checkpoint's recommendation what it reads."""
+    if config["method"] == "none":
+        return PruneConfig.of(**config), Plan()
+    method = method_class(config["method"])
+    asked = PruneConfig.of(**{**{k: v for k, v in known.recommended.items() if k in method.reads}, **config})
+    return asked, method(asked, known.geometry).plan
+
+
 def count_flops(
     geometry: Geometry,
-    plan: PlanLike,
+    plan: Plan,
     *,
     text_tokens: int,
     batch: int = 1,
@@ -200,7 +177,7 @@ def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:
     return whole + _text_layer(g, attention + 1, mlp) - _text_layer(g, attention, mlp)
 
 
-def _taps(g: Geometry, plan: PlanLike, cut: CutLike, seen: TokensPerLayer, text: int, images: int) -> float:
+def _taps(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
     """Attention that the model's fused kernel does not hand out and the cut recomputes, for one prompt.
 
     A tap whose every row is needed costs Q K^T once more and a weighted sum of its rows; any other one row.

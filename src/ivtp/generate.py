@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ivtp.config import PruneConfig
 from ivtp.errors import LoadError, short_reason
 from ivtp.images import load_image
-from ivtp.plug import attach
+from ivtp.plug import attach, check_unpruned, find_host
+from ivtp.sizes import MICRO
 from ivtp.trace import PruneTrace
-
-_MICRO = Path(__file__).parent / "micro" / "assets"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one question. `trace` is None without pruning; `seconds` is the wall-clock of all of it."""
+    """The answer to one question."""
 
     text: str
     trace: PruneTrace | None
+    """The record of the prefill; None without pruning."""
     seconds: float
+    """Wall-clock of `generate` alone: prefill and decoding, not reading the image, attaching or preparing inputs."""
 
 
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
@@ -37,18 +39,29 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    path = _MICRO if str(name) == "micro" else name
-    if dtype == "auto" and torch.device(device).type == "cpu":
+    path = MICRO if str(name) == "micro" else name
+    kind = _check_device(device)
+    if dtype == "auto" and kind == "cpu":
         dtype = torch.float32
     try:
         processor = AutoProcessor.from_pretrained(path)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise LoadError(
             f"model {str(name)!r} could not be loaded ({short_reason(error)}); "
             'use "micro", a folder with a transformers checkpoint, or a hub id'
         ) from None
     return model.to(device).eval(), processor
+
+
+def _check_device(device: str) -> str:
+    """The kind of `device`, which is known to work from here on."""
+    try:
+        return torch.empty(0, device=device).device.type
+    except (AssertionError, RuntimeError) as error:  # the former from a torch that was built without CUDA
+        raise LoadError(
+            f"device {device!r} cannot be used ({short_reason(error)}); use cpu, or cuda with a GPU"
+        ) from None
 
 
 def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
@@ -80,6 +93,7 @@ def ask(
     """
     picture = load_image(image)
     if method == "none":
+        check_unpruned(find_host(model))
         PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused with or without pruning
         pruning: Any = nullcontext()
     else:

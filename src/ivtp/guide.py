@@ -70,7 +70,7 @@ class GuideMaker:
         words = rel.words(instruction.text)
         clip_words, own_words = rel.overlapping(words, spans), rel.overlapping(words, instruction.spans)
         with torch.autocast(tokens.device.type, enabled=False):
-            by_token = rel.relevance(tokens, self.clip.image(pooled))
+            by_token = rel.relevance(tokens, self.clip.image(pooled)).to(embeddings.device)
         weights = self._weigh(rel.spread(by_token, clip_words, own_words, len(instruction.columns)))
         token, empty = rel.pseudo_cls(embeddings[instruction.columns], weights, visual)
         scores = rel.spread(by_token, clip_words, [(i, i) for i in range(len(words))], len(words)).nan_to_num()
@@ -95,7 +95,7 @@ class GuideMaker:
     def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
         """CLIP's sentence embedding on the path that a visual CLS takes, at a visual CLS's length."""
         assert self.clip is not None
-        feature = self.clip.to_vision(sentence)
+        feature = self.clip.to_vision(sentence).to(cls.device)
         length = torch.linalg.vector_norm(cls.float(), dim=-1).mean()
         scaled = feature * length / torch.linalg.vector_norm(feature).clamp_min(1e-12)
         return self.host.project(scaled.to(cls.dtype))

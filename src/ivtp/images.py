@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ivtp.errors import ImageError
+from ivtp.errors import ImageError, short_reason
 
 _ACCEPTED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 _MAX_ASPECT = 100
@@ -37,11 +37,8 @@ def _read(source: str | Path) -> bytes:
         raise ImageError(f"'{source}' is an address; download the image and pass its path")
     path = Path(source)
     try:
-        if path.is_dir():
-            raise ImageError(f"'{path}' is a directory; name one image file ({_ACCEPTED})")
-        if path.exists() and not path.is_file():
-            raise ImageError(f"'{path}' is no regular file; name one image file ({_ACCEPTED})")
-        return path.read_bytes()
+        kind = "a directory" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None
+        data = b"" if kind else path.read_bytes()
     except FileNotFoundError:
         raise ImageError(f"'{path}' does not exist; check the path of the image") from None
     except (OSError, UnicodeError) as error:
@@ -49,6 +46,9 @@ def _read(source: str | Path) -> bytes:
         raise ImageError(f"'{path}' cannot be read ({reason}); check the path and its permissions") from None
     except ValueError:  # a null byte inside the name
         raise ImageError(f"{str(source)!r} is no file name; check the path of the image") from None
+    if kind:
+        raise ImageError(f"'{path}' is {kind}; name one image file ({_ACCEPTED})")
+    return data
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -95,7 +95,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except (OSError, SyntaxError) as error:
         raise _damaged(name, error) from None
     except ValueError as error:
-        raise ImageError(f"{name} cannot become RGB ({_reason(error)}); convert it to {_ACCEPTED}") from None
+        raise ImageError(f"{name} cannot become RGB ({short_reason(error)}); convert it to {_ACCEPTED}") from None
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -107,9 +107,4 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name} is damaged ({_reason(error)}); save or download the image again")
-
-
-def _reason(error: Exception) -> str:
-    """The error's first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ImageError(f"{name} is damaged ({short_reason(error)}); save or download the image again")

@@ -30,6 +30,10 @@ class InstructionReader:
 
     def __init__(self, processor: Any) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if not hasattr(self.tokenizer, "decode") or not callable(self.tokenizer):
+            raise ConfigError(
+                f"{type(processor).__name__} reads no text; pass the model's processor (AutoProcessor) or its tokenizer"
+            )
         self.before, self.behind = self._role_words(processor)
 
     def read(self, ids: Sequence[int], columns: Sequence[int]) -> Instruction:
@@ -62,7 +66,12 @@ class InstructionReader:
         written = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         before, _, behind = str(written).partition(_SENTINEL)
         # of a template that opens with a system prompt, only the role word next to the text marks the turn
-        return before.strip().splitlines()[-1].strip() if before.strip() else "", behind.strip()
+        return self._as_decoded((before.strip().splitlines() or [""])[-1]), self._as_decoded(behind)
+
+    def _as_decoded(self, text: str) -> str:
+        """`text` as it looks in decoded prompts: some tokenizers lower-case, or normalise characters."""
+        ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+        return self._decode(list(ids)).strip()
 
     def _offsets(self, ids: list[int]) -> tuple[str, list[Span]]:
         """The text of `ids` and the characters of each token."""
@@ -101,16 +110,16 @@ class ClipText:
     """Tokens that the text tower reads at once, BOS and EOS included."""
 
     @classmethod
-    def load(cls, source: Any, *, vision_hidden: int, like: Tensor) -> ClipText:
-        """From `(CLIPModel, tokenizer)`, a folder or a hub id, at the device and dtype of `like` where loaded here.
+    def load(cls, source: Any, *, vision_hidden: int, device: torch.device, dtype: torch.dtype) -> ClipText:
+        """From `(CLIPModel, tokenizer)`, a folder or a hub id; what is loaded here goes to `device` and `dtype`.
 
         Raises `LoadError` where there is no such model and `ConfigError` where it belongs to another vision tower.
         """
-        if isinstance(source, tuple):
-            model, tokenizer = source
-        else:
+        if isinstance(source, str | Path):
             model, tokenizer = _load_clip(source)
-            model = model.to(device=like.device, dtype=like.dtype)
+            model = model.to(device=device, dtype=dtype)
+        else:
+            model, tokenizer = _check_pair(source)
         if model.visual_projection.in_features != vision_hidden:
             raise ConfigError(
                 f"the CLIP model reads vision features of width {model.visual_projection.in_features}, this model's "
@@ -147,7 +156,8 @@ class ClipText:
 
     def image(self, pooled: Tensor) -> Tensor:
         """Visual projection (I, P) of post-normalised CLS outputs (I, D)."""
-        projected: Tensor = self.visual_projection(pooled.to(self.visual_projection.weight.dtype))
+        weight = self.visual_projection.weight
+        projected: Tensor = self.visual_projection(pooled.to(weight.device, weight.dtype))
         return projected
 
     def to_vision(self, sentence: Tensor) -> Tensor:
@@ -156,13 +166,25 @@ class ClipText:
         return feature
 
 
+def _check_pair(source: Any) -> tuple[Any, Any]:
+    parts = source if isinstance(source, tuple) else ()
+    if len(parts) == 2 and hasattr(parts[0], "visual_projection") and hasattr(parts[0], "text_projection"):
+        return parts
+    raise ConfigError(
+        f"clip={type(source).__name__} is no CLIP text side; pass (CLIPModel, its tokenizer), a folder or a hub id"
+    )
+
+
 def _load_clip(source: str | Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, CLIPModel
 
+    advice = 'pass clip=(model, tokenizer), a folder or a hub id, or use a guide without CLIP: "visual" or "text"'
     try:
-        return CLIPModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"the CLIP text side {str(source)!r} could not be loaded ({short_reason(error)}); "
-            'pass clip=(model, tokenizer), a folder or a hub id, or use a guide without CLIP: "visual" or "text"'
-        ) from None
+        model, report = CLIPModel.from_pretrained(source, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = short_reason(error)
+        raise LoadError(f"the CLIP text side {str(source)!r} could not be loaded ({reason}); {advice}") from None
+    if any(key.startswith(("text_model", "text_projection", "visual_projection")) for key in report["missing_keys"]):
+        raise LoadError(f"{str(source)!r} has no CLIP text side; {advice}")
+    return model, tokenizer

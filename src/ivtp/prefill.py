@@ -17,6 +17,32 @@ from ivtp.prompt import PromptBatch, read_prompts
 from ivtp.stages import CutResult, DecoderStage, Encoded, EncoderStage
 
 
+class Stopwatch:
+    """Seconds between its creation and `stop`, measured on the device; reading them waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        event: Any = torch.cuda.Event
+        self._events = [event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+
+    def stop(self) -> None:
+        """The end."""
+        if self._events:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - self._began
+
+    @property
+    def seconds(self) -> float:
+        """The time between."""
+        if self._events:
+            self._events[1].synchronize()
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._seconds
+
+
 class Prefill:
     """`start` runs encoder and guide and makes the decoder's inputs; hooks call `see`, `cut` and `layer_inputs` while
     the layers run; `finish` shortens the cache. Afterwards it is the record that `PruneTrace` is built from."""
@@ -27,9 +53,8 @@ class Prefill:
         self.guide_maker = guide_maker
         self.prompts = prompts
         self.guides: list[Guide] = []
-        self.seconds = 0.0
-        self.image_features: Tensor | None = None
-        self._began = time.perf_counter()
+        self.watch = Stopwatch(prompts.ids.device)
+        self._features: Tensor | None = None
         self._encoder = EncoderStage(host, method)
         self._decoder: DecoderStage | None = None
         self._shift: Tensor | None = None
@@ -44,10 +69,12 @@ class Prefill:
         guide_maker: GuideMaker,
         *,
         labels: Tensor | None = None,
+        prompt_length: int | None = None,
         repeats: int = 1,
     ) -> Prefill:
         """A prefill of the model's `inputs`. Raises `InputError` for prompts that cannot be pruned."""
-        return cls(host, method, guide_maker, read_prompts(inputs, host, labels, repeats))
+        prompts = read_prompts(inputs, host, labels=labels, prompt_length=prompt_length, repeats=repeats)
+        return cls(host, method, guide_maker, prompts)
 
     @property
     def results(self) -> list[CutResult]:
@@ -57,7 +84,7 @@ class Prefill:
     def start(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace `input_ids` and `pixel_values` among the model's inputs by a shortened `inputs_embeds`."""
         self._running = "vision"
-        encoded = self._encoder.run(self.prompts.pixels)
+        encoded = self._encoder.run(inputs["pixel_values"])
         encoded = encoded[torch.tensor(self.prompts.image_of_slot, device=encoded.patches.device)]
         sequence, embeddings = self._embed(encoded)
         if self.method.plan.guide_layers:
@@ -96,8 +123,11 @@ class Prefill:
         assert self._decoder is not None
         return self._decoder.layer_inputs(hidden, kwargs)
 
-    def finish(self, cache: Cache | None) -> None:
-        """Shorten the cache that the decoder filled, if there is one."""
+    def finish(self, cache: Cache | None) -> Tensor | None:
+        """Shorten the cache that the decoder filled, if there is one; returns the image features (slots, D).
+
+        What is left afterwards is small and holds no graph: this object lives on as the record.
+        """
         assert self._decoder is not None
         self._running = ""
         if cache is not None:
@@ -105,10 +135,15 @@ class Prefill:
                 cache,
                 self._decoder.seen,
                 prompt_length=self.prompts.length,
+                fixed_length=self.prompts.fixed_length,
                 shift=self._shift,
                 evict=self.method.config.cache == "evict",
             )
-        self.seconds = time.perf_counter() - self._began
+        self.watch.stop()
+        self._encoder.release()
+        self._decoder.release()
+        features, self._features = self._features, None
+        return features
 
     def shorten_labels(self, labels: Tensor) -> Tensor:
         """Labels (B, T) of the prompt for the columns (B, T') that the logits have; visual tokens have none."""
@@ -130,7 +165,7 @@ class Prefill:
         sequence, index = enter_decoder(slots, self.prompts.tokens, patches, compact)
         embeddings: Tensor = self.host.embedding(self.prompts.ids.gather(1, index))
         features = encoded.features.to(embeddings.device, embeddings.dtype)
-        self.image_features = features.flatten(0, 1)
+        self._features = features.flatten(0, 1)
         if compact:
             gone = slots.num_patches - patches.shape[1]
             self._shift = torch.tensor(slots.images, device=index.device).unsqueeze(1) * gone
@@ -143,6 +178,10 @@ class Prefill:
         first = 0
         for row, text in enumerate(self.prompts.texts()):
             own = slice(first, first + self.prompts.images[row])
-            self.guides.append(self.guide_maker.make(text, embeddings[row], encoded.cls[own], encoded.pooled[own]))
+            if row % self.prompts.repeats:
+                self.guides.append(self.guides[-1])
+            else:
+                guide = self.guide_maker.make(text, embeddings[row], encoded.cls[own], encoded.pooled[own])
+                self.guides.append(guide)
             first = own.stop
         return torch.stack([guide.token for guide in self.guides]).unsqueeze(1)

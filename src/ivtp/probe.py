@@ -41,11 +41,12 @@ class AttentionProbe:
         """The kernel that the model's config names at this moment."""
         eager = sys.modules[type(self.module).__module__].__dict__.get("eager_attention_forward")
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.original._attn_implementation, eager)
-        self.module.config = self.original  # some kernels read their own name from it
+        attributes = self.module.__dict__  # past nn.Module's own __setattr__, which is slow
+        attributes["config"] = self.original  # some kernels read their own name from it
         try:
             return kernel(self.module, *args, **kwargs)
         finally:
-            self.module.config = self.tapped
+            attributes["config"] = self.tapped
 
 
 def _pass_through(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -25,16 +25,19 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """What one prefill is asked to read. `Batch` rows, `T` columns, N slots for each image."""
+    """What one prefill is asked to read: B rows of T columns, N slots for each image."""
 
     ids: Tensor  # (B, T)
-    pixels: Tensor  # (I, 3, H, W)
     tokens: TokenSequence
     slots: Placeholders
+    repeats: int
+    """Rows in a row that are copies of one prompt (beams); their images are given, and encoded, once."""
     image_of_slot: list[int]
     """For every image of the rows, row by row, which of the I given images it is."""
+    fixed_length: int
+    """Columns of the prompt without what was generated or drafted behind it."""
     answer: Tensor | None
-    """(B, T) bool: the first answer and all behind it, which must not lead the pruning, as at inference."""
+    """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -65,10 +68,12 @@ class PromptBatch:
         return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
 
-def read_prompts(inputs: dict[str, Any], host: Host, labels: Tensor | None, repeats: int) -> PromptBatch:
+def read_prompts(
+    inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
+) -> PromptBatch:
     """Check the model's inputs and find the image slots. Raises `InputError`; nothing has run by then.
 
-    `repeats` rows in a row are copies of one prompt (beams); their images are given, and will be encoded, once.
+    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
     """
     _check_cache(inputs.get("past_key_values"))
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -78,11 +83,14 @@ def read_prompts(inputs: dict[str, Any], host: Host, labels: Tensor | None, repe
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    pixels = inputs["pixel_values"]
-    slots = _find_slots(ids, host, pixels.shape[0], repeats)
+    slots = _find_slots(ids, host, inputs["pixel_values"].shape[0], repeats)
     tokens = _describe(ids, mask, inputs.get("position_ids"))
-    answer = _answer(labels, ids, tokens.valid & ~slots.mask)
-    return PromptBatch(ids, pixels, tokens, slots, _image_of_slot(slots.images, repeats), answer)
+    if prompt_length is not None and ids.shape[1] > prompt_length:
+        answer: Tensor | None = tokens.source >= prompt_length
+    else:
+        answer = _labelled(labels, ids, tokens.valid & ~slots.mask)
+    fixed = min(ids.shape[1], prompt_length or ids.shape[1])
+    return PromptBatch(ids, tokens, slots, repeats, _image_of_slot(slots.images, repeats), fixed, answer)
 
 
 def _check_cache(cache: Any) -> None:
@@ -92,9 +100,10 @@ def _check_cache(cache: Any) -> None:
         raise InputError(
             "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
         )
-    if not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
+    if fixed or getattr(cache, "offloading", False):
         raise InputError(
-            f"a {type(cache).__name__} with fixed or transformed layers cannot shrink; "
+            f"a {type(cache).__name__} with fixed, transformed or offloaded layers cannot shrink; "
             'use the default dynamic cache (no cache_implementation="static")'
         )
 
@@ -131,8 +140,8 @@ def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None) -> Toke
     return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)
 
 
-def _answer(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None:
-    """What `PromptBatch.answer` says. A row whose whole text is labelled tells no question from an answer: none."""
+def _labelled(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None:
+    """From the first label on. A row whose whole text is labelled tells no question from an answer: nothing."""
     if labels is None or labels.shape != ids.shape:
         return None
     labelled = (labels.to(ids.device) != -100) & text

@@ -13,6 +13,7 @@ from ivtp.errors import ConfigError
 Room = Literal["methods", "hosts"]
 
 
+# Published methods are called PruMerge+ or the like, and a file's name cannot hold the sign: it says `_plus` instead.
 @cache
 def _names(room: Room) -> tuple[str, ...]:
     package = importlib.import_module(f"ivtp.{room}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -27,24 +28,31 @@ def build_trace(prefill: Prefill) -> PruneTrace:
         fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(images),
         tokens_per_layer=tokens,
         flops=_flops(prefill),
-        seconds=prefill.seconds,
+        seconds=prefill.watch.seconds,
     )
 
 
 def _flops(prefill: Prefill) -> float:
-    """Cost of the whole batch: every row with its own number of images, padding counted as it was computed."""
+    """Cost of the whole batch: every row with its own number of images, padding counted as it was computed.
+
+    Rows that repeat a prompt (beams) share its encoder and its guide.
+    """
+    prompts, size, plan = prefill.prompts, prefill.host.size, prefill.method.plan
+    tokens = plan.tokens_per_layer(size)
+    in_decoder = dataclasses.replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.where == "llm"))
     relevance = _relevance(prefill)
-    return sum(
-        count_flops(
-            prefill.host.size,
-            prefill.method.plan,
-            text_tokens=prefill.prompts.length - count * prefill.host.size.num_patches,
-            images=count,
-            relevance=relevance,
-            instruction_tokens=prefill.guides[row].clip_tokens if prefill.guides else 0,
-        ).total
-        for row, count in enumerate(prefill.prompts.images)
-    )
+    total = 0.0
+    for row, count in enumerate(prompts.images):
+        text = prompts.length - count * size.num_patches
+        if row % prompts.repeats:
+            again = count_flops(size, in_decoder, text_tokens=text, images=count, tokens=tokens)
+            total += again.llm + again.head + again.pruning
+        else:
+            words = prefill.guides[row].clip_tokens if prefill.guides else 0
+            total += count_flops(
+                size, plan, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
+            ).total
+    return total
 
 
 def _relevance(prefill: Prefill) -> Relevance | None:

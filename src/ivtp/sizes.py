@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivtp.config import Geometry
-from ivtp.errors import LoadError, UnsupportedModelError
+from ivtp.config import Geometry, PruneConfig
+from ivtp.errors import LoadError, UnsupportedModelError, short_reason
 from ivtp.registry import host_class, list_hosts
+
+MICRO = Path(__file__).parent / "micro" / "assets"
+"""The folder of the embedded model."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ _STOCK = {
     "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32},
     "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "layers": 40},
 }
+_OPENAI_CLIP = {
+    # (hidden size, layers, patch size, patches) of a vision tower: the CLIP model that it was taken from
+    (1024, 24, 14, 576): "openai/clip-vit-large-patch14-336",
+    (1024, 24, 14, 256): "openai/clip-vit-large-patch14",
+}
 _CLIP_L14 = Relevance(text_layers=12, text_hidden=768, text_mlp=3072, projection=768)
 
 
@@ -50,23 +58,23 @@ class Sizes:
     clip: Relevance | None
     """The CLIP that the vision tower is from; None where it is not known: its text encoder is then not counted."""
     recommended: Mapping[str, Any]
-    """Options that the checkpoint's `ivtp.json` recommends."""
+    """Options for this checkpoint, see `recommended`."""
 
 
 def sizes(model: Any) -> Sizes:
     """The sizes of a model in any of the forms that `flops` takes."""
     if isinstance(model, Geometry):
-        return Sizes(model, _openai_clip(model, 1), {})
+        return Sizes(model, _openai_text_side(model, 1), recommended(model, {}))
     name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
-    folder = Path()
+    folder: Path | None = None
     if name in _STOCK:
         config = _stock_config(name)
     elif isinstance(model, str | Path):
-        folder = Path(__file__).parent / "micro" / "assets" if model == "micro" else Path(model)
+        folder = local_folder(MICRO if model == "micro" else model)
         config = _local_config(model, folder)
     else:
         config = getattr(model, "config", model)
-        folder = Path(str(getattr(model, "name_or_path", "")))
+        folder = local_folder(getattr(model, "name_or_path", None))
     host = next((h for h in map(host_class, list_hosts()) if h.matches(config)), None)
     if host is None:
         kind = getattr(config, "model_type", None) or type(model).__name__
@@ -76,13 +84,34 @@ def sizes(model: Any) -> Sizes:
     if isinstance(model, str | Path):
         geometry = dataclasses.replace(geometry, name=name or str(model))
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
-    sidecar = _read_json(folder / "ivtp.json") if folder != Path() else {}
-    clip = _clip_beside(folder / str(sidecar["clip"]), behind) if "clip" in sidecar else None
-    return Sizes(
-        geometry,
-        clip or _openai_clip(geometry, behind),
-        {k: v for k, v in sidecar.items() if k in ("llm_layers", "group_layers", "threshold")},
-    )
+    beside = sidecar(folder)
+    clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
+    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(geometry, beside))
+
+
+def local_folder(name: object) -> Path | None:
+    """The folder that a model's name means on this machine; None for a hub id, or no name at all."""
+    folder = Path(str(name or ""))
+    return folder if folder.parts and folder.is_dir() else None
+
+
+def sidecar(folder: Path | None) -> dict[str, Any]:
+    """The `ivtp.json` of a checkpoint: recommended options, and `clip`, the folder of its CLIP model; or nothing.
+
+    Raises `LoadError` for a file that cannot be read or holds something else.
+    """
+    return _read_json(folder / "ivtp.json") if folder else {}
+
+
+def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
+    named = {k: v for k, v in sidecar.items() if k in ("llm_layers", "group_layers", "threshold")}
+    return {"llm_layers": min(PruneConfig.llm_layers, geometry.text_layers), **named}
+
+
+def openai_clip(geometry: Geometry, layers: int) -> str | None:
+    """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
+    return _OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
 
 
 def _stock_config(name: str) -> Any:
@@ -104,11 +133,11 @@ def _stock_config(name: str) -> Any:
     )
 
 
-def _local_config(model: str | Path, folder: Path) -> Any:
+def _local_config(model: str | Path, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else str(model), local_files_only=True)
+        return AutoConfig.from_pretrained(folder or str(model), local_files_only=True)
     except (OSError, ValueError):
         names = [*_STOCK, "micro"]
         near = difflib.get_close_matches(str(model), names, n=1)
@@ -119,10 +148,10 @@ def _local_config(model: str | Path, folder: Path) -> Any:
         ) from None
 
 
-def _openai_clip(g: Geometry, behind: int) -> Relevance | None:
-    """OpenAI's CLIP ViT-L/14 for a vision tower of its sizes."""
-    of_its_size = (g.vision_hidden, g.vision_layers + behind, g.patch_size) == (1024, 24, 14)
-    return dataclasses.replace(_CLIP_L14, vision_layers=behind) if of_its_size else None
+def _openai_text_side(geometry: Geometry, behind: int) -> Relevance | None:
+    """The text side of OpenAI's CLIP ViT-L/14, which is the same at both of its image sizes."""
+    known = openai_clip(geometry, geometry.vision_layers + behind)
+    return dataclasses.replace(_CLIP_L14, vision_layers=behind) if known else None
 
 
 def _clip_beside(folder: Path, behind: int) -> Relevance | None:
@@ -142,9 +171,13 @@ def _clip_beside(folder: Path, behind: int) -> Relevance | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    """The object in a JSON file; empty where there is no file."""
+    if not file.is_file():
         return {}
-    except ValueError as error:
-        raise LoadError(f"{file} is not valid JSON ({error}); repair or remove it") from None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} cannot be read as JSON ({short_reason(error)}); repair or remove it") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{file} holds a {type(content).__name__}, no JSON object; repair or remove it")
+    return content

@@ -47,6 +47,10 @@ class Stage:
     def _window(self, cut: Cut, hidden: Tensor, patch: Tensor, reference: int) -> Window:
         return Window(cut, tuple(self._taps.pop(layer) for layer in cut.taps), hidden, patch, reference)
 
+    def release(self) -> None:
+        """Let go of the layers' tensors; the results stay."""
+        self._taps.clear()
+
     @torch.no_grad()
     def _score(self, window: Window) -> Tensor:
         """The choice of tokens is not differentiated; gradients flow through the tokens that stay."""
@@ -86,6 +90,11 @@ class EncoderStage(Stage):
         cls, tokens = self._feature[:, 0], self._feature[:, size.vision_cls :]
         return Encoded(self._patch[:, size.vision_cls :], self.host.project(tokens), cls, pooled)
 
+    def release(self) -> None:
+        """Let go of the images' features."""
+        super().release()
+        self._feature = None
+
     def feature_layer_done(self, hidden: Tensor) -> None:
         """Take the output (I, T, D) of the layer that the projector reads, cut where the method cuts behind it.
 
@@ -120,7 +129,8 @@ class EncoderStage(Stage):
     def _take_merged(self, window: Window, merged: Merged) -> tuple[Tensor, Tensor]:
         first = self.host.size.vision_cls
         patch = torch.cat([window.patch[:, :first], merged.patch], dim=1)
-        self.results.append(CutResult(window.cut, window.patch, self._score(window), patch, merged.sources))
+        unranked = torch.zeros_like(window.patch, dtype=torch.float32)
+        self.results.append(CutResult(window.cut, window.patch, unranked, patch, merged.sources))
         return torch.cat([window.hidden[:, :first], merged.hidden], dim=1), patch
 
 
@@ -177,6 +187,11 @@ class DecoderStage(Stage):
                 "position_embeddings": tuple(take(t, self._index()) for t in kwargs["position_embeddings"]),
             }
         return {**kwargs, **self._inputs}
+
+    def release(self) -> None:
+        """Let go of the masks and rotary embeddings."""
+        super().release()
+        self._inputs = None
 
     def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         sequence = self.sequence

@@ -56,14 +56,18 @@ class TokensPerLayer:
 
 @dataclass
 class PruneTrace:
-    """The record of one prefill, a row of each list for each sample of the batch."""
+    """The record of one prefill, with a row (in tensors and lists) for each row of the batch that the model ran.
+
+    `generate` with beams or several returned sequences repeats every prompt, so that prompt p's record is in the rows
+    p*n to p*n + n-1 of n beams or sequences.
+    """
 
     num_patches: int
     images: tuple[int, ...]
-    """Images in each sample."""
+    """Images in each row."""
     stages: list[StageTrace] = field(default_factory=list)
     words: list[list[Word]] = field(default_factory=list)
-    """The instruction's words, a list for each sample; empty where the guide reads no text."""
+    """The instruction's words, a list for each row; empty where the guide reads no text."""
     fallback: list[bool] = field(default_factory=list)
     """True where no word passed the threshold, so the projected visual CLS was the guide."""
     tokens_per_layer: TokensPerLayer | None = None

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import ivtp
+from ivtp.config import PruneConfig
 from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
+from ivtp.sizes import sizes
 
 HOSTS = list_hosts()
 
@@ -59,9 +61,24 @@ def test_a_checkpoint_recommends_its_options(tmp_path: Path) -> None:
         assert (pruner.config.llm_layers, pruner.config.group_layers, pruner.config.threshold) == (5, 1, 0.3)
 
 
-def test_a_broken_sidecar_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+def test_a_broken_sidecar_says_so(tmp_path: Path, content: str) -> None:
     model, _ = host_class("llava").tiny()
     model.save_pretrained(tmp_path)
-    (tmp_path / "ivtp.json").write_text("{")
+    (tmp_path / "ivtp.json").write_text(content)
+    loaded = type(model).from_pretrained(tmp_path)
     with pytest.raises(LoadError, match=r"ivtp.json"):
-        ivtp.attach(type(model).from_pretrained(tmp_path), None, keep=4, guide="text")
+        ivtp.attach(loaded, None, keep=4, guide="text")
+    with pytest.raises(LoadError, match=r"ivtp.json"):
+        ivtp.flops(tmp_path, keep=4)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_cost_and_pruner_follow_the_same_recommendation(name: str, tmp_path: Path) -> None:
+    model, _ = host_class(name).tiny()
+    assert sizes(model).recommended == find_host(model).recommended()
+    assert find_host(model).recommended()["llm_layers"] == find_host(model).size.text_layers < PruneConfig.llm_layers
+    model.save_pretrained(tmp_path)
+    (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "clip": "clip", "unknown": 1}))
+    loaded = type(model).from_pretrained(tmp_path)
+    assert sizes(tmp_path).recommended == find_host(loaded).recommended() == {"llm_layers": 5}

@@ -79,9 +79,53 @@ def test_the_same_call_gives_the_same_result(model: torch.nn.Module, method: str
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_unknown_option_is_named(method: str) -> None:
-    config = PruneConfig(method=method, keep=4, options={"no_such_option": 1}, llm_layers=6)
+    config = PruneConfig(method=method, keep=4, options={"no_such_option": 1})
     with pytest.raises(ConfigError, match="no_such_option"):
-        method_class(method)(config, HOST.tiny()[0].config and HOST.geometry(HOST.tiny()[0].config))
+        method_class(method)(config, HOST.geometry(HOST.tiny()[0].config))
+
+
+OTHER_VALUES = {
+    "group_layers": 2,
+    "llm_layers": 6,
+    "threshold": 0.3,
+    "aggregation": "mean",
+    "guide": "text",
+    "stages": "vision",
+    "schedule": (20, 8),
+}
+FOR_ALL = {"method", "keep", "positions", "cache", "seed", "options"}
+
+
+def test_every_common_option_is_for_all_or_for_those_that_read_it() -> None:
+    assert {f.name for f in dataclasses.fields(PruneConfig)} == set(OTHER_VALUES) | FOR_ALL
+    assert all(method_class(m).reads <= {*OTHER_VALUES, "seed"} for m in METHODS)
+    assert method_class("ivtp").reads == set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("field", OTHER_VALUES)
+def test_an_option_that_a_method_does_not_read_is_refused(method: str, field: str) -> None:
+    config = PruneConfig.of(**{"method": method, "keep": 4, "llm_layers": 12, field: OTHER_VALUES[field]})
+    size = dataclasses.replace(HOST.geometry(HOST.tiny()[0].config), text_layers=32)
+    if field in method_class(method).reads:
+        assert method_class(method)(config, size).plan.cuts
+        return
+    with pytest.raises(ConfigError, match=rf"{method!r} does not read {field}=") as caught:
+        method_class(method)(config, size)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_for_all_are_accepted_by_all(method: str) -> None:
+    config = PruneConfig(method=method, keep=4, positions="compact", cache="layered", seed=3)
+    size = dataclasses.replace(HOST.geometry(HOST.tiny()[0].config), text_layers=32)
+    assert method_class(method)(config, size).plan.cuts
+
+
+def test_a_schedule_takes_the_place_of_keep() -> None:
+    size = HOST.geometry(HOST.tiny()[0].config)
+    method = method_class("ivtp")(PruneConfig(schedule=(20, 8), llm_layers=6), size)
+    assert method.keep == method.plan.cuts[-1].keep == 8
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -147,6 +147,7 @@ TINY = Recipe(
     validation=4,
     log_every=2,
     curriculum=(Stage(8, 0.0, 3), Stage(GRID, 0.5, 2, keep=60), Stage(GRID, 0.75, 2)),
+    further=(Stage(GRID, 0.0, 2, keep=60),),
 )
 
 
@@ -166,10 +167,16 @@ def test_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     for name, value in straight.clip.state_dict().items():
         assert torch.equal(value, resumed.clip.state_dict()[name]), name
 
+    more = Trainer(tmp_path / "a", TINY, device, resume=False, further=True)
+    assert (more.step, more.images) == (straight.step, straight.images)
+    more.run(Console(quiet=True))
+    assert more.step == 8
+    assert more.images == straight.images + 8
     with (tmp_path / "a" / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == [2, 4, 4]
-    assert float(rows[-1]["object_accuracy"]) == pytest.approx(scores["object_accuracy"], abs=1e-4)
+    assert [int(row["step"]) for row in rows] == [2, 4, 4, 6, 8, 8]
+    assert {row["window"] for row in rows[3:]} == {str(GRID)}
+    assert float(rows[2]["object_accuracy"]) == pytest.approx(scores["object_accuracy"], abs=1e-4)
 
 
 def test_exported_folder_is_stock(tmp_path: Path) -> None:

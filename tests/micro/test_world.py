@@ -43,6 +43,7 @@ from ivtp.micro.world import (
     split_seed,
     write_samples,
 )
+from ivtp.micro.world.render import ATLAS
 from ivtp.micro.world.vocabulary import LETTERS, plural
 
 seeds = st.integers(min_value=0, max_value=3 * 2**40 - 1)
@@ -354,6 +355,12 @@ def test_corpus_holds_every_word() -> None:
         for question in questions(scene, seed=0, count=10):
             assert set(re.findall(r"\w+", question.text + " " + question.answer)) <= known
     assert known >= {*NAMES, *COLOURS, *SIGN_TEXTS}
+
+
+def test_atlas_ships_with_its_licence() -> None:
+    assert ATLAS.stat().st_size < 2_000_000
+    assert "Noto Color Emoji" in ATLAS.with_name("NOTICE").read_text()
+    assert "SIL OPEN FONT LICENSE Version 1.1" in ATLAS.with_name("NOTICE-OFL.txt").read_text()
 
 
 def test_write_samples(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ivtp.config import Geometry, PruneConfig
-from ivtp.cost import flops
+from ivtp.cost import flops, prompt_tokens
 from ivtp.errors import IvtpError
 from ivtp.generate import load, prompt_for
 from ivtp.guide import GuideMaker
@@ -31,6 +31,8 @@ from ivtp.registry import method_class
 
 class Oracle(Method):
     """Cuts where another method cuts, to the same counts, without taps, guide or scores: the first patches stay."""
+
+    reads = frozenset(field.name for field in dataclasses.fields(PruneConfig))  # the followed method checks them
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         self._followed: Method = method_class(config.method)(config, geometry)
@@ -48,17 +50,13 @@ class Oracle(Method):
 
 def make_pruners(model: nn.Module, processor: Any, methods: list[str], keep: int | str) -> dict[str, Pruner | None]:
     """A pruner for every method and the oracle of the first one, all detached; None is the full model."""
-    host = find_host(model)
-    config = PruneConfig.of(**{**host.recommended(), "method": methods[0], "keep": keep})
-    oracle = Oracle(config, host.size)
-    pruners: dict[str, Pruner | None] = {
-        "full": None,
-        "oracle": Pruner(host, oracle, GuideMaker(config, host, None, None)),
-    }
+    pruners: dict[str, Pruner] = {}
     for method in methods:
         with attach(model, processor, method=method, keep=keep) as pruner:
             pruners[method] = pruner
-    return pruners
+    host, config = find_host(model), pruners[methods[0]].config
+    oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
+    return {"full": None, "oracle": oracle, **pruners}
 
 
 def measure(model: nn.Module, inputs: Any, pruners: dict[str, Pruner | None], repeats: int) -> dict[str, list[float]]:
@@ -97,53 +95,54 @@ def main(
     batch: Annotated[int, typer.Option(help="rows")] = 1,
     repeats: Annotated[int, typer.Option(help="timed runs of each")] = 15,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
 ) -> None:
     """Time the prefill: full, oracle (the first method's token counts for free) and each method, interleaved."""
     torch.set_num_threads(threads)
     methods = method or ["ivtp"]
-    loaded, processor = load(model)
+    loaded, processor = load(model, device=device)
     any_model: Any = loaded
     side = any_model.config.vision_config.image_size
     picture = Image.effect_noise((side, side), 80).convert("RGB")
     prompts = [prompt_for(processor, question)] * batch
     inputs = processor(images=[picture] * batch, text=prompts, return_tensors="pt")
     inputs = inputs.to(any_model.device, any_model.dtype)
-    times = measure(loaded, inputs, make_pruners(loaded, processor, methods, keep), repeats)
-    text_tokens = inputs["input_ids"].shape[1] - find_host(loaded).size.num_patches + 1
-    rows = [_row(name, values, times, model, methods, keep, text_tokens, batch) for name, values in times.items()]
+    pruners = make_pruners(loaded, processor, methods, keep)
+    times = measure(loaded, inputs, pruners, repeats)
+    text_tokens = prompt_tokens(inputs["input_ids"].shape[1], find_host(loaded).size)
+    full = flops(loaded, method="none", text_tokens=text_tokens, batch=batch).total
+    rows = compare(times, {name: p.trace.flops if p and p.trace else full for name, p in pruners.items()})
     _print(rows)
     if json_file:
         about = {"model": model, "keep": keep, "text_tokens": text_tokens, "batch": batch, "repeats": repeats}
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": threads,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+        json_file.write_text(json.dumps({**about, "machine": _machine(device), "rows": rows}, indent=1) + "\n")
+
+
+def compare(times: dict[str, list[float]], costs: dict[str, float]) -> list[dict[str, Any]]:
+    """The lines of the table, from milliseconds and FLOPs of each run; ratios are medians of the pairs of one round."""
+    return [
+        {
+            "run": name,
+            "milliseconds": statistics.median(values),
+            "over_oracle": statistics.median(a / b for a, b in zip(values, times["oracle"], strict=True)),
+            "full_over_this": statistics.median(a / b for a, b in zip(times["full"], values, strict=True)),
+            "flops": costs[name],
+            "all_milliseconds": values,
         }
-        json_file.write_text(json.dumps({**about, "machine": machine, "rows": rows}, indent=1) + "\n")
+        for name, values in times.items()
+    ]
 
 
-def _row(
-    name: str,
-    values: list[float],
-    times: dict[str, list[float]],
-    model: str,
-    methods: list[str],
-    keep: int,
-    text_tokens: int,
-    batch: int,
-) -> dict[str, Any]:
-    """One line of the table; ratios are medians of the pairs of one round."""
-    counted = {"full": "none", "oracle": methods[0]}.get(name, name)
-    report = flops(model, method=counted, keep=keep, text_tokens=text_tokens, batch=batch)
+def _machine(device: str) -> dict[str, Any]:
+    """What the times depend on beside the code."""
+    gpu = torch.device(device).type == "cuda"
     return {
-        "run": name,
-        "milliseconds": statistics.median(values),
-        "over_oracle": statistics.median(a / b for a, b in zip(values, times["oracle"], strict=True)),
-        "full_over_this": statistics.median(a / b for a, b in zip(times["full"], values, strict=True)),
-        "flops": report.total - (report.pruning if name == "oracle" else 0.0),
-        "all_milliseconds": values,
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

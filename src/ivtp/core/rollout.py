@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BLOCK = 128
 """Query rows whose attention is held at a time: extra memory is B * H * BLOCK * T floats."""
@@ -34,18 +34,21 @@ class AttentionTap:
 
 def attention_row(tap: AttentionTap, reference: int) -> Tensor:
     """Head-averaged attention of one query row (Eq. 2): (B, T), float32. `reference` may be negative."""
-    reference %= tap.query.shape[2]
-    return _attention(tap, reference, reference + 1).mean(dim=(1, 2))  # (B, H, 1, T) -> (B, T)
+    length = tap.query.shape[2]
+    reference %= length
+    row = _attention(tap, tap.key.float(), reference, reference + 1).mean(dim=(1, 2))  # (B, H, 1, seen) -> (B, seen)
+    return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
 def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK) -> Tensor:
     """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32."""
     total = torch.zeros_like(weights)
+    key = tap.key.float()
     for start in range(0, tap.query.shape[2], block):
         stop = min(start + block, tap.query.shape[2])
-        attention = _attention(tap, start, stop)  # (B, H, block, T)
-        row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, T)
-        total = total + row.squeeze(2).mean(dim=1)
+        attention = _attention(tap, key, start, stop)  # (B, H, block, seen)
+        row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, seen)
+        total[:, : row.shape[3]] += row.squeeze(2).mean(dim=1)
     return total
 
 
@@ -84,34 +87,35 @@ def importance(row: Tensor, value: Tensor, visual: Tensor) -> Tensor:
     return weighted / total.clamp_min(torch.finfo(weighted.dtype).tiny)
 
 
-def _attention(tap: AttentionTap, start: int, stop: int) -> Tensor:
-    """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, T), float32."""
+def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int) -> Tensor:
+    """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32.
+
+    `key` is the tap's in float32. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
+    """
     batch, heads, length, width = tap.query.shape
-    kv_heads = tap.key.shape[1]
-    query = tap.query[:, :, start:stop].float().reshape(batch, kv_heads, -1, width)  # (B, H_kv, H/H_kv * block, d)
-    logits = query @ tap.key.float().transpose(2, 3) * tap.scale
-    logits = logits.view(batch, heads, stop - start, length)
-    hidden = _hidden_keys(tap, start, stop)
+    seen = stop if tap.causal else length
+    key = key[:, :, :seen]
+    query = tap.query[:, :, start:stop].float().reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H/H_kv * block, d)
+    logits = (query @ key.transpose(2, 3) * tap.scale).view(batch, heads, stop - start, seen)
+    hidden = _hidden_keys(tap, start, stop, seen)
     if hidden is not None:
         # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
         logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
-    attention: Tensor = logits.softmax(dim=-1)
-    return attention
+    return logits.softmax(dim=-1)
 
 
-def _hidden_keys(tap: AttentionTap, start: int, stop: int) -> Tensor | None:
-    """(B or 1, 1, stop - start, T) bool, True where a query must not see a key; None when all is visible."""
-    length = tap.query.shape[2]
+def _hidden_keys(tap: AttentionTap, start: int, stop: int, seen: int) -> Tensor | None:
+    """(B or 1, 1, stop - start, seen) bool, True where a query must not see a key; None when all is visible."""
     hidden: Tensor | None = None
     if tap.causal:
-        keys = torch.arange(length, device=tap.query.device)
-        hidden = (keys > keys[start:stop, None])[None, None]  # (1, 1, block, T)
+        keys = torch.arange(seen, device=tap.query.device)
+        hidden = (keys > keys[start:stop, None])[None, None]  # (1, 1, block, seen)
     if tap.valid is not None:
-        padding = ~tap.valid[:, None, None, :]  # (B, 1, 1, T)
+        padding = ~tap.valid[:, None, None, :seen]  # (B, 1, 1, seen)
         hidden = padding if hidden is None else hidden | padding
-    if tap.hidden_from_last is not None and stop == length:
+    if tap.hidden_from_last is not None and stop == tap.query.shape[2]:
         last = torch.zeros(stop - start, 1, dtype=torch.bool, device=tap.query.device)
         last[-1] = True
-        blind = tap.hidden_from_last[:, None, None, :] & last  # (B, 1, block, T)
+        blind = tap.hidden_from_last[:, None, None, :] & last  # (B, 1, block, seen)
         hidden = blind if hidden is None else hidden | blind
     return hidden

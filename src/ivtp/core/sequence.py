@@ -22,7 +22,7 @@ class TokenSequence:
     `patch` is the original patch index (image m of a row counts from m*N), -1 for text, padding and the guide;
     `valid` is False for padding; `position` the position id; `source` the column of the user's prompt, -1 for the
     guide. `slack` counts the empty columns at the left of each row and `holes` says whether there is padding
-    elsewhere; both are known on the host, so that no cut has to wait for the device.
+    elsewhere; both are known on the host, so that lengths never have to be read from the device.
     """
 
     patch: Tensor  # (B, T)
@@ -130,7 +130,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
 
     `generate` and multi-turn code slice new input by `get_seq_length()`, so that stays the logical length, while
     masks are made for the tokens that are there. `removed` is their difference, `prompt_valid` (B, kept) marks
-    padding among the kept prompt tokens (None: no padding), `prompt_length` is the unpruned prompt's length,
+    padding among the kept prompt tokens (None: no padding), `prompt_length` is the unpruned length of what the prefill
+    read, `fixed_length` that of its prompt without drafted tokens,
     `shift` (B, 1) what compact positions lie behind, and `part` is the same for layers that hold the same tokens.
     """
 
@@ -139,6 +140,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         keys: Tensor,
         values: Tensor,
         prompt_length: int,
+        fixed_length: int,
         prompt_valid: Tensor | None,
         shift: Tensor | None,
         part: int,
@@ -147,6 +149,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
         self.prompt_length = prompt_length
+        self.fixed_length = fixed_length
         self.removed = prompt_length - keys.shape[-2]
         self.prompt_valid = prompt_valid
         self.shift = shift
@@ -176,16 +179,28 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         return keys, values
 
     def crop(self, max_length: int) -> None:
-        """Remove -`max_length` tokens from the end, or (a positive number) all behind that logical length."""
+        """Remove -`max_length` tokens from the end, or (older transformers) all behind that logical length.
+
+        Raises `InputError` where that reaches into the prompt: which of its tokens are there is not known by number.
+        """
         surplus = -max_length if max_length <= 0 else self.get_seq_length() - max_length
-        if surplus > 0:
-            self.keys = self.keys[..., :-surplus, :]
-            self.values = self.values[..., :-surplus, :]
+        if surplus <= 0:
+            return
+        left = self.get_seq_length() - surplus
+        if left < self.fixed_length:
+            raise InputError("a pruned prompt cannot be cropped; start a new cache with the shorter prompt")
+        self.keys = self.keys[..., :-surplus, :]
+        self.values = self.values[..., :-surplus, :]
+        drafted = self.prompt_length - left  # tokens of the prefill that were no prompt
+        if drafted > 0:
+            self.prompt_length = left
+            self.prompt_valid = None if self.prompt_valid is None else self.prompt_valid[:, :-drafted]
 
     def reset(self) -> None:
         """Empty the layer; what was pruned is forgotten with it."""
         super().reset()
-        self.removed, self.prompt_length, self.prompt_valid, self.shift = 0, 0, None, None
+        self.removed, self.prompt_length, self.fixed_length = 0, 0, 0
+        self.prompt_valid = self.shift = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the batch for beam search."""
@@ -221,10 +236,12 @@ class Seen:
     index: Tensor | None = None
 
 
-def prune_cache(cache: Cache, seen: Many[Seen], *, prompt_length: int, shift: Tensor | None, evict: bool) -> None:
+def prune_cache(
+    cache: Cache, seen: Many[Seen], *, prompt_length: int, fixed_length: int, shift: Tensor | None, evict: bool
+) -> None:
     """Shorten every layer of `cache` in place, to the final tokens (`evict`) or to what that layer saw.
 
-    The guide token never stays. `prompt_length` and `shift` are what `PrunedLayer` needs to know.
+    The guide token never stays. The lengths and `shift` are what `PrunedLayer` needs to know.
     """
     for number, layer in enumerate(cache.layers):
         if not getattr(layer, "is_initialized", False):
@@ -233,9 +250,12 @@ def prune_cache(cache: Cache, seen: Many[Seen], *, prompt_length: int, shift: Te
         sequence, index = _final_tokens(seen[place:]) if evict else _own_tokens(seen[place])
         keys, values = layer.keys, layer.values
         if index is not None:
+            index = index.to(keys.device)
             keys, values = take(keys, index, dim=2), take(values, index, dim=2)
         valid = sequence.valid if sequence.padded else None
-        cache.layers[number] = PrunedLayer(keys, values, prompt_length, valid, shift, part=0 if evict else place)
+        cache.layers[number] = PrunedLayer(
+            keys, values, prompt_length, fixed_length, valid, shift, part=0 if evict else place
+        )
 
 
 def _final_tokens(parts: Many[Seen]) -> tuple[TokenSequence, Tensor | None]:

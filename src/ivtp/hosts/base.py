@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ivtp.config import Geometry, PruneConfig
-from ivtp.errors import LoadError
+from ivtp.config import Geometry
+from ivtp.sizes import local_folder, recommended, sidecar
 
 
 class Host:
@@ -87,33 +85,19 @@ class Host:
         """
         raise NotImplementedError
 
+    def check_call(self, inputs: dict[str, Any]) -> None:
+        """Raise `InputError` for arguments of a forward that would be ignored."""
+
     def default_clip(self) -> str | None:
         """Folder or hub id of the CLIP model whose vision side is this model's tower, where that is known."""
         raise NotImplementedError
 
     def recommended(self) -> dict[str, Any]:
-        """Options for this checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
-        named = {k: v for k, v in self._sidecar().items() if k in ("llm_layers", "group_layers", "threshold")}
-        return {"llm_layers": min(PruneConfig.llm_layers, self.size.text_layers), **named}
+        """Options for this checkpoint; methods take those that they read. Raises `LoadError` for a broken sidecar."""
+        return recommended(self.size, self._sidecar())
 
     def _folder(self) -> Path | None:
-        folder = Path(str(getattr(self.model, "name_or_path", "") or ""))
-        return folder if folder.parts and folder.is_dir() else None
+        return local_folder(getattr(self.model, "name_or_path", None))
 
     def _sidecar(self) -> dict[str, Any]:
-        folder = self._folder()
-        file = folder / "ivtp.json" if folder else None
-        if file is None or not file.is_file():
-            return {}
-        try:
-            content = json.loads(file.read_text())
-        except ValueError as error:
-            raise LoadError(
-                f"{file.name} of this checkpoint is not valid JSON ({error}); repair or remove it"
-            ) from None
-        return dict(content)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-        return next(self.embedding.parameters()).device
+        return sidecar(self._folder())

@@ -11,14 +11,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from ivtp.config import Geometry
-from ivtp.errors import UnsupportedModelError
+from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.base import Host
+from ivtp.sizes import openai_clip
 
-_OPENAI_CLIP = {
-    # (hidden size, layers, image size, patch size) of the tower: the CLIP model that it was taken from
-    (1024, 24, 336, 14): "openai/clip-vit-large-patch14-336",
-    (1024, 24, 224, 14): "openai/clip-vit-large-patch14",
-}
+_DECODERS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 class LlavaHost(Host):
@@ -46,6 +43,7 @@ class LlavaHost(Host):
                 f"vision_feature_layer={feature!r} with strategy {config.vision_feature_select_strategy!r} is not "
                 'prunable; one feature layer with the strategy "default" is'
             )
+        _check_decoder(text)
         layers = vision.num_hidden_layers
         heads = text.num_attention_heads
         return Geometry(
@@ -120,22 +118,6 @@ class LlavaHost(Host):
         self.vision_layers = tower.encoder.layers
         self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.image_token = inner.config.image_token_id
-        text: Any = inner.config.text_config
-        kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * bool(
-            getattr(text, "sliding_window", None)
-        )
-        if "sliding_attention" in kinds:
-            raise UnsupportedModelError(
-                f"the decoder ({text.model_type}) has sliding-window layers, which do not see the whole prompt; "
-                "a decoder with full attention in every layer can be pruned"
-            )
-        needed = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-        missing = [n for n in needed if not hasattr(self.text_layers[0], n)]
-        if missing:
-            raise UnsupportedModelError(
-                f"the decoder's layers ({type(self.text_layers[0]).__name__}) have no {missing[0]}; "
-                "a Llama-like decoder (Llama, Vicuna, Mistral, Qwen2) can be pruned"
-            )
 
     def run_vision(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Run the CLIP tower; its pooler is the post layer norm of the last layer's CLS."""
@@ -170,22 +152,55 @@ class LlavaHost(Host):
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none."""
+        """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none.
+
+        Raises `InputError` where a kernel without a mask is asked to hide something.
+        """
+        config: Any = self.decoder.config
+        if visible is not None and "flash" in str(config._attn_implementation):
+            raise InputError(
+                "FlashAttention cannot hide the answer from the pseudo CLS token; "
+                'load the model with attn_implementation="sdpa" to train or draft with pruning'
+            )
         return create_causal_mask(
-            config=self.decoder.config,
+            config=config,
             inputs_embeds=hidden,
             attention_mask=valid,
             past_key_values=cache,
             and_mask_function=visible,
         )
 
+    def check_call(self, inputs: dict[str, Any]) -> None:
+        """The layer and strategy of the vision features are those of the config."""
+        inner: Any = self.model
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            given, configured = inputs.get(name), getattr(inner.config, name)
+            if given is not None and given != configured:
+                raise InputError(
+                    f"{name}={given!r} differs from the model's own ({configured!r}), which a pruned model reads; "
+                    "set it in model.config before attaching"
+                )
+
     def default_clip(self) -> str | None:
         """The folder that the checkpoint's `ivtp.json` names, else OpenAI's CLIP for a tower of its sizes."""
         folder, named = self._folder(), self._sidecar().get("clip")
         if folder and named:
             return str(folder / str(named))
-        vision: Any = self.vision_tower.config
-        return _OPENAI_CLIP.get((vision.hidden_size, vision.num_hidden_layers, vision.image_size, vision.patch_size))
+        return openai_clip(self.size, len(self.vision_layers))
+
+
+def _check_decoder(text: Any) -> None:
+    """Refuse decoders whose layers are not a Llama layer's maths: cut in two they would silently be wrong."""
+    if text.model_type not in _DECODERS:
+        raise UnsupportedModelError(
+            f"the decoder is a {text.model_type!r}; decoders with Llama's layers can be pruned: {', '.join(_DECODERS)}"
+        )
+    window = getattr(text, "sliding_window", None)
+    if "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"] * bool(window)):
+        raise UnsupportedModelError(
+            f"the decoder ({text.model_type}) has sliding-window layers, which do not see the whole prompt; "
+            "a decoder with full attention in every layer can be pruned"
+        )
 
 
 HOST = LlavaHost

@@ -1,4 +1,4 @@
-"""What every pruning method shares: a plan that is known beforehand, and scores that the tensors decide."""
+"""What every pruning method shares: options, a plan that is known beforehand, and scores that the tensors decide."""
 
 from __future__ import annotations
 
@@ -13,52 +13,12 @@ from ivtp.config import Geometry, PruneConfig
 from ivtp.core.rollout import AttentionTap
 from ivtp.core.schedule import linear
 from ivtp.errors import ConfigError
-from ivtp.trace import TokensPerLayer, Where
+from ivtp.plan import Cut, Plan
 
+__all__ = ["Cut", "Merged", "Method", "MethodInfo", "NoOptions", "Plan", "Window", "check_choice", "vision_only_plan"]
 
-@dataclass(frozen=True)
-class Cut:
-    """One place where visual tokens leave.
-
-    `layer` (0-based) is cut between attention and feed-forward, or, with `after=True`, behind the last encoder layer
-    that reaches the projector. `keep` tokens of each image remain. `taps` are the layers whose queries, keys and
-    values the method reads, the cut layer last. With `full_rows` every query row of the earlier taps is recomputed
-    (rollout by products needs them all), otherwise one row of each tap.
-    """
-
-    where: Where
-    layer: int
-    keep: int
-    taps: tuple[int, ...] = ()
-    after: bool = False
-    full_rows: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All cuts of one method on one model, in the order of the forward pass."""
-
-    cuts: tuple[Cut, ...]
-    guide_layers: int = 0
-    """Decoder layers, from the first, that carry a pseudo CLS token behind the prompt."""
-
-    def tokens_per_layer(self, geometry: Geometry) -> TokensPerLayer:
-        """Visual tokens of one image that the attention and the MLP of each layer see."""
-        current = geometry.num_patches
-        counts: dict[str, list[int]] = {
-            "vision_attention": [],
-            "vision_mlp": [],
-            "llm_attention": [],
-            "llm_mlp": [],
-        }
-        for where, layers in (("vision", geometry.vision_layers), ("llm", geometry.text_layers)):
-            inside = {c.layer: c.keep for c in self.cuts if c.where == where and not c.after}
-            for layer in range(layers):
-                counts[f"{where}_attention"].append(current)
-                current = inside.get(layer, current)
-                counts[f"{where}_mlp"].append(current)
-            current = next((c.keep for c in self.cuts if c.where == where and c.after), current)
-        return TokensPerLayer(**{name: tuple(values) for name, values in counts.items()})
+_FOR_ALL = frozenset({"method", "keep", "positions", "cache", "seed", "options"})
+"""Fields of `PruneConfig` that no method refuses."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +75,15 @@ class Method:
 
     info: ClassVar[MethodInfo]
     Options: ClassVar[type[Any]] = NoOptions
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Common options that shape this method, beside those that are for all."""
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
-        """Raises `ConfigError` for an unknown option, or a keep or schedule that does not fit the model."""
+        """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""
+        self._refuse_unread(config)
         self.config = config
         self.geometry = geometry
-        self.keep = config.tokens(geometry.num_patches)
+        self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)
         self.plan = self.make_plan()
 
@@ -129,12 +92,24 @@ class Method:
         raise NotImplementedError
 
     def score(self, window: Window) -> Tensor:
-        """Importance (B, T) of every token of the window; only visual ones are read, the highest stay."""
+        """Importance (B, T) of every token of the window; only visual ones are read, the highest stay.
+
+        Not asked where `merge` answers.
+        """
         raise NotImplementedError
 
     def merge(self, window: Window) -> Merged | None:
         """New visual tokens in place of the window's, for methods that merge behind the encoder; None selects."""
         return None
+
+    def _refuse_unread(self, config: PruneConfig) -> None:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name not in self.reads | _FOR_ALL and value != field.default:
+                read = ", ".join(sorted(self.reads | _FOR_ALL - {"options"}))
+                raise ConfigError(
+                    f"method {config.method!r} does not read {field.name}={value!r}; leave it out. It reads {read}"
+                )
 
     def _parse_options(self, given: Mapping[str, Any]) -> Any:
         fields = dataclasses.fields(self.Options)

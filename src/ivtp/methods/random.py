@@ -34,6 +34,7 @@ class Random(Method):
         paper="(baseline)",
     )
     Options = Options
+    reads = frozenset({"seed"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder or one in each of its layers."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from ivtp.core.merge import nearest_grid, pool_grid
 from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
 
@@ -39,10 +37,6 @@ class Spatial(Method):
         pooled, centres, sources = pool_grid(patches, side, nearest_grid(self.keep, *side))
         batch = patches.shape[0]
         return Merged(pooled, centres.expand(batch, -1), sources.expand(batch, -1))
-
-    def score(self, window: Window) -> Tensor:
-        """Nothing is ranked: every cell of the grid is as good as another."""
-        return window.visual.float()
 
     def _side(self) -> tuple[int, int]:
         side = math.isqrt(self.geometry.num_patches)

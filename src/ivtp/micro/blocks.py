@@ -8,7 +8,7 @@ The weights are those of a stock ``LlamaForCausalLM``; only the order of the com
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,8 +39,8 @@ class TextBlocks:
 
     def to(self, device: torch.device) -> TextBlocks:
         """The same blocks on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TextBlocks(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "Tensor"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def pack(blocks: list[list[tuple[list[int], list[int], int]]]) -> TextBlocks:
@@ -87,7 +87,8 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _project(x: Tensor, norm: Tensor, qkv: Tensor, cos: Tensor, signed_sin: Tensor, heads: int, eps: float) -> Tensor:
     """Normalised, rotated queries, keys and values of all tokens: (3, n, H, d)."""
-    qk, v = nn.functional.linear(_rms(x, norm, eps), qkv).view(x.shape[0], 3, heads, -1).transpose(0, 1).split((2, 1))
+    projected = nn.functional.linear(_rms(x, norm, eps), qkv).view(x.shape[0], 3, heads, -1)
+    qk, v = torch.split(projected.transpose(0, 1), [2, 1])
     return torch.cat((_rotate(qk, cos, signed_sin), v))
 
 
@@ -126,8 +127,9 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: 
     to_prefix = (q.reshape(B, H, Q * L, d) @ prefix_k.transpose(-1, -2)).view(B, H, Q, L, P)
     to_self = q @ k.transpose(-1, -2) + mask
     weights = torch.cat((to_prefix, to_self), dim=-1).softmax(-1)  # (B, H, Q, L, P + L)
-    on_prefix, on_self = weights.split((P, L), dim=-1)
-    return (on_prefix.reshape(B, H, Q * L, P) @ prefix_v).view(B, H, Q, L, d) + on_self @ v
+    on_prefix, on_self = torch.split(weights, [P, L], dim=-1)
+    from_prefix = (on_prefix.reshape(B, H, Q * L, P) @ prefix_v).view(B, H, Q, L, d)
+    return from_prefix + on_self @ v
 
 
 def forward_blocks(model: LlamaModel, prefix: Tensor, positions: Tensor, text: TextBlocks, text_start: int) -> Tensor:
@@ -153,7 +155,7 @@ def forward_blocks(model: LlamaModel, prefix: Tensor, positions: Tensor, text: T
         attention, mlp = layer.self_attn, layer.mlp
         qkv_weight = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(dtype)
         qkv = _project(x, layer.input_layernorm.weight, qkv_weight, cos, sin, H, eps)
-        of_prefix, of_text = qkv.split((n_prefix, len(text.slots)), dim=1)  # (3, n, H, d)
+        of_prefix, of_text = torch.split(qkv, [n_prefix, len(text.slots)], dim=1)  # (3, n, H, d)
         pq, pk, pv = of_prefix.reshape(3, B, P, H, -1).transpose(2, 3)  # (B, H, P, d)
         padded = qkv.new_zeros(3, B * Q * L, *qkv.shape[2:]).index_copy(1, text.slots, of_text)
         tq, tk, tv = padded.view(3, B, Q, L, H, -1).permute(0, 1, 4, 2, 3, 5)  # (B, H, Q, L, d)

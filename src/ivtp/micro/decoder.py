@@ -98,7 +98,8 @@ def _free(size: int, width: int) -> Tensor:
 def _ordinal(size: int, width: int, waves: int = 6) -> Tensor:
     """Embeddings of ordered values: random mixtures of a few cosines, so that neighbours begin alike."""
     phase = torch.pi * (torch.arange(size)[:, None] + 0.5) / size * torch.arange(1, waves + 1)
-    return 0.3 * (2 / waves) ** 0.5 * phase.cos() @ torch.randn(waves, width)
+    mixed: Tensor = 0.3 * (2 / waves) ** 0.5 * phase.cos() @ torch.randn(waves, width)
+    return mixed
 
 
 class SymbolicImage(nn.Module):
@@ -107,10 +108,10 @@ class SymbolicImage(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.tables = nn.ModuleList(
-            nn.Embedding.from_pretrained((_ordinal if name in _ORDINAL else _free)(size, width), freeze=False)
-            for name, size in FIELDS.items()
-        )
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in FIELDS.values())
+        with torch.no_grad():
+            for (name, size), table in zip(FIELDS.items(), self.tables, strict=True):
+                table.weight.copy_((_ordinal if name in _ORDINAL else _free)(size, width))  # type: ignore[operator]
 
     @torch.no_grad()
     def speak_like(self, decoder: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,7 +125,7 @@ class SymbolicImage(nn.Module):
             first = 0 if field == "name" else 1
             for row, word in enumerate(words):
                 token = tokenizer(" " + word, add_special_tokens=False).input_ids[0]
-                table.weight[first + row] = decoder.model.embed_tokens.weight[token]  # type: ignore[index,operator]
+                table.weight[first + row] = decoder.model.embed_tokens.weight[token]  # type: ignore[operator]
 
     def forward(self, symbols: Tensor, noise: float = 0.0) -> Tensor:
         """(..., 10) indices -> (..., width); ``noise`` adds Gaussian noise of that fraction of the RMS."""
@@ -146,8 +147,8 @@ class Level:
 
 LEVELS = (
     Level(3, (12, 36), 0.25),
-    Level(5, (20, 56), 0.50),
-    Level(8, (24, 90), 0.70),
+    Level(5, (20, 56), 0.75),
+    Level(8, (24, 90), 0.85),
     Level(10, (24, 120), 9.0),
 )
 MASTERED = 0.92

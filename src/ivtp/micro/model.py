@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,18 +75,18 @@ def build_decoder(tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width
     return decoder
 
 
-def _init_layer(layer: nn.Module, width: int, layers: int) -> None:
+def _init_layer(layer: Any, width: int, layers: int) -> None:
     for name, parameter in layer.named_parameters():
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=width**-0.5)
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 with torch.no_grad():
-                    parameter /= (2 * layers) ** 0.5
+                    parameter.mul_((2 * layers) ** -0.5)
     _match_alike(layer.self_attn)
 
 
 @torch.no_grad()
-def _match_alike(attention: nn.Module) -> None:
+def _match_alike(attention: Any) -> None:
     """Lets the first head begin by attending to tokens like its own: its keys start equal to its queries.
 
     Only dimensions that rotate by less than a radian over an image's width in positions can match at that distance;

@@ -25,7 +25,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.transpose(-1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.transpose(-1, -2)).to(matrices.dtype)
+    out: Tensor = x if wide else x.transpose(-1, -2)
+    return out.to(matrices.dtype)
 
 
 class Muon(Optimizer):
@@ -59,9 +60,11 @@ class Muon(Optimizer):
         updates = []
         for parameter in parameters:
             state = self.state[parameter]
+            gradient = parameter.grad
+            assert gradient is not None  # step() passes only parameters with one
             buffer = state.setdefault("momentum", torch.zeros_like(parameter))
-            buffer.lerp_(parameter.grad, 1 - momentum)
-            updates.append(torch.lerp(parameter.grad, buffer, momentum))
+            buffer.lerp_(gradient, 1 - momentum)
+            updates.append(torch.lerp(gradient, buffer, momentum))
         scale = lr * math.sqrt(max(1.0, rows / columns))
         for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
             parameter.add_(update, alpha=-scale)

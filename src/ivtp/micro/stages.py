@@ -72,15 +72,15 @@ def align_projector(
         rows = torch.randint(len(x), (2048,))
         loss = nn.functional.mse_loss(projector(x[rows]), y[rows])
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         report((step + 1) / steps, f"loss {float(loss.detach()):.3f}")
     with torch.no_grad():
         error = (projector(test_x) - test_y).square().mean() / (test_y - y.mean(0)).square().mean()
         first = projector.linear_1
-        first.weight /= std
-        first.bias -= first.weight @ mean
+        first.weight.div_(std)
+        first.bias.sub_(first.weight @ mean)
     return float(error)
 
 

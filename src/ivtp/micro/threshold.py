@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 
+from ivtp.core.relevance import words
 from ivtp.micro import world
 from ivtp.micro.features import pixels_of
 
@@ -31,13 +32,13 @@ def word_relevance(
     scores = tokens @ nn.functional.normalize(image, dim=-1)
     found = []
     for row, text in enumerate(texts):
-        words: dict[tuple[int, int], list[float]] = {}
-        for (start, end), score in zip(encoded.offset_mapping[row].tolist(), scores[row].tolist(), strict=True):
-            if end > start:
-                left = text.rfind(" ", 0, start + 1) + 1
-                right = text.find(" ", max(end - 1, left))
-                words.setdefault((left, right if right >= 0 else len(text)), []).append(score)
-        found.append([(text[a:b].strip(" ?.,:"), sum(s) / len(s)) for (a, b), s in words.items()])
+        pairs = list(zip(encoded.offset_mapping[row].tolist(), scores[row].tolist(), strict=True))
+        scored = []
+        for first, last in words(text):
+            mine = [score for (start, end), score in pairs if start < last and end > first]
+            if mine:
+                scored.append((text[first:last], sum(mine) / len(mine)))
+        found.append(scored)
     return found
 
 
@@ -54,8 +55,8 @@ def choose_threshold(
         pooled = clip.vision_model(pixel_values=pixels.to(clip.dtype)).pooler_output
         texts = [question.text for question in world.questions(scene, seed=0, count=8)]
         visible = visible_words(scene)
-        for words in word_relevance(clip, tokenizer, texts, clip.visual_projection(pooled)[0]):
-            for word, score in words:
+        for scored in word_relevance(clip, tokenizer, texts, clip.visual_projection(pooled)[0]):
+            for word, score in scored:
                 (high if word in visible else low).append(score)
     return best_split(torch.tensor(high), torch.tensor(low))
 

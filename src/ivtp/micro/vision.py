@@ -2,7 +2,8 @@
 
 Curriculum: windows of 8x8 patches, then whole images thinned to 160 patches, then whole images while the
 learning rate falls to zero. Patches keep the position embeddings of their true place, so what the cheap views
-teach carries over.
+teach carries over. ``--further`` begins another round on a finished run: the rate rises again
+and falls to zero over thinned, then whole images.
 The folder receives ``clip/`` (a stock CLIPModel with tokenizer and image processor, replaced every few
 minutes), ``checkpoint.pt`` and ``log.csv``.
 """
@@ -44,6 +45,7 @@ class Stage:
 
 
 CURRICULUM = (Stage(8, 0.0, 32), Stage(GRID, 0.2, 24, keep=160), Stage(GRID, 0.8, 8))
+FURTHER = (Stage(GRID, 0.0, 24, keep=160), Stage(GRID, 0.87, 8))
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Recipe:
     """What a run is made of; exactly one of ``steps`` and ``minutes`` is given.
 
     ``layers``, ``width`` and ``heads`` size the tower; ``save_minutes`` is the time between checkpoints.
+    ``further`` is the curriculum of every round after the first.
     """
 
     steps: int | None = None
@@ -66,12 +69,13 @@ class Recipe:
     log_every: int = 20
     validation: int = 32
     curriculum: tuple[Stage, ...] = CURRICULUM
+    further: tuple[Stage, ...] = FURTHER
 
 
 class Trainer:
     """The state of a run and the steps that change it."""
 
-    def __init__(self, out: Path, recipe: Recipe, device: torch.device, *, resume: bool) -> None:
+    def __init__(self, out: Path, recipe: Recipe, device: torch.device, *, resume: bool, further: bool = False) -> None:
         self.out, self.recipe, self.device = out, recipe, device
         out.mkdir(parents=True, exist_ok=True)
         self.tokenizer: PreTrainedTokenizerBase = build_tokenizer()
@@ -82,22 +86,27 @@ class Trainer:
         self.heads = Heads(recipe.width).to(device)
         matrices, others = _split(self.clip, self.heads)
         self.optimisers = Optimisers(matrices, others, muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr)
-        self.step = self.images = 0
-        spent = 0.0
-        if resume:
+        self.step = self.images = self.rounds = 0
+        self.first_step, self.earlier, spent = 0, 0.0, 0.0
+        if resume or further:
             state = load_checkpoint(out / "checkpoint.pt")
             self.clip.load_state_dict(state["clip"])
             self.heads.load_state_dict(state["heads"])
             self.optimisers.load_state_dict(state["optimisers"])
             self.step, self.images, spent = state["step"], state["images"], state["spent"]
+            self.rounds, self.first_step, self.earlier = state["rounds"], state["first_step"], state["earlier"]
+        if further:
+            self.rounds, self.first_step = self.rounds + 1, self.step
+            self.earlier, spent = self.earlier + spent, 0.0
         self.budget = Budget(recipe.steps, recipe.minutes, spent)
-        self.log = CsvLog(out / "log.csv", append=resume)
+        self.log = CsvLog(out / "log.csv", append=resume or further)
 
     def train_step(self, fraction: float) -> dict[str, float]:
         """One update at a fraction of the run; returns the window, the rate factor and the loss terms."""
-        stage = [s for s in self.recipe.curriculum if s.start <= fraction][-1]
+        curriculum = self.recipe.further if self.rounds else self.recipe.curriculum
+        stage = [s for s in curriculum if s.start <= fraction][-1]
         batch = self.batch(stage)
-        scale = trapezoid(fraction, cooldown=self.recipe.cooldown)
+        scale = trapezoid(fraction, cooldown=0.9 if self.rounds else self.recipe.cooldown)
         with autocast(self.device):
             terms = losses(self.clip, self.heads, batch)
         total = torch.stack([WEIGHTS[key] * value for key, value in terms.items()]).sum()
@@ -119,10 +128,11 @@ class Trainer:
         return evaluate(self.clip, self.heads, self.tokenizer, self.table, count=self.recipe.validation)
 
     def save(self) -> None:
-        """Checkpoint and a loadable folder; a kill at any moment leaves the old or the new."""
+        """Checkpoint (a kill at any moment leaves the old or the new), then the loadable folder made from it."""
         state = {"clip": self.clip.state_dict(), "heads": self.heads.state_dict()}
         state |= {"optimisers": self.optimisers.state_dict(), "step": self.step}
-        state |= {"images": self.images, "spent": self.budget.spent}
+        state |= {"images": self.images, "spent": self.budget.spent, "earlier": self.earlier}
+        state |= {"rounds": self.rounds, "first_step": self.first_step}
         save_checkpoint(self.out / "checkpoint.pt", state)
         export(self.clip, self.tokenizer, self.out / "clip")
 
@@ -131,7 +141,7 @@ class Trainer:
         saved = self.budget.spent
         with Progress(console=console, disable=not console.is_terminal) as progress:
             bar = progress.add_task("vision", total=1.0)
-            while (fraction := self.budget.fraction(self.step)) < 1:
+            while (fraction := self.budget.fraction(self.step - self.first_step)) < 1:
                 terms = self.train_step(fraction)
                 progress.update(bar, completed=fraction, description=f"vision, loss {terms['loss']:.3f}")
                 due = self.budget.spent - saved >= self.recipe.save_minutes
@@ -147,7 +157,11 @@ class Trainer:
 
     def write(self, terms: dict[str, float], scores: dict[str, float]) -> None:
         """One row of the log; validation columns are empty between evaluations."""
-        row: dict[str, Any] = {"step": self.step, "images": self.images, "seconds": self.budget.spent * 60}
+        row: dict[str, Any] = {
+            "step": self.step,
+            "images": self.images,
+            "seconds": (self.earlier + self.budget.spent) * 60,
+        }
         for key in ("window", "rate", "loss", *WEIGHTS):
             row[key] = terms.get(key, "")
         for key in SCORES:
@@ -199,6 +213,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="length of the run by the clock")
     parser.add_argument("--steps", type=int, help="length of the run in steps; repeats exactly")
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    parser.add_argument("--further", action="store_true", help="anneal OUT/checkpoint.pt once more")
     parser.add_argument("--evaluate", action="store_true", help="only print the numbers of OUT/checkpoint.pt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=Recipe.validation, help="validation scenes")
@@ -216,7 +231,8 @@ def main() -> None:
         validation=options.validation,
     )
     resume = options.resume or options.evaluate
-    trainer = Trainer(options.out, recipe, torch.device(options.device), resume=resume)
+    device = torch.device(options.device)
+    trainer = Trainer(options.out, recipe, device, resume=resume, further=options.further)
     scores = trainer.evaluate() if options.evaluate else trainer.run(console)
     for key, value in scores.items():
         console.print(f"{key:24s} {value:.4f}")

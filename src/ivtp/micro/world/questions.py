@@ -84,10 +84,8 @@ def _existence(scene: Scene, rng: random.Random) -> Question | None:
     backed = [i for i, item in enumerate(scene.objects) if item.colour is not None]
     if backed and rng.random() < 0.3:
         return _existence_on_backing(scene, rng, rng.choice(backed))
-    if rng.random() < 0.5:
-        name = rng.choice(sorted({item.name for item in scene.objects}))
-    else:
-        name = _absent_name(scene, rng)
+    shown = sorted({item.name for item in scene.objects})
+    name = rng.choice(shown) if rng.random() < 0.5 else _absent_name(scene, rng)
     objects = tuple(i for i, item in enumerate(scene.objects) if item.name == name)
     form = rng.choice(("is there {} in the image?", "is there {}?", "can you see {}?", "does the image show {}?"))
     text = form.format(article(name))
