@@ -200,6 +200,7 @@ def main(
     if json is not None:
         write_json(json, tables, about)
     if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(text)
 
 

@@ -138,8 +138,8 @@ class LoopOptions:
 
     steps: int | None = None
     minutes: float | None = None
-    muon_lr: float = 2e-2
-    adam_lr: float = 6e-3
+    muon_lr: float = 4e-3
+    adam_lr: float = 1.5e-3
     cooldown: float = 0.35
     seed: int = 0
     save_minutes: float = 2.0

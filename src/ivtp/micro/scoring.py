@@ -103,4 +103,5 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def write_json(path: Path, tables: list[Table], about: dict[str, Any]) -> None:
     """All tables and what they were measured on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "tables": [vars(table) for table in tables]}, indent=2) + "\n")
