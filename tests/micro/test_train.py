@@ -226,3 +226,16 @@ def test_the_commands_lead_to_an_asset(run: Path, tmp_path: Path, monkeypatch) -
     assert result.exit_code == 0, result.output
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert model.config.text_config.num_hidden_layers == 4
+    again = tmp_path / "again"
+    result = CliRunner().invoke(train.app, ["unpack", "--out", str(again), "--asset", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    before, after = load_checkpoint(run / "stage2.pt"), load_checkpoint(again / "stage2.pt")
+    for part in ("projector", "decoder"):
+        assert before[part].keys() == after[part].keys()
+        for key, value in after[part].items():
+            assert torch.equal(value, before[part][key].to(torch.bfloat16).float()), key
+    store = again / "features"
+    build_store(CLIPModel.from_pretrained(again / "vision" / "clip").vision_model, [0.5] * 3, [0.25] * 3, store, 2)
+    command = ["stage2", "--weights", str(again / "stage2.pt"), "--steps", "1", "--scenes", "2", "--out", str(again)]
+    result = CliRunner().invoke(train.app, command)
+    assert result.exit_code == 0, result.output

@@ -1,7 +1,8 @@
 """The training recipe of the micro model, one sub-command a stage: ``python -m ivtp.micro.train STAGE``.
 
 In order: ``vision`` (CLIP from scratch), ``decoder`` (symbolic pre-training of a shallow decoder), ``features`` (of
-the frozen tower), ``align`` (projector onto the symbols), ``stage1`` and ``stage2`` (LLaVA's), ``export``.
+the frozen tower), ``align`` (projector onto the symbols), ``stage1`` and ``stage2`` (LLaVA's), ``export``; ``unpack``
+begins a run from an exported folder.
 Every stage can be stopped at any moment and continued with ``--resume``; ``torchrun --nproc_per_node N -m
 ivtp.micro.train ...`` splits ``features``, ``stage1`` and ``stage2`` over N processes.
 """
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import distributed
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPModel,
@@ -278,6 +281,27 @@ def export(
     threshold = choose_threshold(clip, clip_tokenizer, images_of)
     save_asset(asset, model, build_processor(tokenizer, images_of), clip, clip_tokenizer, threshold=threshold)
     console.print(f"{asset}: threshold {threshold:.3f}")
+
+
+@app.command()
+def unpack(
+    out: Out = RUNS,
+    asset: Annotated[Path, typer.Option(help="exported folder")] = Path(__file__).parent / "assets",
+) -> None:
+    """Turns an exported folder into a run to go on from: tokenizer, ``vision/clip`` and ``stage2.pt``."""
+    if (out / "stage2.pt").exists():
+        raise typer.BadParameter(f"{out / 'stage2.pt'} exists; give another --out")
+    model = AutoModelForImageTextToText.from_pretrained(asset, dtype=torch.float32)
+    processor, folder = AutoProcessor.from_pretrained(asset), out / "vision" / "clip"
+    processor.tokenizer.save_pretrained(out / "tokenizer")
+    CLIPModel.from_pretrained(asset / "clip", dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(asset / "clip").save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    decoder_state = {f"model.{k}": v for k, v in model.model.language_model.state_dict().items()}
+    decoder_state["lm_head.weight"] = model.lm_head.weight.detach()
+    projector_state = model.model.multi_modal_projector.state_dict()
+    save_checkpoint(out / "stage2.pt", {"projector": projector_state, "decoder": decoder_state})
+    console.print(f"{out}: go on with features, then stage2 --weights {out / 'stage2.pt'}")
 
 
 if __name__ == "__main__":
