@@ -24,6 +24,7 @@ from ivtp.instruction import ClipText, InstructionReader
 from ivtp.methods.base import Method, Plan
 from ivtp.prefill import Prefill
 from ivtp.probe import AttentionProbe
+from ivtp.prompt import read_prompts
 from ivtp.report import build_trace
 from ivtp.standins import Changes, cut_layer, expand_for_beams, forward_slot, forward_with_labels, generate_alone
 from ivtp.trace import PruneTrace
@@ -243,15 +244,10 @@ class Pruner:
             return (), inputs
         self.host.check_call(inputs)
         _check_training(self.host)
-        self._running = Prefill.of(
-            inputs,
-            self.host,
-            self.method,
-            self.guide_maker,
-            labels=self.labels,
-            prompt_length=self.prompt_length,
-            repeats=self.repeats,
+        prompts = read_prompts(
+            inputs, self.host, labels=self.labels, prompt_length=self.prompt_length, repeats=self.repeats
         )
+        self._running = Prefill(self.host, self.method, self.guide_maker, prompts)
         return (), self._running.start(inputs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

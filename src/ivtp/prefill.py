@@ -13,7 +13,7 @@ from ivtp.core.sequence import TokenSequence, enter_decoder, prune_cache
 from ivtp.guide import Guide, GuideMaker
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method
-from ivtp.prompt import PromptBatch, read_prompts
+from ivtp.prompt import PromptBatch
 from ivtp.stages import CutResult, DecoderStage, Encoded, EncoderStage
 
 
@@ -59,22 +59,6 @@ class Prefill:
         self._decoder: DecoderStage | None = None
         self._shift: Tensor | None = None
         self._running = ""
-
-    @classmethod
-    def of(
-        cls,
-        inputs: dict[str, Any],
-        host: Host,
-        method: Method,
-        guide_maker: GuideMaker,
-        *,
-        labels: Tensor | None = None,
-        prompt_length: int | None = None,
-        repeats: int = 1,
-    ) -> Prefill:
-        """A prefill of the model's `inputs`. Raises `InputError` for prompts that cannot be pruned."""
-        prompts = read_prompts(inputs, host, labels=labels, prompt_length=prompt_length, repeats=repeats)
-        return cls(host, method, guide_maker, prompts)
 
     @property
     def results(self) -> list[CutResult]:

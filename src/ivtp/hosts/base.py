@@ -52,7 +52,7 @@ class Host:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
         raise NotImplementedError
 
-    def run_vision(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    def run_vision(self, pixel_values: Tensor) -> Tensor:
         """Run the encoder on (I, 3, H, W); returns the post-normalised CLS output (I, D) of its last layer."""
         raise NotImplementedError
 

@@ -119,7 +119,7 @@ class LlavaHost(Host):
         self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.image_token = inner.config.image_token_id
 
-    def run_vision(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+    def run_vision(self, pixel_values: Tensor) -> Tensor:
         """Run the CLIP tower; its pooler is the post layer norm of the last layer's CLS."""
         return self.vision_tower(pixel_values, return_dict=True).pooler_output  # type: ignore[no-any-return]
 
