@@ -12,6 +12,7 @@ from rich.console import Console
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
 
+from ivtp.micro.position import place_accuracy, reserve_position, residual_states
 from ivtp.micro.vision import Recipe, Stage, Trainer
 from ivtp.micro.vision_data import IGNORE, KEYWORDS, keyword_table, make_batch
 from ivtp.micro.vision_model import (
@@ -193,3 +194,16 @@ def test_exported_folder_is_stock(tmp_path: Path) -> None:
     assert tokenizer.model_max_length == 77
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "clip")
     assert processor(images=render(sample_scene(0)), return_tensors="pt")["pixel_values"].shape == (1, 3, SIZE, SIZE)
+
+
+def test_a_tower_is_given_a_code_of_position(tmp_path: Path) -> None:
+    recipe = Recipe(steps=1, layers=4, width=48, heads=3, curriculum=(Stage(8, 0.0, 2),), validation=2)
+    trainer = Trainer(tmp_path, recipe, torch.device("cpu"))
+    with torch.no_grad():
+        trainer.clip.vision_model.embeddings.position_embedding.weight.normal_(std=1e-4)
+    states = residual_states(trainer)
+    before = place_accuracy(states[-1], 8)
+    reserve_position(trainer.clip, states[0], states[1:])
+    after = residual_states(trainer)
+    assert place_accuracy(after[-1], 8) > max(0.3, 2 * before)
+    assert F.cosine_similarity(after[-1], states[-1]).mean() > 0.8  # the rest of the tower goes on as before

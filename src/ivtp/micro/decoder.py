@@ -20,7 +20,7 @@ from ivtp.micro import world
 from ivtp.micro.blocks import forward_blocks
 from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
 from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
-from ivtp.micro.optim import Optimisers, split_parameters
+from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
 
 _NAMES = {name: i for i, name in enumerate(world.NAMES)}
 BACKGROUND = len(_NAMES)
@@ -161,7 +161,6 @@ class DecoderOptions:
     scenes: int = 16
     questions: int = 12
     noise: float = 0.1
-    bfloat16: bool = True
     level: int = 0
 
 
@@ -226,7 +225,7 @@ def _batch(
     prefix = torch.cat((decoder.model.embed_tokens(head).expand(len(asked), -1, -1), image), dim=1)
     positions = torch.tensor(patches, device=device) + len(head)
     positions = torch.cat((torch.arange(len(head), device=device).expand(len(asked), -1), positions), dim=1)
-    prefix = prefix.to(torch.bfloat16 if options.bfloat16 else torch.float32)
+    prefix = prefix.to(compute_dtype(device))
     hidden = forward_blocks(decoder.model, prefix, positions, text, template.text_start)
     loss, right, total = answer_loss(decoder.lm_head, hidden, text)
     loss.backward()  # type: ignore[no-untyped-call]

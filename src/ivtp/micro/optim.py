@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,10 +15,25 @@ from torch.optim import AdamW, Optimizer
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products are fast in: bfloat16 on GPUs and on CPUs with instructions for it, else float32.
+
+    Without them bfloat16 was measured 30 times slower than float32; with them 1.4-1.7 times faster.
+    """
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in the device's fast type."""
+    dtype = compute_dtype(device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices by a quintic Newton-Schulz iteration; (n, rows, columns)."""
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.to(compute_dtype(matrices.device))
     wide = x.shape[-2] <= x.shape[-1]
     if not wide:
         x = x.transpose(-1, -2)

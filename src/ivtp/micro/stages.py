@@ -18,7 +18,7 @@ from ivtp.micro.decoder import BACKGROUND, SymbolicImage, symbol_map
 from ivtp.micro.features import FeatureStore, scene_of
 from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
 from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
-from ivtp.micro.optim import Optimisers, split_parameters
+from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
 
 
 class Projector(nn.Module):
@@ -105,7 +105,6 @@ class StageOptions:
     scenes: int = 8
     questions: int = 12
     captions_only: bool = False
-    bfloat16: bool = True
 
 
 def train_stage(
@@ -163,7 +162,7 @@ def _batch(
             asked.append(found)
         if len(rows) == options.scenes:
             break
-    dtype = torch.bfloat16 if options.bfloat16 else torch.float32
+    dtype = compute_dtype(device)
     image = projector(store[rows].to(device, dtype))
     text = template.blocks(asked).to(device)
     head = torch.tensor(template.head, device=device)

@@ -34,6 +34,7 @@ from ivtp.micro.decoder import DecoderOptions, SymbolicImage, train_decoder
 from ivtp.micro.features import FeatureStore, build_store
 from ivtp.micro.loop import LoopOptions, load_checkpoint, rank, save_checkpoint
 from ivtp.micro.model import WIDTH, assemble, build_decoder, build_processor, deepen, save_asset
+from ivtp.micro.optim import compute_dtype
 from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
 from ivtp.micro.threshold import choose_threshold
 from ivtp.micro.tokenizer import build_tokenizer
@@ -150,7 +151,12 @@ def decoder(
         symbolic = SymbolicImage(WIDTH)
         symbolic.speak_like(model, tokenizer)
         if weights is not None and not resume:
-            model, symbolic = deepen(decoder_from(weights, tokenizer), layers), symbolic_from(weights)
+            model = deepen(decoder_from(weights, tokenizer), layers)
+            # the checkpoints of LLaVA's stages hold no symbols: their words serve again
+            if "symbolic" in load_checkpoint(weights):
+                symbolic = symbolic_from(weights)
+            else:
+                symbolic.speak_like(model, tokenizer)
         model.to(device)
         symbolic.to(device)
         loop = LoopOptions(steps, minutes, muon_lr, adam_lr, cooldown, seed)
@@ -171,7 +177,9 @@ def features(
     """Patch features of the first training images (221 KB each on disk)."""
     with _stage("features", threads, seed) as report:
         folder = out / "vision" / "clip"
-        tower = CLIPModel.from_pretrained(folder, dtype=torch.bfloat16).vision_model.to(device).eval()
+        tower = (
+            CLIPModel.from_pretrained(folder, dtype=compute_dtype(torch.device(device))).vision_model.to(device).eval()
+        )
         images_of = CLIPImageProcessor.from_pretrained(folder)
         build_store(tower, images_of.image_mean, images_of.image_std, out / "features", images, report=report)
 

@@ -31,7 +31,16 @@ from ivtp.micro.world.vocabulary import plural
 IGNORE = -100
 KEYWORDS: tuple[str, ...] = (*NAMES, *COLOURS, *SIGN_TEXTS)
 BACKINGS = ("none", "disc", "frame")
-CLASSES = {"object": len(NAMES) + 1, "colour": len(COLOURS) + 1, "backing": 3, "text": len(SIGN_TEXTS) + 1}
+CLASSES = {
+    "object": len(NAMES) + 1,
+    "colour": len(COLOURS) + 1,
+    "backing": 3,
+    "text": len(SIGN_TEXTS) + 1,
+    "centre_row": GRID,  # of the object that a patch shows
+    "centre_column": GRID,
+    "row": GRID,  # of the patch itself
+    "column": GRID,
+}
 _NAME = {name: i + 1 for i, name in enumerate(NAMES)}  # 0 = background
 _COLOUR = {colour: i + 1 for i, colour in enumerate(COLOURS)}  # 0 = no backing
 _TEXT = {text: i + 1 for i, text in enumerate(SIGN_TEXTS)}  # 0 = not a sign
@@ -45,7 +54,7 @@ class Batch:
 
     patches: Tensor  # (B, P, 588) normalised pixels, ordered as a convolution weight (channel, row, column)
     positions: Tensor  # (B, P) raster index of each patch in the whole image
-    labels: dict[str, Tensor]  # "object", "colour", "backing", "text": (B, P) long, IGNORE where undecided
+    labels: dict[str, Tensor]  # one of CLASSES for each patch: (B, P) long, IGNORE where undecided
     box: Tensor  # (B, P, 4) offsets from the patch's centre to its object's left, top, right, bottom / 336
     present: Tensor  # (B, K) which KEYWORDS are true of a window
     input_ids: Tensor  # (T, L)
@@ -185,6 +194,7 @@ def _label(
     shape = (len(rows), len(columns))
     labels = {key: np.zeros(shape, dtype=np.int64) for key in CLASSES}
     box = np.zeros((*shape, 4), dtype=np.float32)
+    labels["row"][:], labels["column"][:] = rows[:, None], columns[None]
     shown = []
     for index, item in enumerate(scene.objects):
         x0, y0, x1, y1 = item.box
@@ -198,6 +208,8 @@ def _label(
             "colour": _COLOUR[item.colour] if item.colour is not None else 0,
             "backing": BACKINGS.index(item.backing),
             "text": _TEXT[item.text] if item.text is not None else 0,
+            "centre_row": int(item.centre[1] / PATCH),
+            "centre_column": int(item.centre[0] / PATCH),
         }
         for key, value in values.items():
             labels[key][(share > 0) & ~inside & (labels[key] == 0)] = IGNORE

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
+from ivtp.micro.optim import autocast
 from ivtp.micro.vision_data import IGNORE, make_batch
 from ivtp.micro.vision_model import WORD_THRESHOLD, Heads, encode_texts, encode_windows
 from ivtp.micro.world import GRID, NAMES, SIZE, canonical_caption, questions, sample_scene, split_seed
@@ -33,7 +34,7 @@ def evaluate(
     images, present = [], []
     for start in range(0, count, 8):
         batch = make_batch(seeds[start : start + 8], GRID, tokenizer, table).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with autocast(device):
             states, image = encode_windows(clip, batch.patches, batch.positions)
             logits, box = heads(states)
         images.append(image)
@@ -59,7 +60,7 @@ def evaluate(
 
 def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt").to(clip.device)
-    with torch.autocast(clip.device.type, dtype=torch.bfloat16):
+    with autocast(clip.device):
         tokens, whole = encode_texts(clip, encoded["input_ids"], encoded["attention_mask"])
     return encoded["input_ids"], tokens, whole
 

@@ -145,7 +145,7 @@ def losses(clip: CLIPModel, heads: Heads, batch: Batch) -> dict[str, Tensor]:
     inside = batch.labels["object"] > 0
     for key, values in logits.items():
         target = batch.labels[key]
-        if key != "object":  # attributes are read off objects only, and words off signs only
+        if key not in ("object", "row", "column"):  # attributes are read off objects only, and words off signs only
             target = torch.where(inside & ((target > 0) | (key != "text")), target, IGNORE)
         total = F.cross_entropy(values.float().flatten(0, 1), target.flatten(), ignore_index=IGNORE, reduction="sum")
         terms[key] = total / (target != IGNORE).sum().clamp(min=1)
@@ -161,6 +161,10 @@ WEIGHTS = {
     "colour": 0.5,
     "backing": 0.2,
     "text": 0.5,
+    "centre_row": 0.4,
+    "centre_column": 0.4,
+    "row": 0.5,
+    "column": 0.5,
     "box": 0.5,
     "contrast": 0.3,
     "words": 0.5,
