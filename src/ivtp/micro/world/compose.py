@@ -25,7 +25,7 @@ def referring(scene: Scene, index: int, rng: random.Random) -> tuple[str, tuple[
 
     ``the object left of the dog``, ``the object on the red disc``; None if nothing identifies it.
     """
-    found = []
+    found: list[tuple[str, tuple[int, ...]]] = []
     item = scene.objects[index]
     if (
         item.colour is not None

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ivtp.micro.world.scene import NEW_BACKGROUNDS, SIZE, Background, Scene, SceneObject
@@ -58,16 +59,19 @@ def _background(background: Background) -> Image.Image:
     return Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
-def _pattern(kind: str, rng: np.random.RandomState) -> np.ndarray:
+def _pattern(kind: str, rng: np.random.RandomState) -> NDArray[np.bool_]:
     """(SIZE, SIZE) bool: checks, dots or rings, with a random period."""
     period = int(rng.randint(14, 48))
     y, x = np.mgrid[:SIZE, :SIZE]
+    shown: NDArray[np.bool_]
     if kind == "checks":
-        return (x // period + y // period) % 2 == 0
-    if kind == "dots":
-        return (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period / 3.5) ** 2
-    centre = rng.randint(0, SIZE, size=2)
-    return np.hypot(x - centre[0], y - centre[1]) // period % 2 == 0
+        shown = (x // period + y // period) % 2 == 0
+    elif kind == "dots":
+        shown = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period / 3.5) ** 2
+    else:
+        centre = rng.randint(0, SIZE, size=2)
+        shown = np.hypot(x - centre[0], y - centre[1]) // period % 2 == 0
+    return shown
 
 
 def _draw_object(image: Image.Image, draw: ImageDraw.ImageDraw, item: SceneObject) -> None:
