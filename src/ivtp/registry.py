@@ -1,4 +1,4 @@
-"""Names to modules: every file in `methods/` and `hosts/` registers itself by existing."""
+"""Names to modules: every file in `methods/`, `hosts/` and `micro/formats/` registers itself by existing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ivtp.errors import ConfigError
 
-Room = Literal["methods", "hosts"]
+Room = Literal["methods", "hosts", "micro.formats"]
 
 
 # Published methods are called PruMerge+ or the like, and a file's name cannot hold the sign: it says `_plus` instead.
@@ -31,6 +31,11 @@ def list_hosts() -> list[str]:
     return list(_names("hosts"))
 
 
+def list_formats() -> list[str]:
+    """Names of the micro world's benchmark formats, in alphabetical order."""
+    return list(_names("micro.formats"))
+
+
 def method_class(name: str) -> Any:
     """The `Method` subclass called `name`. Raises `ConfigError` with the nearest names."""
     return _load("methods", name, "METHOD")
@@ -41,9 +46,15 @@ def host_class(name: str) -> Any:
     return _load("hosts", name, "HOST")
 
 
+def format_class(name: str) -> Any:
+    """The `Format` subclass called `name`. Raises `ConfigError` with the nearest names."""
+    return _load("micro.formats", name, "FORMAT")
+
+
 def _load(room: Room, name: str, attribute: str) -> Any:
     if name not in _names(room):
         near = difflib.get_close_matches(str(name), _names(room), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(f"unknown {room[:-1]} {name!r}; {hint}available: {', '.join(_names(room))}")
+        noun = room.rpartition(".")[2][:-1]
+        raise ConfigError(f"unknown {noun} {name!r}; {hint}available: {', '.join(_names(room))}")
     return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)

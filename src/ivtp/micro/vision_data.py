@@ -173,7 +173,7 @@ def _place_window(scene: Scene, window: int) -> tuple[int, int]:
     rng = random.Random(f"window/{scene.seed}")
     x0, y0, x1, y1 = rng.choice(scene.objects).box
     corner = []
-    for start, end in ((y0, y1), (x0, x1)):
+    for start, end in ((max(y0, 0), min(y1, SIZE)), (max(x0, 0), min(x1, SIZE))):
         low = max(0, -(-end // PATCH) - window)
         high = min(GRID - window, start // PATCH)
         corner.append(rng.randint(min(low, high), max(low, high)))

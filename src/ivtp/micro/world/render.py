@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ivtp.micro.world.scene import SIZE, Background, Scene, SceneObject
+from ivtp.micro.world.scene import NEW_BACKGROUNDS, SIZE, Background, Scene, SceneObject
 from ivtp.micro.world.vocabulary import COLOURS, GLYPHS, SIGN_TEXTS
 
 ATLAS = Path(__file__).with_name("atlas.png")
@@ -46,6 +47,8 @@ def _background(background: Background) -> Image.Image:
         line = np.where(mask[:, None], first, second).astype(np.uint8)  # (SIZE, 3)
         shape = (SIZE, SIZE, 3)
         return Image.fromarray(np.broadcast_to(line[None] if across else line[:, None], shape).copy())
+    if background.kind in NEW_BACKGROUNDS:
+        return Image.fromarray(np.where(_pattern(background.kind, rng)[..., None], first, second).astype(np.uint8))
     if background.kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         axis = np.linspace(-0.5, 0.5, 24, dtype=np.float32)
@@ -54,6 +57,21 @@ def _background(background: Background) -> Image.Image:
         share = np.frombuffer(rng.bytes(24 * 24), dtype=np.uint8).reshape(24, 24, 1) / np.float32(255)
     small = (first * share + second * (1 - share)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(small).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+
+
+def _pattern(kind: str, rng: np.random.RandomState) -> NDArray[np.bool_]:
+    """(SIZE, SIZE) bool: checks, dots or rings, with a random period."""
+    period = int(rng.randint(14, 48))
+    y, x = np.mgrid[:SIZE, :SIZE]
+    shown: NDArray[np.bool_]
+    if kind == "checks":
+        shown = (x // period + y // period) % 2 == 0
+    elif kind == "dots":
+        shown = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period / 3.5) ** 2
+    else:
+        centre = rng.randint(0, SIZE, size=2)
+        shown = np.hypot(x - centre[0], y - centre[1]) // period % 2 == 0
+    return shown
 
 
 def _draw_object(image: Image.Image, draw: ImageDraw.ImageDraw, item: SceneObject) -> None:

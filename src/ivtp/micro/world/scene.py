@@ -13,10 +13,22 @@ SIZE = 336
 PATCH = 14
 GRID = SIZE // PATCH
 
-_SPLITS = ("train", "validation", "test")
+NEW_BACKGROUNDS = ("checks", "dots", "rings")
+"""Backgrounds of the split that shows what no model was trained on."""
+
+_SPLITS = ("train", "validation", "test", "pairs", "styles")
 _SPLIT_RANGE = 2**40
 _GAP = 4  # pixels between two objects, and to the border
-_SIDES = (40, 110)
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes are sampled from: how many objects, their longer sides in pixels, backgrounds, share of signs."""
+
+    objects: tuple[int, int] = (1, 10)
+    sides: tuple[int, int] = (40, 110)
+    backgrounds: tuple[str, ...] = BACKGROUNDS
+    signs: float = 0.17
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ class Scene:
 
 
 def split_seed(split: str, index: int) -> int:
-    """Seed of scene ``index`` of "train", "validation" or "test"; the splits' ranges never meet."""
+    """Seed of scene ``index`` of "train", "validation", "test", "pairs" or "styles"; the ranges never meet."""
     if split not in _SPLITS or not 0 <= index < _SPLIT_RANGE:
         raise ConfigError(
             f"no scene {index} in split {split!r}; use one of {', '.join(_SPLITS)} and 0..{_SPLIT_RANGE - 1}"
@@ -67,22 +79,32 @@ def split_seed(split: str, index: int) -> int:
     return _SPLITS.index(split) * _SPLIT_RANGE + index
 
 
-def sample_scene(seed: int, *, min_objects: int = 1, max_objects: int = 10) -> Scene:
-    """The scene of a seed; the number of objects is uniform over min_objects..max_objects (1..10)."""
-    if not 1 <= min_objects <= max_objects <= 10:
-        raise ConfigError(f"min_objects={min_objects}, max_objects={max_objects}: need 1 <= min <= max <= 10")
+def sample_scene(
+    seed: int, *, min_objects: int | None = None, max_objects: int | None = None, style: Style | None = None
+) -> Scene:
+    """The scene of a seed; the number of objects is uniform over min_objects..max_objects (default: the style's).
+
+    Raises `ConfigError` for numbers outside of what the style allows.
+    """
+    style = style or Style()
+    lowest, highest = style.objects
+    first, last = min_objects or lowest, highest if max_objects is None else max_objects
+    if min_objects == 0 or not lowest <= first <= last <= highest:
+        raise ConfigError(
+            f"min_objects={min_objects}, max_objects={max_objects}: need {lowest} <= min <= max <= {highest}"
+        )
     rng = random.Random(seed)
-    background = _background(rng)
-    count = rng.randint(min_objects, max_objects)
+    background = _background(rng, style)
+    count = rng.randint(first, last)
     while True:
-        boxes = _boxes(rng, [_shape(rng, count, sign) for sign in _signs(rng, count)])
+        boxes = _boxes(rng, [_shape(rng, count, sign, style) for sign in _signs(rng, count, style)])
         if boxes is not None:
             break
     return Scene(seed, background, _furnish(rng, boxes))
 
 
-def _background(rng: random.Random) -> Background:
-    kind = rng.choice(BACKGROUNDS)
+def _background(rng: random.Random, style: Style) -> Background:
+    kind = rng.choice(style.backgrounds)
     # Muted mid tones only, so that every colour of a backing stands out.
     tone = rng.randint(90, 190)
     first = [min(210, max(70, tone + rng.randint(-45, 45))) for _ in range(3)]
@@ -92,21 +114,23 @@ def _background(rng: random.Random) -> Background:
     return Background(kind, pair, rng.getrandbits(31))
 
 
-def _signs(rng: random.Random, count: int) -> list[bool]:
-    """Which of the objects are signs: at most three."""
-    signs = [rng.random() < 0.17 for _ in range(count)]
-    while sum(signs) > 3:
+def _signs(rng: random.Random, count: int, style: Style) -> list[bool]:
+    """Which of the objects are signs: at most three, unless the style is all signs."""
+    signs = [rng.random() < style.signs for _ in range(count)]
+    while sum(signs) > 3 and style.signs < 1:
         signs[signs.index(True)] = False
     return signs
 
 
-def _shape(rng: random.Random, count: int, sign: bool) -> tuple[int, int, bool]:
+def _shape(rng: random.Random, count: int, sign: bool, style: Style) -> tuple[int, int, bool]:
     """(width, height, is a sign); crowded scenes have smaller objects."""
-    largest = _SIDES[1] if count <= 6 else 90
+    smallest, largest = style.sides
+    if count > 6:
+        largest = min(largest, 90 if count <= 10 else 76)
     if sign:
-        width = rng.randrange(72, largest + 1, 2)
+        width = rng.randrange(max(72, smallest), largest + 1, 2)
         return width, rng.randrange(40, max(42, width // 2), 2), True
-    side = rng.randrange(_SIDES[0], largest + 1, 2)
+    side = rng.randrange(smallest, largest + 1, 2)
     return side, side, False
 
 
@@ -161,12 +185,22 @@ def position_of(box: tuple[int, int, int, int], margin: float = 0.0) -> str | No
     return POSITIONS[cells[1] * 3 + cells[0]]
 
 
+def near_cell(box: tuple[int, int, int, int], position: str, margin: float = 14.0) -> bool:
+    """Whether the box's centre lies in a cell of the 3x3 grid or within ``margin`` px of it."""
+    row, column = divmod(POSITIONS.index(position), 3)
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    third = SIZE / 3
+    return all(
+        number * third - margin <= centre <= (number + 1) * third + margin for number, centre in ((row, y), (column, x))
+    )
+
+
 def patches_of(scene: Scene, objects: Iterable[int]) -> list[int]:
     """Raster indices (0..575, ascending) of the patches that the boxes of the objects touch."""
     patches = set()
     for index in objects:
         x0, y0, x1, y1 = scene.objects[index].box
-        for row in range(y0 // PATCH, (y1 - 1) // PATCH + 1):
-            for column in range(x0 // PATCH, (x1 - 1) // PATCH + 1):
+        for row in range(max(y0, 0) // PATCH, (min(y1, SIZE) - 1) // PATCH + 1):
+            for column in range(max(x0, 0) // PATCH, (min(x1, SIZE) - 1) // PATCH + 1):
                 patches.add(row * GRID + column)
     return sorted(patches)

@@ -1,0 +1,1 @@
+"""The twelve benchmarks' formats in the micro world, one file each; `ivtp.registry` finds them by their files."""

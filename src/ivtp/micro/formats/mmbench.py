@@ -1,0 +1,44 @@
+"""MMBench: multiple choice over perception abilities, in English."""
+
+from __future__ import annotations
+
+import random
+
+from ivtp.micro.formats.base import Example, Format, letter_of, lettered
+from ivtp.micro.world.photo import Photo
+from ivtp.micro.world.questions import ask
+from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS, SIGN_TEXTS
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "colour": tuple(COLOURS),
+    "count": tuple(str(n) for n in range(7)),
+    "position": POSITIONS,
+    "neighbour": NAMES,
+    "extreme": NAMES,
+    "sign": SIGN_TEXTS,
+}
+"""Where the wrong options of each kind of question are drawn from."""
+
+
+class MmBench(Format):
+    """Liu et al., 2023 (arXiv 2307.06281); LLaVA-1.5's prompt for option letters."""
+
+    title = "MMBench"
+    metric = "accuracy of the option letter"
+
+    def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
+        """One question with four options."""
+        kind = rng.choice(list(TABLES))
+        asked = ask(photo.scene, rng, kind)
+        if asked is None:
+            return []
+        others = [word for word in TABLES[kind] if word != asked.answer]
+        choice = lettered(asked.text, asked.answer, others, rng)
+        return [self._example(photo, choice.text, choice.answer, asked.objects, group=kind)]
+
+    def score(self, example: Example, answer: str) -> float:
+        """Whether the letter is right."""
+        return float(letter_of(answer) == example.answer)
+
+
+FORMAT = MmBench

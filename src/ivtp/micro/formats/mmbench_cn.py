@@ -1,0 +1,33 @@
+"""MMBench-CN: multiple choice in Chinese."""
+
+from __future__ import annotations
+
+import random
+
+from ivtp.micro.formats.base import Example, Format, letter_of, lettered
+from ivtp.micro.world.chinese import ask_chinese
+from ivtp.micro.world.photo import Photo
+
+REQUEST = "请直接回答选项字母。"
+
+
+class MmBenchCn(Format):
+    """Liu et al., 2023 (arXiv 2307.06281); the Chinese half, with LLaVA-1.5's Chinese prompt."""
+
+    title = "MMBench-CN"
+    metric = "accuracy of the option letter"
+
+    def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
+        """One question with four options."""
+        asked = ask_chinese(photo.scene, rng)
+        if asked is None:
+            return []
+        choice = lettered(asked.text, asked.answer, asked.others, rng, REQUEST)
+        return [self._example(photo, choice.text, choice.answer, asked.objects, group=asked.kind)]
+
+    def score(self, example: Example, answer: str) -> float:
+        """Whether the letter is right."""
+        return float(letter_of(answer) == example.answer)
+
+
+FORMAT = MmBenchCn

@@ -1,0 +1,39 @@
+"""TextVQA: reading signs; the prompt lists OCR tokens, some of them of no sign, as LLaVA's evaluation does."""
+
+from __future__ import annotations
+
+import random
+
+from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
+from ivtp.micro.world.photo import Photo
+from ivtp.micro.world.questions import ask
+from ivtp.micro.world.vocabulary import SIGN_TEXTS
+
+_MISSED = 0.15  # chance that the OCR does not see a sign
+
+
+class TextVqa(Format):
+    """Singh et al., 2019 (arXiv 1904.08920); VQA accuracy with LLaVA-1.5's reference OCR tokens."""
+
+    title = "TextVQA"
+    metric = "VQA accuracy, ten annotators"
+
+    def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
+        """One question about a sign."""
+        asked = ask(photo.scene, rng, "sign")
+        if asked is None:
+            return []
+        texts = [item.text for item in photo.scene.objects if item.text is not None]
+        absent = sorted(set(SIGN_TEXTS) - set(texts))
+        tokens = [text for text in texts if rng.random() >= _MISSED] + rng.sample(absent, rng.randint(1, 3))
+        rng.shuffle(tokens)
+        prompt = f"{asked.text}\nReference OCR token: {', '.join(tokens)}\n{SHORT}"
+        references = annotate(asked.answer, SIGN_TEXTS, rng)
+        return [self._example(photo, prompt, asked.answer, asked.objects, references=references)]
+
+    def score(self, example: Example, answer: str) -> float:
+        """VQA accuracy."""
+        return vqa_score(answer, example.references)
+
+
+FORMAT = TextVqa

@@ -1,0 +1,50 @@
+"""VizWiz: questions about bad photographs; "unanswerable" where nothing can be seen or nothing is there."""
+
+from __future__ import annotations
+
+import random
+
+from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
+from ivtp.micro.world.photo import Photo, take_photo
+from ivtp.micro.world.questions import ask
+from ivtp.micro.world.vocabulary import NAMES
+
+UNANSWERABLE = "unanswerable"
+REQUEST = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
+_ABSENT = 0.12  # share of the readable photos whose question is about an object that is not there
+_FORMS = ("what color is behind the {}?", "what color is around the {}?", "where is the {}?", "what is left of the {}?")
+
+
+class VizWiz(Format):
+    """Gurari et al., 2018 (arXiv 1802.08218); LLaVA-1.5's prompt, ten annotators."""
+
+    title = "VizWiz"
+    metric = "VQA accuracy, ten annotators"
+
+    def photo(self, split: str, index: int) -> Photo:
+        """A bad photograph; one in five is unreadable."""
+        return take_photo(split, index, bad=True)
+
+    def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
+        """One question; about something that is there, unless it is to have no answer."""
+        absent = sorted(set(NAMES) - {item.name for item in photo.scene.objects})
+        if photo.readable and rng.random() < _ABSENT:
+            everything = tuple(range(len(photo.scene.objects)))
+            return [self._asked(photo, rng, rng.choice(_FORMS).format(rng.choice(absent)), UNANSWERABLE, everything)]
+        asked = ask(photo.scene, rng, rng.choice(("colour", "count", "neighbour", "position", "sign", "extreme")))
+        if asked is None:
+            return []
+        return [self._asked(photo, rng, asked.text, asked.answer if photo.readable else UNANSWERABLE, asked.objects)]
+
+    def _asked(self, photo: Photo, rng: random.Random, question: str, answer: str, objects: tuple[int, ...]) -> Example:
+        others = NAMES if answer == UNANSWERABLE else (UNANSWERABLE,)
+        group = "unanswerable" if answer == UNANSWERABLE else "answerable"
+        references = annotate(answer, others, rng)
+        return self._example(photo, f"{question}\n{REQUEST}", answer, objects, references=references, group=group)
+
+    def score(self, example: Example, answer: str) -> float:
+        """VQA accuracy."""
+        return vqa_score(answer, example.references)
+
+
+FORMAT = VizWiz
