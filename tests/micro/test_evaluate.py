@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ivtp.errors import ConfigError
 from ivtp.micro import evaluate, world
+from ivtp.micro.corpus import corpus
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
 from ivtp.micro.oracle import answer_with_patches, covering_patches
 from ivtp.micro.scoring import Table, accuracy_row, exact, mean_interval, sample_items, wilson
@@ -22,7 +23,7 @@ from tests.micro.test_model import tiny_clip
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("asset")
-    tokenizer = build_tokenizer(world.corpus())
+    tokenizer = build_tokenizer(corpus())
     clip = tiny_clip(len(tokenizer))
     torch.manual_seed(0)
     model = assemble(build_decoder(tokenizer, layers=6, width=64), clip, tokenizer, Projector(32, 64))

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ivtp.micro import world
+from ivtp.micro.corpus import corpus
 from ivtp.micro.model import assemble, build_decoder, build_processor, deepen, save_asset
 from ivtp.micro.stages import Projector
 from ivtp.micro.threshold import best_split, visible_words, word_relevance
@@ -25,7 +26,7 @@ from ivtp.micro.tokenizer import build_tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(world.corpus())
+    return build_tokenizer(corpus())
 
 
 def tiny_clip(vocabulary: int) -> CLIPModel:

@@ -12,20 +12,30 @@ from typer.testing import CliRunner
 from ivtp.errors import ConfigError
 from ivtp.micro import decoder as decoder_module
 from ivtp.micro import train, world
-from ivtp.micro.decoder import BACKGROUND, DecoderOptions, SymbolicImage, choose_patches, symbol_map, train_decoder
-from ivtp.micro.features import FeatureStore, build_store, patch_features, pixels_of, scene_of
-from ivtp.micro.instruct import ask_many
+from ivtp.micro.corpus import corpus
+from ivtp.micro.decoder import (
+    BACKGROUND,
+    DecoderOptions,
+    SymbolicImage,
+    choose_patches,
+    photo_symbols,
+    symbol_map,
+    train_decoder,
+)
+from ivtp.micro.features import FeatureStore, build_store, patch_features, photo_of, pixels_of
 from ivtp.micro.loop import Budget, KindTracker, LoopOptions, load_checkpoint, rng_for
 from ivtp.micro.model import build_decoder
 from ivtp.micro.optim import Muon, orthogonalise, trapezoid
 from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
+from ivtp.micro.tasks import LONG, TASKS, ask_many
 from ivtp.micro.tokenizer import build_tokenizer
+from ivtp.micro.world.photo import take_photo
 from tests.micro.test_model import tiny_clip
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(world.corpus())
+    return build_tokenizer(corpus())
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +115,23 @@ def test_chosen_patches_show_every_object(count: int) -> None:
 
 def test_unsolved_kinds_are_asked_more_often() -> None:
     tracker = KindTracker()
-    tracker.update([8.0] + [0.0] * 9, [8] * 10)
+    others = len(TASKS) - 1
+    tracker.update([8.0] + [0.0] * others, [8] * len(TASKS))
     weights = tracker.weights(0.1)
     assert weights[0] < weights[1]
-    assert weights[world.KINDS.index("caption")] == pytest.approx(0.1 * weights[1])
-    scene = world.sample_scene(3)
-    asked = ask_many(scene, rng_for(1), 30, [1.0] + [0.0] * 9)
+    for task in LONG:
+        assert weights[TASKS.index(task)] == pytest.approx(0.1 * weights[1])
+    asked = ask_many(take_photo("train", 3), rng_for(1), 30, [1.0] + [0.0] * others)
     assert {question.kind for question in asked} == {"existence"}
+
+
+def test_nothing_but_unanswerable_is_learnt_from_unreadable_photos() -> None:
+    bad = (take_photo("train", index, bad=True) for index in range(100))
+    photo = next(photo for photo in bad if not photo.readable)
+    asked = ask_many(photo, rng_for(1), 12, [1.0] * len(TASKS))
+    assert {question.answer for question in asked} == {"unanswerable"}
+    symbols = photo_symbols(photo)
+    assert (symbols[:, 0] == BACKGROUND).all()
 
 
 def small_decoder(tokenizer):
@@ -163,17 +183,17 @@ def test_resuming_nothing_says_so(tokenizer, tmp_path: Path) -> None:
 def test_stored_features_are_those_of_the_tower(run: Path, tokenizer) -> None:
     store = FeatureStore(run / "features")
     tower = CLIPModel.from_pretrained(run / "vision" / "clip").vision_model
-    fresh = patch_features(tower, pixels_of([scene_of(4)], [0.5] * 3, [0.25] * 3))
+    fresh = patch_features(tower, pixels_of([photo_of(4)], [0.5] * 3, [0.25] * 3))
     assert store[[4]].shape == (1, 576, 32)
     torch.testing.assert_close(store[[4]].float(), fresh.float(), atol=0.02, rtol=0.02)
 
 
 def test_pixels_equal_the_image_processor(run: Path) -> None:
     processor = train.CLIPImageProcessor.from_pretrained(run / "vision" / "clip")
-    scene = scene_of(2)
-    expected = processor(world.render(scene), return_tensors="pt")["pixel_values"]
+    photo = photo_of(2)
+    expected = processor(photo.picture(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(
-        pixels_of([scene], processor.image_mean, processor.image_std), expected, atol=1e-5, rtol=1e-5
+        pixels_of([photo], processor.image_mean, processor.image_std), expected, atol=1e-5, rtol=1e-5
     )
 
 

@@ -33,13 +33,11 @@ from ivtp.micro.world import (
     SIGN_TEXTS,
     SIZE,
     patches_of,
-    render,
-    sample_scene,
-    split_seed,
 )
+from ivtp.micro.world.photo import take_photo
 from ivtp.micro.world.vocabulary import plural
 
-SEEDS = [split_seed("test", i) for i in range(6)]
+PHOTOS = [take_photo("test", i) for i in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +73,8 @@ def test_keyword_table(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_window_encoder_is_the_stock_tower(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    batch = make_batch(SEEDS[:2], GRID, tokenizer, keyword_table(tokenizer))
-    images = [render(sample_scene(seed)) for seed in SEEDS[:2]]
+    batch = make_batch(PHOTOS[:2], GRID, tokenizer, keyword_table(tokenizer))
+    images = [photo.picture() for photo in PHOTOS[:2]]
     pixels = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})(
         images=images, return_tensors="pt"
     )["pixel_values"]
@@ -92,9 +90,9 @@ def test_window_encoder_is_the_stock_tower(clip: CLIPModel, tokenizer: PreTraine
 
 
 def test_labels_of_whole_images(tokenizer: PreTrainedTokenizerFast) -> None:
-    batch = make_batch(SEEDS, GRID, tokenizer, keyword_table(tokenizer))
-    for row, seed in enumerate(SEEDS):
-        scene = sample_scene(seed)
+    batch = make_batch(PHOTOS, GRID, tokenizer, keyword_table(tokenizer))
+    for row, photo in enumerate(PHOTOS):
+        scene = photo.scene
         labels = {key: values[row] for key, values in batch.labels.items()}
         touched = patches_of(scene, range(len(scene.objects)))
         outside = np.setdiff1d(np.arange(GRID * GRID), touched)
@@ -115,10 +113,10 @@ def test_labels_of_whole_images(tokenizer: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize(("window", "keep"), [(8, None), (12, None), (GRID, 160)])
 def test_views_are_parts_of_the_whole(tokenizer: PreTrainedTokenizerFast, window: int, keep: int | None) -> None:
     table = keyword_table(tokenizer)
-    whole = make_batch(SEEDS, GRID, tokenizer, table)
-    part = make_batch(SEEDS, window, tokenizer, table, keep=keep)
-    assert part.positions.shape == (len(SEEDS), keep or window * window)
-    for row in range(len(SEEDS)):
+    whole = make_batch(PHOTOS, GRID, tokenizer, table)
+    part = make_batch(PHOTOS, window, tokenizer, table, keep=keep)
+    assert part.positions.shape == (len(PHOTOS), keep or window * window)
+    for row in range(len(PHOTOS)):
         at = part.positions[row]
         assert len(set(at.tolist())) == len(at)
         assert torch.equal(part.patches[row], whole.patches[row][at])
@@ -130,7 +128,7 @@ def test_views_are_parts_of_the_whole(tokenizer: PreTrainedTokenizerFast, window
 
 def test_losses_are_finite_and_reach_every_weight(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast) -> None:
     heads = Heads(32)
-    terms = losses(clip, heads, make_batch(SEEDS, 8, tokenizer, keyword_table(tokenizer)))
+    terms = losses(clip, heads, make_batch(PHOTOS, 8, tokenizer, keyword_table(tokenizer)))
     assert set(terms) == set(WEIGHTS)
     assert all(torch.isfinite(value) for value in terms.values())
     torch.stack(list(terms.values())).sum().backward()
@@ -193,7 +191,7 @@ def test_exported_folder_is_stock(tmp_path: Path) -> None:
     assert tokenizer(text)["input_ids"] == trainer.tokenizer(text)["input_ids"]
     assert tokenizer.model_max_length == 77
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "clip")
-    assert processor(images=render(sample_scene(0)), return_tensors="pt")["pixel_values"].shape == (1, 3, SIZE, SIZE)
+    assert processor(images=PHOTOS[0].picture(), return_tensors="pt")["pixel_values"].shape == (1, 3, SIZE, SIZE)
 
 
 def test_a_tower_is_given_a_code_of_position(tmp_path: Path) -> None:

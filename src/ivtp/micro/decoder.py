@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ivtp.micro import world
 from ivtp.micro.blocks import forward_blocks
-from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
+from ivtp.micro.instruct import PATCHES, Template, answer_loss
 from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
 from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
+from ivtp.micro.tasks import ask_many
+from ivtp.micro.world.photo import Photo, take_photo
 
 _NAMES = {name: i for i, name in enumerate(world.NAMES)}
 BACKGROUND = len(_NAMES)
@@ -42,7 +45,7 @@ FIELDS: dict[str, int] = {
 }
 
 
-def symbol_map(scene: world.Scene) -> np.ndarray:
+def symbol_map(scene: world.Scene) -> NDArray[np.int64]:
     """What each patch shows, as indices into ``FIELDS``: (576, 10) int64, raster order."""
     grid = np.zeros((world.GRID, world.GRID, len(FIELDS)), dtype=np.int64)
     grid[..., 0] = BACKGROUND
@@ -55,16 +58,26 @@ def symbol_map(scene: world.Scene) -> np.ndarray:
         grid[rows, columns, 2] = _BACKINGS[item.backing]
         grid[rows, columns, 3] = _TEXTS[item.text] if item.text else 0
         x, y = item.centre
-        grid[rows, columns, 6] = 1 + min(world.GRID - 1, int(y / world.PATCH))
-        grid[rows, columns, 7] = 1 + min(world.GRID - 1, int(x / world.PATCH))
+        grid[rows, columns, 6] = 1 + _cell(y)
+        grid[rows, columns, 7] = 1 + _cell(x)
         grid[rows, columns, 8] = 1 + min(10, round((item.box[3] - item.box[1]) / world.PATCH))
         grid[rows, columns, 9] = 1 + min(10, round((item.box[2] - item.box[0]) / world.PATCH))
     return grid.reshape(PATCHES, len(FIELDS))
 
 
+def photo_symbols(photo: Photo) -> NDArray[np.int64]:
+    """The symbols of a photo's scene; an unreadable one shows nothing but background."""
+    return symbol_map(photo.scene if photo.readable else replace(photo.scene, objects=()))
+
+
+def _cell(pixel: float) -> int:
+    """The row or column of a centre; that of an object that is cut off may lie outside of the picture."""
+    return min(max(0, int(pixel / world.PATCH)), world.GRID - 1)
+
+
 def _span(start: int, end: int) -> slice:
-    """The patches that a pixel interval covers at least by half (at least one)."""
-    first = round(start / world.PATCH)
+    """The patches that a pixel interval covers at least by half (at least one), within the picture."""
+    first = min(max(0, round(start / world.PATCH)), world.GRID - 1)
     return slice(first, max(first + 1, round(end / world.PATCH)))
 
 
@@ -149,7 +162,7 @@ LEVELS = (
     Level(3, (12, 36), 0.25),
     Level(5, (20, 56), 0.75),
     Level(8, (24, 90), 0.85),
-    Level(10, (24, 120), 9.0),
+    Level(12, (24, 140), 9.0),
 )
 MASTERED = 0.92
 
@@ -212,13 +225,13 @@ def _batch(
     weights = tracker.weights(0.15)
     symbols, patches, asked = [], [], []
     for _ in range(options.scenes):
-        seed = world.split_seed("train", rng.getrandbits(39))
-        scene = world.sample_scene(seed, max_objects=level.objects)
-        grid = symbol_map(scene)
-        chosen = choose_patches(grid, len(scene.objects), rng, count)
+        index = rng.getrandbits(39)
+        photo = take_photo("train", index, most=level.objects, bad=rng.random() < 1 / 8)
+        grid = photo_symbols(photo)
+        chosen = choose_patches(grid, len(photo.scene.objects), rng, count)
         symbols.append(grid[chosen])
         patches.append(chosen)
-        asked.append(ask_many(scene, rng, options.questions, weights))
+        asked.append(ask_many(photo, rng, options.questions, weights))
     text = template.blocks(asked).to(device)
     head = torch.tensor(template.head, device=device)
     image = symbolic(torch.from_numpy(np.stack(symbols)).to(device), options.noise)

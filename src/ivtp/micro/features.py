@@ -13,16 +13,17 @@ from transformers import CLIPVisionModel
 
 from ivtp.micro import world
 from ivtp.micro.loop import rank, world_size
+from ivtp.micro.world.photo import Photo, take_photo
 
 
-def scene_of(index: int) -> world.Scene:
-    """Training scene of a row of the store."""
-    return world.sample_scene(world.split_seed("train", index))
+def photo_of(index: int) -> Photo:
+    """Training photo of a row of the store; every eighth is a bad one."""
+    return take_photo("train", index, bad=index % 8 == 0)
 
 
-def pixels_of(scenes: list[world.Scene], mean: list[float], std: list[float]) -> Tensor:
+def pixels_of(photos: list[Photo], mean: list[float], std: list[float]) -> Tensor:
     """Rendered and normalised images, as LLaVA's image processor gives them: (B, 3, 336, 336)."""
-    images = np.stack([np.asarray(world.render(scene), dtype=np.float32) for scene in scenes]) / 255
+    images = np.stack([np.asarray(photo.picture(), dtype=np.float32) for photo in photos]) / 255
     normal = (images - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
     return torch.from_numpy(normal).permute(0, 3, 1, 2).contiguous()
 
@@ -36,7 +37,7 @@ def patch_features(tower: CLIPVisionModel, pixels: Tensor, layer: int = -2) -> T
 
 
 class FeatureStore:
-    """Features of the first ``count`` training scenes in one memory-mapped bfloat16 file."""
+    """Features of the first ``count`` training photos in one memory-mapped bfloat16 file."""
 
     def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / "features.json").read_text())
@@ -45,7 +46,7 @@ class FeatureStore:
         self._data = np.memmap(folder / "features.bin", dtype=np.int16, mode="r", shape=shape)
 
     def __getitem__(self, rows: list[int]) -> Tensor:
-        """Features of several scenes: (B, 576, C) bfloat16."""
+        """Features of several photos: (B, 576, C) bfloat16."""
         return torch.from_numpy(np.stack([self._data[row] for row in rows])).view(torch.bfloat16)
 
 
@@ -73,7 +74,7 @@ def build_store(
     done = int(progress.read_text()) if progress.is_file() else 0
     for start in range(done, len(rows), batch):
         mine = rows[start : start + batch]
-        features = patch_features(tower, pixels_of([scene_of(row) for row in mine], mean, std))
+        features = patch_features(tower, pixels_of([photo_of(row) for row in mine], mean, std))
         data[mine] = features.to("cpu", torch.bfloat16).view(torch.int16).numpy()
         if start // batch % 16 == 0:
             data.flush()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ivtp.micro import world
 from ivtp.micro.blocks import IGNORE, TextBlocks, pack
+from ivtp.micro.model import SYSTEM
+from ivtp.micro.tasks import TASKS
 
 PATCHES = world.GRID * world.GRID
 
@@ -20,11 +21,12 @@ class Template:
     """Token ids of the prompt's fixed parts, and the cutting of questions into block prompts and answers."""
 
     tokenizer: PreTrainedTokenizerBase
+    system: bool = False
 
     @property
     def head(self) -> list[int]:
-        """Ids before the image: begin-of-sequence and the user's role word."""
-        ids: list[int] = self.tokenizer("USER: ").input_ids
+        """Ids before the image: begin-of-sequence, the system prompt if there is one, and the user's role word."""
+        ids: list[int] = self.tokenizer(f"{SYSTEM} USER: " if self.system else "USER: ").input_ids
         return ids
 
     @property
@@ -40,7 +42,7 @@ class Template:
         eos = self.tokenizer.eos_token_id
         found = iter(zip(ids[: len(flat)], ids[len(flat) :], flat, strict=True))
         triples = [[next(found) for _ in scene] for scene in scenes]
-        return pack([[(p, [*a, eos], world.KINDS.index(q.kind)) for p, a, q in scene] for scene in triples])
+        return pack([[(p, [*a, eos], TASKS.index(q.kind)) for p, a, q in scene] for scene in triples])
 
 
 def answer_loss(head: nn.Linear, hidden: Tensor, text: TextBlocks) -> tuple[Tensor, list[float], list[int]]:
@@ -58,19 +60,8 @@ def answer_loss(head: nn.Linear, hidden: Tensor, text: TextBlocks) -> tuple[Tens
     wrong.index_add_(0, block, (logits.argmax(-1) != target).float())
     asked_kind = torch.full_like(wrong, -1, dtype=torch.long).index_copy(0, block, text.kinds[learned])
     right, asked = [], []
-    for kind in range(len(world.KINDS)):
+    for kind in range(len(TASKS)):
         mine = asked_kind == kind
         asked.append(int(mine.sum()))
         right.append(float((wrong[mine] == 0).sum()))
     return loss, right, asked
-
-
-def ask_many(scene: world.Scene, rng: random.Random, count: int, weights: list[float]) -> list[world.Question]:
-    """``count`` questions about a scene, the kinds drawn by weight; kinds that the scene does not offer are skipped."""
-    found: list[world.Question] = []
-    while len(found) < count:
-        for kind in rng.choices(world.KINDS, weights, k=count - len(found)):
-            question = world.ask(scene, rng, kind)
-            if question is not None:
-                found.append(question)
-    return found

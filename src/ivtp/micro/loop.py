@@ -14,8 +14,8 @@ import torch
 from torch import distributed, nn
 
 from ivtp.errors import ConfigError
-from ivtp.micro import world
 from ivtp.micro.optim import Optimisers, trapezoid
+from ivtp.micro.tasks import LONG, TASKS
 
 BatchResult = tuple[float, list[float], list[int]]
 """Loss of a batch, and by question kind how many were answered exactly and how many were asked."""
@@ -87,34 +87,32 @@ class CsvLog:
 
 @dataclass
 class KindTracker:
-    """Running exact match by kind on fresh training scenes, and the question mix that follows from it."""
+    """Running exact match by task on fresh training photos, and the question mix that follows from it."""
 
-    exact: list[float] = field(default_factory=lambda: [0.0] * len(world.KINDS))
+    exact: list[float] = field(default_factory=lambda: [0.0] * len(TASKS))
     level: int = 0
     """Step of the curriculum, for stages that have one."""
     decay: float = 0.95
 
     def update(self, right: list[float], asked: list[int]) -> None:
         """Moves the averages towards one batch's result; small counts move them less."""
-        for kind, (r, n) in enumerate(zip(right, asked, strict=True)):
+        for task, (r, n) in enumerate(zip(right, asked, strict=True)):
             if n:
                 keep = self.decay ** min(1.0, n / 8)
-                self.exact[kind] = keep * self.exact[kind] + (1 - keep) * r / n
+                self.exact[task] = keep * self.exact[task] + (1 - keep) * r / n
 
-    def weights(self, caption: float) -> list[float]:
-        """How often to ask each kind: kinds that are not solved yet more often; captions are long, so rarely."""
-        weights = [0.3 + (1 - exact) for exact in self.exact]
-        weights[world.KINDS.index("caption")] *= caption
-        return weights
+    def weights(self, long: float) -> list[float]:
+        """How often to ask each task: those that are not solved yet more often, those with long answers rarely."""
+        return [(0.3 + 1 - e) * (long if t in LONG else 1.0) for t, e in zip(TASKS, self.exact, strict=True)]
 
     @property
     def mean(self) -> float:
-        """Mean exact match over the kinds."""
+        """Mean exact match over the tasks."""
         return sum(self.exact) / len(self.exact)
 
     def row(self) -> dict[str, float | int | str]:
-        """The averages, named by kind, for the CSV log."""
-        return {kind: self.exact[i] for i, kind in enumerate(world.KINDS)}
+        """The averages, named by task, for the CSV log."""
+        return dict(zip(TASKS, self.exact, strict=True))
 
 
 def is_distributed() -> bool:

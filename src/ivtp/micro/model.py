@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPModel,
@@ -21,6 +21,7 @@ from transformers import (
 
 from ivtp.micro import world
 from ivtp.micro.tokenizer import IMAGE
+from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH, POSITIONS_ZH
 from ivtp.micro.world.vocabulary import plural
 
 WIDTH = 192
@@ -29,6 +30,12 @@ ROPE_THETA = 1e6
 LLM_LAYERS_PRUNED = 6
 """W: the paper prunes in 12 of 32 decoder layers, so 6 of 16 here."""
 GROUP_LAYERS = 3
+
+SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+"""LLaVA-1.5's system prompt. Every other batch is trained with it, so that the model answers with and without."""
 
 # LLaVA-1.5's prompt: the images of a turn first, then its text, "USER: <image>\nQUESTION ASSISTANT:".
 CHAT_TEMPLATE = (
@@ -66,13 +73,38 @@ def build_decoder(tokenizer: PreTrainedTokenizerBase, *, layers: int = 16, width
     words = decoder.model.embed_tokens.weight
     nn.init.normal_(words, std=0.6)
     with torch.no_grad():
-        for name in world.NAMES:  # a plural begins near its singular
-            one, many = (tokenizer(" " + w, add_special_tokens=False).input_ids[0] for w in (name, plural(name)))
-            words[many] = words[one] + 0.5 * words[many]
+        start_alike(words, tokenizer, set(range(len(words))))
         decoder.lm_head.weight.copy_(0.1 * words)
     for layer in decoder.model.layers:
         _init_layer(layer, width, layers)
     return decoder
+
+
+@torch.no_grad()
+def start_alike(words: Tensor, tokenizer: PreTrainedTokenizerBase, fresh: set[int]) -> None:
+    """Lets the embeddings of fresh tokens begin near a word of the same meaning: plurals, and Chinese words."""
+    pairs = [(" " + name, " " + plural(name)) for name in world.NAMES]
+    for table in (NAMES_ZH, COLOURS_ZH, POSITIONS_ZH):
+        pairs += [(" " + english, chinese) for english, chinese in table.items()]
+    for known, new in pairs:
+        one, many = (tokenizer(word, add_special_tokens=False).input_ids[0] for word in (known, new))
+        if many in fresh:
+            words[many] = words[one] + 0.5 * words[many]
+
+
+@torch.no_grad()
+def carry_over(
+    rows: Tensor, old: PreTrainedTokenizerBase, fresh: Tensor, new: PreTrainedTokenizerBase
+) -> tuple[Tensor, set[int]]:
+    """Rows (V, C) of one vocabulary for another: ``fresh`` (V', C) where a token is new, and which tokens are."""
+    known, carried = old.get_vocab(), fresh.clone()
+    unknown = set()
+    for token, place in new.get_vocab().items():
+        if token in known:
+            carried[place] = rows[known[token]]
+        else:
+            unknown.add(place)
+    return carried, unknown
 
 
 def _init_layer(layer: Any, width: int, layers: int) -> None:

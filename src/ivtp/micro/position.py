@@ -20,7 +20,8 @@ from transformers import CLIPModel
 from ivtp.micro.vision import Recipe, Trainer
 from ivtp.micro.vision_data import make_batch
 from ivtp.micro.vision_model import encode_windows
-from ivtp.micro.world import GRID, split_seed
+from ivtp.micro.world import GRID
+from ivtp.micro.world.photo import take_photo
 
 WAVES = 5
 """Cosines for the row and as many for the column."""
@@ -97,8 +98,8 @@ def residual_states(trainer: Trainer, images: int = 8) -> list[Tensor]:
         module.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 1:].flatten(0, 1)))
         for module in (tower.pre_layrnorm, *tower.encoder.layers)
     ]
-    seeds = [split_seed("validation", i) for i in range(images)]
-    batch = make_batch(seeds, GRID, trainer.tokenizer, trainer.table)
+    photos = [take_photo("validation", i) for i in range(images)]
+    batch = make_batch(photos, GRID, trainer.tokenizer, trainer.table)
     encode_windows(trainer.clip, batch.patches, batch.positions)
     for hook in hooks:
         hook.remove()

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ivtp.micro import world
 from ivtp.micro.blocks import forward_blocks
 from ivtp.micro.decoder import BACKGROUND, SymbolicImage, symbol_map
-from ivtp.micro.features import FeatureStore, scene_of
-from ivtp.micro.instruct import PATCHES, Template, answer_loss, ask_many
+from ivtp.micro.features import FeatureStore, photo_of
+from ivtp.micro.instruct import PATCHES, Template, answer_loss
 from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
 from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
+from ivtp.micro.tasks import LONG, ask_many, ask_task
 
 
 class Projector(nn.Module):
@@ -88,7 +88,10 @@ def _pairs(store: FeatureStore, rows: list[int], symbolic: SymbolicImage, rng: r
     """(features, symbolic embeddings) of all object patches and as many background patches, float32."""
     features, symbols = [], []
     for row in rows:
-        grid = symbol_map(scene_of(row))
+        photo = photo_of(row)
+        grid = symbol_map(photo.scene)
+        if not photo.readable:
+            continue
         shown = np.flatnonzero(grid[:, 0] != BACKGROUND).tolist()
         hidden = np.flatnonzero(grid[:, 0] == BACKGROUND).tolist()
         chosen = shown + rng.sample(hidden, min(len(hidden), len(shown)))
@@ -128,11 +131,11 @@ def train_stage(
     matrices, others = split_parameters(decoder)
     others += list(projector.parameters())
     optimisers = Optimisers(matrices, others, muon_lr=loop.muon_lr, adam_lr=loop.adam_lr)
-    template, tracker = Template(tokenizer), KindTracker()
+    templates, tracker = [Template(tokenizer, system) for system in (False, True)], KindTracker()
 
     def batch(step: int) -> BatchResult:
         rng = rng_for(loop.seed, step, rank())
-        return _batch(projector, decoder, template, store, options, tracker, rng)
+        return _batch(projector, decoder, templates[step % 2], store, options, tracker, rng)
 
     modules = {"projector": projector, "decoder": decoder}
     train_loop(batch, modules, optimisers, tracker, loop, checkpoint, resume=resume, report=report)
@@ -152,11 +155,11 @@ def _batch(
     device = decoder.lm_head.weight.device
     rows, asked = [], []
     for row in rng.sample(range(store.count), store.count):
-        scene = scene_of(row)
+        photo = photo_of(row)
         if options.captions_only:
-            found = [q for _ in range(2) if (q := world.ask(scene, rng, "caption")) is not None]
+            found = [question for task in LONG for question in ask_task(photo, rng, task)]
         else:
-            found = ask_many(scene, rng, options.questions, tracker.weights(0.15))
+            found = ask_many(photo, rng, options.questions, tracker.weights(0.15))
         if found:
             rows.append(row)
             asked.append(found)

@@ -9,6 +9,7 @@ from transformers import CLIPImageProcessor, CLIPModel, PreTrainedTokenizerBase
 from ivtp.core.relevance import words
 from ivtp.micro import world
 from ivtp.micro.features import pixels_of
+from ivtp.micro.world.photo import take_photo
 
 
 def visible_words(scene: world.Scene) -> set[str]:
@@ -50,8 +51,9 @@ def choose_threshold(
     high: list[float] = []
     low: list[float] = []
     for index in range(scenes):
-        scene = world.sample_scene(world.split_seed("validation", index))
-        pixels = pixels_of([scene], images_of.image_mean, images_of.image_std)
+        photo = take_photo("validation", index)
+        scene = photo.scene
+        pixels = pixels_of([photo], images_of.image_mean, images_of.image_std)
         pooled = clip.vision_model(pixel_values=pixels.to(clip.dtype)).pooler_output
         texts = [question.text for question in world.questions(scene, seed=0, count=8)]
         visible = visible_words(scene)

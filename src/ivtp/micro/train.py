@@ -29,15 +29,25 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ivtp.micro import world
+from ivtp.micro.corpus import corpus
 from ivtp.micro.decoder import DecoderOptions, SymbolicImage, train_decoder
 from ivtp.micro.features import FeatureStore, build_store
 from ivtp.micro.loop import LoopOptions, load_checkpoint, rank, save_checkpoint
-from ivtp.micro.model import WIDTH, assemble, build_decoder, build_processor, deepen, save_asset
+from ivtp.micro.model import (
+    WIDTH,
+    assemble,
+    build_decoder,
+    build_processor,
+    carry_over,
+    deepen,
+    save_asset,
+    start_alike,
+)
 from ivtp.micro.optim import compute_dtype
 from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
 from ivtp.micro.threshold import choose_threshold
 from ivtp.micro.tokenizer import build_tokenizer
+from ivtp.micro.vision_model import build_tokenizer as build_clip_tokenizer
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 console = Console()
@@ -77,7 +87,7 @@ def tokenizer_in(out: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer of a run; it is trained once and then kept."""
     folder = out / "tokenizer"
     if not folder.is_dir():
-        build_tokenizer(world.corpus()).save_pretrained(folder)
+        build_tokenizer(corpus()).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -295,21 +305,42 @@ def export(
 def unpack(
     out: Out = RUNS,
     asset: Annotated[Path, typer.Option(help="exported folder")] = Path(__file__).parent / "assets",
+    seed: Seed = 0,
 ) -> None:
-    """Turns an exported folder into a run to go on from: tokenizer, ``vision/clip`` and ``stage2.pt``."""
+    """Turns an exported folder into a run to go on from: tokenizer, ``vision/clip`` and ``stage2.pt``.
+
+    Where the world has learnt new words since, the tokens that both vocabularies know keep their embeddings.
+    """
     if (out / "stage2.pt").exists():
         raise typer.BadParameter(f"{out / 'stage2.pt'} exists; give another --out")
-    model = AutoModelForImageTextToText.from_pretrained(asset, dtype=torch.float32)
+    torch.manual_seed(seed)
     processor, folder = AutoProcessor.from_pretrained(asset), out / "vision" / "clip"
-    processor.tokenizer.save_pretrained(out / "tokenizer")
-    CLIPModel.from_pretrained(asset / "clip", dtype=torch.float32).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(asset / "clip").save_pretrained(folder)
+    _unpack_clip(asset / "clip", folder)
     processor.image_processor.save_pretrained(folder)
-    decoder_state = {f"model.{k}": v for k, v in model.model.language_model.state_dict().items()}
-    decoder_state["lm_head.weight"] = model.lm_head.weight.detach()
+    model = AutoModelForImageTextToText.from_pretrained(asset, dtype=torch.float32)
+    tokenizer, old = tokenizer_in(out), processor.tokenizer
+    state = {f"model.{k}": v for k, v in model.model.language_model.state_dict().items()}
+    fresh = build_decoder(tokenizer, layers=1, width=state["model.embed_tokens.weight"].shape[1])
+    words, unknown = carry_over(state["model.embed_tokens.weight"], old, fresh.model.embed_tokens.weight, tokenizer)
+    start_alike(words, tokenizer, unknown)
+    state["model.embed_tokens.weight"] = words
+    state["lm_head.weight"], _ = carry_over(model.lm_head.weight, old, 0.1 * words, tokenizer)
     projector_state = model.model.multi_modal_projector.state_dict()
-    save_checkpoint(out / "stage2.pt", {"projector": projector_state, "decoder": decoder_state})
-    console.print(f"{out}: go on with features, then stage2 --weights {out / 'stage2.pt'}")
+    save_checkpoint(out / "stage2.pt", {"projector": projector_state, "decoder": state})
+    console.print(f"{out}: {len(unknown)} new tokens; go on with features, then stage2 --weights {out / 'stage2.pt'}")
+
+
+def _unpack_clip(asset: Path, folder: Path) -> None:
+    """The CLIP of an exported folder with the present tokenizer, in float32."""
+    old, tokenizer = AutoTokenizer.from_pretrained(asset), build_clip_tokenizer()
+    clip = CLIPModel.from_pretrained(asset, dtype=torch.float32)
+    table = clip.text_model.embeddings.token_embedding
+    fresh = table.weight.std() * torch.randn(len(tokenizer), table.weight.shape[1])
+    words, _ = carry_over(table.weight, old, fresh, tokenizer)
+    clip.text_model.embeddings.token_embedding = torch.nn.Embedding(*words.shape, _weight=words)
+    clip.config.text_config.vocab_size = len(tokenizer)
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

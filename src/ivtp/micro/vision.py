@@ -27,7 +27,8 @@ from ivtp.micro.optim import Optimisers, autocast, trapezoid
 from ivtp.micro.vision_data import Batch, keyword_table, make_batch
 from ivtp.micro.vision_eval import evaluate
 from ivtp.micro.vision_model import WEIGHTS, Heads, build_clip, build_tokenizer, losses
-from ivtp.micro.world import GRID, split_seed
+from ivtp.micro.world import GRID
+from ivtp.micro.world.photo import take_photo
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Trainer:
     def batch(self, stage: Stage) -> Batch:
         """The batch of the present step; training scenes are never seen twice."""
         first = 10_000 + 10_000_000 * self.recipe.seed + self.images
-        seeds = [split_seed("train", first + i) for i in range(stage.batch)]
-        batch = make_batch(seeds, stage.window, self.tokenizer, self.table, keep=stage.keep)
+        photos = [take_photo("train", first + i) for i in range(stage.batch)]
+        batch = make_batch(photos, stage.window, self.tokenizer, self.table, keep=stage.keep)
         return batch.to(self.device)
 
     def evaluate(self) -> dict[str, float]:

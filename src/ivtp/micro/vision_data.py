@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,21 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ivtp.micro.world import (
-    COLOURS,
-    GRID,
-    NAMES,
-    PATCH,
-    SIGN_TEXTS,
-    SIZE,
-    Scene,
-    ask,
-    caption,
-    patches_of,
-    render,
-    sample_scene,
-)
+from ivtp.micro.tasks import ask_task
+from ivtp.micro.world import COLOURS, GRID, KINDS, NAMES, PATCH, SIGN_TEXTS, SIZE, Scene, caption, patches_of
+from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH
+from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.vocabulary import plural
+from ivtp.registry import list_formats
 
 IGNORE = -100
 KEYWORDS: tuple[str, ...] = (*NAMES, *COLOURS, *SIGN_TEXTS)
@@ -71,7 +63,8 @@ def keyword_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """(V,) for each token id the keyword that it spells, -1 for none, -2 for special tokens."""
     table = torch.full((len(tokenizer),), -1, dtype=torch.long)
     for index, word in enumerate(KEYWORDS):
-        for form in {word, plural(word)} if word in NAMES else {word}:
+        forms = {word, plural(word)} if word in NAMES else {word}
+        for form in forms | {table_zh[word] for table_zh in (NAMES_ZH, COLOURS_ZH) if word in table_zh}:
             ids = tokenizer(form, add_special_tokens=False)["input_ids"]
             table[ids[-1]] = index
     table[list(tokenizer.all_special_ids)] = -2
@@ -79,25 +72,23 @@ def keyword_table(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def make_batch(
-    seeds: list[int],
+    photos: Sequence[Photo],
     window: int,
     tokenizer: PreTrainedTokenizerBase,
     table: Tensor,
     *,
     keep: int | None = None,
 ) -> Batch:
-    """Scenes of ``seeds`` through windows of ``window`` x ``window`` patches, each placed over an object.
+    """Photos through windows of ``window`` x ``window`` patches, each placed over an object.
 
     With ``keep``, only that many patches of each window stay: whole objects in random order as long as they
     fit, then background. Such a thinned image teaches many objects at long range for a third of the cost.
     """
-    views = [_view(sample_scene(seed), window, keep) for seed in seeds]
-    rngs = [random.Random(f"text/{seed}") for seed in seeds]
+    views = [_view(photo, window, keep) for photo in photos]
+    rngs = [random.Random(f"text/{photo.scene.seed}") for photo in photos]
     texts = [caption(v.scene, rng) for v, rng in zip(views, rngs, strict=True)]
     for view, rng in zip(views, rngs, strict=True):
-        asked = ask(view.scene, rng) or ask(view.scene, rng, "existence")
-        assert asked is not None
-        texts.append(asked.text)
+        texts.append(_prompt(view.scene, rng))
     encoded = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     ids: Tensor = encoded["input_ids"]
     keywords = torch.where(encoded["attention_mask"].bool(), table[ids], -2)
@@ -123,9 +114,19 @@ class _View:
     box: NDArray[np.float32]
 
 
-def _view(scene: Scene, window: int, keep: int | None) -> _View:
+def _prompt(scene: Scene, rng: random.Random) -> str:
+    """A question about what the window shows: mostly plain, sometimes in a format's words or in Chinese."""
+    for task in rng.choices(("plain", "mmbench_cn", *list_formats()), (24, 4, *[1] * len(list_formats())), k=8):
+        asked = ask_task(Photo(scene), rng, rng.choice(KINDS) if task == "plain" else task)
+        if asked:
+            return asked[0].text
+    return ask_task(Photo(scene), rng, "existence")[0].text
+
+
+def _view(photo: Photo, window: int, keep: int | None) -> _View:
+    scene = photo.scene
     row, column = _place_window(scene, window)
-    pixels = np.asarray(render(scene), dtype=np.float32)
+    pixels = np.asarray(photo.picture(), dtype=np.float32)
     side = window * PATCH
     pixels = pixels[row * PATCH : row * PATCH + side, column * PATCH : column * PATCH + side]
     pixels = (pixels - _MEAN) / _STD
@@ -208,8 +209,8 @@ def _label(
             "colour": _COLOUR[item.colour] if item.colour is not None else 0,
             "backing": BACKINGS.index(item.backing),
             "text": _TEXT[item.text] if item.text is not None else 0,
-            "centre_row": int(item.centre[1] / PATCH),
-            "centre_column": int(item.centre[0] / PATCH),
+            "centre_row": min(max(0, int(item.centre[1] / PATCH)), GRID - 1),
+            "centre_column": min(max(0, int(item.centre[0] / PATCH)), GRID - 1),
         }
         for key, value in values.items():
             labels[key][(share > 0) & ~inside & (labels[key] == 0)] = IGNORE

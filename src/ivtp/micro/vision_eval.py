@@ -9,7 +9,8 @@ from transformers import CLIPModel, PreTrainedTokenizerBase
 from ivtp.micro.optim import autocast
 from ivtp.micro.vision_data import IGNORE, make_batch
 from ivtp.micro.vision_model import WORD_THRESHOLD, Heads, encode_texts, encode_windows
-from ivtp.micro.world import GRID, NAMES, SIZE, canonical_caption, questions, sample_scene, split_seed
+from ivtp.micro.world import GRID, NAMES, SIZE, canonical_caption, questions
+from ivtp.micro.world.photo import Photo, take_photo
 
 
 @torch.no_grad()
@@ -29,11 +30,11 @@ def evaluate(
     ``word_recall`` and ``word_false_rate`` are the shares of both that pass the default threshold.
     """
     device = clip.device
-    seeds = [split_seed(split, i) for i in range(count)]
+    photos = [take_photo(split, i) for i in range(count)]
     hits: dict[str, list[Tensor]] = {}
     images, present = [], []
     for start in range(0, count, 8):
-        batch = make_batch(seeds[start : start + 8], GRID, tokenizer, table).to(device)
+        batch = make_batch(photos[start : start + 8], GRID, tokenizer, table).to(device)
         with autocast(device):
             states, image = encode_windows(clip, batch.patches, batch.positions)
             logits, box = heads(states)
@@ -53,8 +54,8 @@ def evaluate(
     image = torch.cat(images)
     return (
         scores
-        | _retrieval(clip, tokenizer, image, seeds)
-        | _words(clip, tokenizer, table, image, torch.cat(present), seeds)
+        | _retrieval(clip, tokenizer, image, photos)
+        | _words(clip, tokenizer, table, image, torch.cat(present), photos)
     )
 
 
@@ -66,12 +67,12 @@ def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str
 
 
 def _retrieval(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, image: Tensor, seeds: list[int]
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, image: Tensor, photos: list[Photo]
 ) -> dict[str, float]:
     """Share of images whose own canonical caption scores highest among all."""
-    captions = [canonical_caption(sample_scene(seed)) for seed in seeds]
+    captions = [canonical_caption(photo.scene) for photo in photos]
     _, _, texts = _encode(clip, tokenizer, captions)
-    target = torch.arange(len(seeds), device=image.device)
+    target = torch.arange(len(photos), device=image.device)
     return {"retrieval": ((image @ texts.T).argmax(1) == target).float().mean().item()}
 
 
@@ -81,14 +82,14 @@ def _words(
     table: Tensor,
     image: Tensor,
     present: Tensor,
-    seeds: list[int],
+    photos: list[Photo],
 ) -> dict[str, float]:
     """Relevance of object names in the scene's own questions and in those of the next scene."""
     absent_scores, present_scores = [], []
-    for index in range(len(seeds)):
+    for index in range(len(photos)):
         texts = []
-        for seed in (seeds[index], seeds[(index + 1) % len(seeds)]):
-            texts += [question.text for question in questions(sample_scene(seed), seed=0, count=6)]
+        for photo in (photos[index], photos[(index + 1) % len(photos)]):
+            texts += [question.text for question in questions(photo.scene, seed=0, count=6)]
         ids, tokens, _ = _encode(clip, tokenizer, texts)
         keywords = table.to(ids.device)[ids]
         named = (keywords >= 0) & (keywords < len(NAMES))

@@ -17,8 +17,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ivtp.micro.corpus import corpus
 from ivtp.micro.vision_data import CLASSES, IGNORE, Batch
-from ivtp.micro.world import PATCH, SIZE, corpus
+from ivtp.micro.world import PATCH, SIZE
+from ivtp.micro.world.chinese import CHINESE_PATTERN
 
 WORD_THRESHOLD = 0.2  # the method's default relevance threshold: trained to be where present and absent words part
 WORD_SCALE = 12.0
@@ -31,7 +33,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    words = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+"), behavior="removed", invert=True)
+    words = pre_tokenizers.Split(
+        Regex(CHINESE_PATTERN + r"|\p{Han}|[\p{L}&&[^\p{Han}]]+|\p{N}+|[^\s\p{L}\p{N}]+"),
+        behavior="removed",
+        invert=True,
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -1,7 +1,6 @@
 """The micro world: synthetic scenes of glyphs, discs, frames and signs, with questions and captions."""
 
 from ivtp.micro.world.captions import canonical_caption, caption
-from ivtp.micro.world.corpus import corpus
 from ivtp.micro.world.questions import KINDS, Question, ask, questions
 from ivtp.micro.world.render import render
 from ivtp.micro.world.samples import write_samples
@@ -37,7 +36,6 @@ __all__ = [
     "ask",
     "canonical_caption",
     "caption",
-    "corpus",
     "patches_of",
     "position_of",
     "questions",

@@ -102,11 +102,23 @@ DIRECTIONS_ZH: dict[str, str] = dict(zip(DIRECTIONS, ("左侧", "右侧", "上�
 EXTREMES_ZH: dict[str, str] = dict(zip(EXTREMES, ("最大", "最小", "最左边", "最右边", "最上面", "最下面"), strict=True))
 _BACKINGS = {"disc": "圆盘", "frame": "方框"}
 PHRASES_ZH: tuple[str, ...] = (
-    *("图中", "有", "什么", "哪个", "物体", "多少个", "几个", "在", "哪里", "的", "是", "颜色", "上", "写着", "后面"),
-    *("周围", "下列", "哪一个", "出现", "位于", "哪个位置", "请直接回答选项字母。", "？", "数字", "是什么"),
+    *("图中", "有", "什么", "物体", "多少个", "几个", "在", "哪里", "的", "是", "颜色", "上", "写着", "后面"),
+    *("周围", "下列", "哪一个", "出现", "位于", "哪个", "位置", "请", "直接", "回答", "选项", "字母", "。", "？"),
     *_BACKINGS.values(),
 )
 """The rest of the words of the questions below; with the other tables, all that a tokenizer has to know."""
+
+
+CHINESE_WORDS: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        (
+            *(*NAMES_ZH.values(), *COLOURS_ZH.values(), *POSITIONS_ZH.values(), *DIRECTIONS_ZH.values()),
+            *(*EXTREMES_ZH.values(), *PHRASES_ZH),
+        )
+    )
+)
+CHINESE_PATTERN = "|".join(sorted(CHINESE_WORDS, key=len, reverse=True))
+"""Regular expression of one word, the longest first: Chinese has no spaces, so tokenizers cut by this."""
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,27 @@ class Photo:
         return image
 
 
+def _at_most(style: Style, most: int | None) -> Style:
+    lowest, highest = style.objects
+    return style if most is None else replace(style, objects=(min(lowest, most), min(highest, most)))
+
+
 def held_out(first: str, second: str) -> bool:
     """Whether two objects (by name) never meet in a photo of the ordinary splits; one pair in twelve."""
     pair = "+".join(sorted((first, second)))
     return first != second and "sign" not in (first, second) and zlib.crc32(pair.encode()) % _HELD_OUT == 0
 
 
-def take_photo(split: str, index: int, *, bad: bool = False) -> Photo:
-    """Photo ``index`` of a split; ``bad`` ones (VizWiz's) are always disturbed and every fifth is unreadable."""
+def take_photo(split: str, index: int, *, bad: bool = False, most: int | None = None) -> Photo:
+    """Photo ``index`` of a split, with at most ``most`` objects.
+
+    ``bad`` ones (VizWiz's) are always disturbed and every fifth is unreadable.
+    """
     seed = split_seed(split, index)
     rng = random.Random(f"photo/{seed}/{bad}")
     wall = rng.random() < _SIGN_WALLS
     style = {"styles": NEW_STYLE, "pairs": PAIRS_STYLE}.get(split, SIGNS_STYLE if wall else PHOTO_STYLE)
-    scene = _meet(sample_scene(seed, style=style), rng, pairs=split == "pairs")
+    scene = _meet(sample_scene(seed, style=_at_most(style, most)), rng, pairs=split == "pairs")
     if split != "pairs" and rng.random() < _CROPPED:
         scene = _cut_off(scene, rng)
     readable = not bad or rng.random() < 0.8
