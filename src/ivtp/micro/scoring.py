@@ -95,7 +95,9 @@ class Table:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    value = row[name]
+    value = row.get(name)
+    if value is None:
+        return "–"
     if f"{name} low" in row:
         return f"{100 * value:.1f} ({100 * row[f'{name} low']:.1f}–{100 * row[f'{name} high']:.1f})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -337,7 +337,7 @@ def _unpack_clip(asset: Path, folder: Path) -> None:
     table = clip.text_model.embeddings.token_embedding
     fresh = table.weight.std() * torch.randn(len(tokenizer), table.weight.shape[1])
     words, _ = carry_over(table.weight, old, fresh, tokenizer)
-    clip.text_model.embeddings.token_embedding = torch.nn.Embedding(*words.shape, _weight=words)
+    clip.text_model.embeddings.token_embedding = torch.nn.Embedding(len(words), words.shape[1], _weight=words)
     clip.config.text_config.vocab_size = len(tokenizer)
     clip.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

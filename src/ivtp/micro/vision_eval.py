@@ -51,12 +51,20 @@ def evaluate(
                 hits.setdefault("background_accuracy", []).append(right[batch.labels[key] == 0].float())
         hits.setdefault("box_error_px", []).append((box.float() - batch.box)[inside].abs().flatten() * SIZE)
     scores = {key: torch.cat(values).mean().item() for key, values in hits.items()}
-    image = torch.cat(images)
-    return (
-        scores
-        | _retrieval(clip, tokenizer, image, photos)
-        | _words(clip, tokenizer, table, image, torch.cat(present), photos)
-    )
+    return scores | clip_scores(clip, tokenizer, table, torch.cat(images), torch.cat(present), photos)
+
+
+@torch.no_grad()
+def clip_scores(
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Tensor,
+    image: Tensor,
+    present: Tensor,
+    photos: list[Photo],
+) -> dict[str, float]:
+    """Retrieval and word relevance from unit image embeddings (n, 128) and the keywords that are true (n, K)."""
+    return _retrieval(clip, tokenizer, image, photos) | _words(clip, tokenizer, table, image, present, photos)
 
 
 def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,280 @@
+"""Is the micro model good enough to measure with? The gates: ``python -m ivtp.micro.gates``.
+
+1. All formats with all tokens, on the test split and the two shifted ones, and without the image.
+2. Oracle: patches of the asked objects against random ones, at 64 and at 16 tokens.
+3. CLIP: image-text retrieval, and words for visible things above words for absent ones (Eq. 5).
+4. The CLS token's attention covers objects better than chance.
+5. Seconds to load, milliseconds to answer.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, CLIPModel
+
+from ivtp.generate import ask, load
+from ivtp.micro import world
+from ivtp.micro.answering import answer_about
+from ivtp.micro.formats.base import Example, Format
+from ivtp.micro.scoring import Table, write_json
+from ivtp.micro.vision_data import keyword_table, make_batch
+from ivtp.micro.vision_eval import clip_scores
+from ivtp.micro.vision_model import encode_windows
+from ivtp.micro.world.photo import take_photo
+from ivtp.registry import format_class, list_formats
+from ivtp.sizes import MICRO
+
+Report = Callable[[], None]
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Examples that belong together: one, or MME's pair."""
+
+    form: Format
+    examples: tuple[Example, ...]
+
+
+def collect(split: str, photos: int, seed: int = 0) -> list[list[Unit]]:
+    """For each of ``photos`` indices the formats' units about its photo; VizWiz has its own, bad one."""
+    forms = [format_class(name)() for name in list_formats()]
+    found = []
+    for index in range(seed * 1_000_000, seed * 1_000_000 + photos):
+        rng = random.Random(f"gate/{split}/{index}")
+        by_photo: dict[Any, list[Unit]] = {}
+        for form in forms:
+            photo = form.photo(split, index)
+            examples = _asked(form, photo, rng)
+            if examples:
+                by_photo.setdefault(photo, []).append(Unit(form, tuple(examples)))
+        found += list(by_photo.values())
+    return found
+
+
+def _asked(form: Format, photo: Any, rng: random.Random) -> list[Example]:
+    """Examples of a format about a photo; a few tries, as not every draw finds a clear question."""
+    for _ in range(6):
+        examples = form.examples(photo, rng)
+        if examples:
+            return examples
+    return []
+
+
+def all_answers(
+    model: Any,
+    processor: Any,
+    groups: list[list[Unit]],
+    choose: Callable[[Example], list[int]] | None = None,
+    *,
+    image: bool = True,
+    report: Report = lambda: None,
+) -> list[tuple[Unit, list[float]]]:
+    """Scores of every unit; ``choose`` names the patches that each question sees."""
+    scored = []
+    for units in groups:
+        examples = [example for unit in units for example in unit.examples]
+        picture = examples[0].photo.picture() if image else None
+        patches = None if choose is None else [choose(example) for example in examples]
+        answers = iter(answer_about(model, processor, picture, [e.prompt for e in examples], patches=patches))
+        for unit in units:
+            scored.append((unit, [unit.form.score(example, next(answers)) for example in unit.examples]))
+        report()
+    return scored
+
+
+def by_format(scored: list[tuple[Unit, list[float]]], label: str) -> dict[str, dict[str, Any]]:
+    """Each format's figure with its 95% bootstrap interval, and the mean of all figures: title -> columns."""
+    forms: dict[str, list[tuple[Unit, list[float]]]] = {}
+    for unit, scores in scored:
+        forms.setdefault(unit.form.title, []).append((unit, scores))
+    rng = random.Random(0)
+    rows: dict[str, dict[str, Any]] = {}
+    draws: list[list[float]] = []
+    for title, mine in sorted(forms.items()):
+        draws.append([_total(rng.choices(mine, k=len(mine))) for _ in range(RESAMPLES)])
+        asked = sum(len(scores) for _, scores in mine)
+        rows[title] = {"questions": asked} | _columns(label, _total(mine), sorted(draws[-1]))
+    means = sorted(statistics.fmean(values) for values in zip(*draws, strict=True))
+    rows["mean"] = {"questions": sum(row["questions"] for row in rows.values())} | _columns(
+        label, statistics.fmean(row[label] for row in rows.values()), means
+    )
+    return rows
+
+
+def _total(scored: Sequence[tuple[Unit, list[float]]]) -> float:
+    examples = [example for unit, _ in scored for example in unit.examples]
+    return scored[0][0].form.total(examples, [score for _, scores in scored for score in scores])
+
+
+def _columns(label: str, value: float, ordered: list[float]) -> dict[str, float]:
+    low, high = ordered[round(0.025 * RESAMPLES)], ordered[round(0.975 * RESAMPLES) - 1]
+    return {label: value, f"{label} low": low, f"{label} high": high}
+
+
+def merged(columns: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a format out of several by_format results; the number of questions is the first one's."""
+    first = next(iter(columns.values()))
+    return [
+        {"format": title}
+        | {"questions": first[title]["questions"]}
+        | {k: v for rows in columns.values() for k, v in rows.get(title, {}).items() if k != "questions"}
+        for title in first
+    ]
+
+
+def oracle_patches(example: Example, keep: int, rng: random.Random) -> list[int]:
+    """``keep`` patches that best cover the asked objects: theirs first, spread over the objects, then random ones."""
+    left = [
+        rng.sample(patches, len(patches))
+        for patches in ([*world.patches_of(example.photo.scene, [i])] for i in example.objects)
+        if patches
+    ]
+    chosen: list[int] = []
+    while left and len(chosen) < keep:  # one of each object in turn
+        for patches in left:
+            chosen.append(patches.pop())
+        left = [patches for patches in left if patches]
+    chosen = list(dict.fromkeys(chosen))[:keep]
+    others = [patch for patch in range(world.GRID**2) if patch not in set(chosen)]
+    return sorted(chosen + rng.sample(others, keep - len(chosen)))
+
+
+def cls_coverage(model: Any, processor: Any, photos: int, report: Report) -> Table:
+    """Share of the CLS token's top 64 patches that lie on objects, beside the objects' share of all patches."""
+    found, chance = [], []
+    for index in range(photos):
+        photo = take_photo("test", index)
+        on = set(world.patches_of(photo.scene, range(len(photo.scene.objects))))
+        trace = ask(model, processor, photo.picture(), "read.", method="topk", keep=64, max_new_tokens=1).trace
+        assert trace is not None
+        kept = trace.kept()[0].tolist()
+        found.append(sum(patch in on for patch in kept) / len(kept))
+        chance.append(len(on) / world.GRID**2)
+        report()
+    rows = [{"patches": "top 64 by CLS attention", "on objects": statistics.fmean(found)}]
+    rows.append({"patches": "all (chance)", "on objects": statistics.fmean(chance)})
+    return Table(f"CLS attention on {photos} test photos", rows)
+
+
+def clip_gate(folder: Path, photos: int) -> Table:
+    """Retrieval among ``photos`` test photos, and how well words for visible objects are told from absent ones."""
+    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    table = keyword_table(tokenizer)
+    taken = [take_photo("test", index) for index in range(photos)]
+    images, present = [], []
+    for start in range(0, photos, 8):
+        batch = make_batch(taken[start : start + 8], world.GRID, tokenizer, table)
+        with torch.inference_mode():
+            images.append(encode_windows(clip, batch.patches, batch.positions)[1])
+        present.append(batch.present)
+    scores = clip_scores(clip, tokenizer, table, torch.cat(images), torch.cat(present), taken)
+    row = {"photos": photos, "retrieval": scores["retrieval"], "word ROC AUC": scores["word_auc"]}
+    row |= {"present words above 0.2": scores["word_recall"], "absent words above 0.2": scores["word_false_rate"]}
+    return Table("CLIP", [row])
+
+
+def speed(name: str) -> Table:
+    """Seconds to load, and the median milliseconds of 9 answers with all tokens."""
+    began = time.perf_counter()
+    model, processor = load(name)
+    loading = time.perf_counter() - began
+    seconds = []
+    for index in range(10):
+        picture = take_photo("test", index).picture()
+        began = time.perf_counter()
+        ask(model, processor, picture, "Is there a dog in the image?", method="none")
+        seconds.append(time.perf_counter() - began)
+    return Table("Speed", [{"loading, s": loading, "answer, ms": 1000 * statistics.median(seconds[1:])}])
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+console = Console()
+
+
+@app.command(help=__doc__)
+def main(
+    model: Annotated[str, typer.Option(help='"micro", or a folder with an exported model')] = "micro",
+    photos: Annotated[int, typer.Option(help="photos of each split; each serves one question of every format")] = 400,
+    gate: Annotated[list[int] | None, typer.Option(help="gates to measure (repeat); default: all")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
+) -> None:
+    gates = gate or [1, 2, 3, 4, 5]
+    if unknown := [number for number in gates if number not in range(1, 6)]:
+        raise typer.BadParameter(f"no gate {unknown[0]}; use 1 to 5")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    tables = [speed(model)] if 5 in gates else []
+    lvlm, processor = load(model)
+    columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=None)
+
+        def report() -> None:
+            progress.advance(task)
+
+        if 1 in gates:
+            tables.append(formats_gate(lvlm, processor, photos, report))
+        if 2 in gates:
+            tables.append(oracle_gate(lvlm, processor, photos, report))
+        if 3 in gates:
+            tables.append(clip_gate((MICRO if model == "micro" else Path(model)) / "clip", 64))
+        if 4 in gates:
+            tables.append(cls_coverage(lvlm, processor, min(photos, 200), report))
+    text = "\n".join(table.markdown() for table in tables)
+    console.print(Markdown(text))
+    about = {"model": model, "photos": photos, "torch": torch.__version__}
+    about["machine"] = f"{platform.machine()}, {threads} CPU threads"
+    if json is not None:
+        write_json(json, tables, about)
+    if markdown is not None:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text)
+
+
+def formats_gate(model: Any, processor: Any, photos: int, report: Report) -> Table:
+    """Every format on the test split, the shifted splits, and without the image."""
+    columns = {}
+    for label, split, image in (
+        ("test", "test", True),
+        ("unseen pairs", "pairs", True),
+        ("unseen styles", "styles", True),
+        ("no image", "test", False),
+    ):
+        scored = all_answers(model, processor, collect(split, photos), image=image, report=report)
+        columns[label] = by_format(scored, label)
+    return Table(f"Formats, all {world.GRID**2} tokens", merged(columns))
+
+
+def oracle_gate(model: Any, processor: Any, photos: int, report: Report) -> Table:
+    """Every format with all tokens, and with covering or random patches at 64 and 16 tokens."""
+    groups, rng = collect("test", photos), random.Random(0)
+    columns = {"all tokens": by_format(all_answers(model, processor, groups, report=report), "all tokens")}
+    for keep in (64, 16):
+        for label, choose in (
+            (f"oracle {keep}", lambda example, keep=keep: oracle_patches(example, keep, rng)),
+            (f"random {keep}", lambda example, keep=keep: sorted(rng.sample(range(world.GRID**2), keep))),
+        ):
+            scored = all_answers(model, processor, groups, choose, report=report)
+            columns[label] = by_format(scored, label)
+    return Table("Patches of the asked objects against random ones", merged(columns))
+
+
+if __name__ == "__main__":
+    app()
