@@ -18,7 +18,7 @@ from transformers import (
 
 from ivtp.micro import world
 from ivtp.micro.corpus import corpus
-from ivtp.micro.model import assemble, build_decoder, build_processor, deepen, save_asset
+from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
 from ivtp.micro.stages import Projector
 from ivtp.micro.threshold import best_split, visible_words, word_relevance
 from ivtp.micro.tokenizer import build_tokenizer
@@ -55,16 +55,6 @@ def test_offsets_point_into_the_text(tokenizer) -> None:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     words = [text[a:b].strip() for a, b in encoded.offset_mapping]
     assert words == ["What", "is", "left", "of", "the", "dog", "?"]
-
-
-def test_a_deeper_decoder_computes_the_same(tokenizer) -> None:
-    torch.manual_seed(0)
-    shallow = build_decoder(tokenizer, layers=2, width=64).eval()
-    deep = deepen(shallow, 4).eval()
-    ids = torch.tensor([[1, 20, 300, 4]])
-    with torch.no_grad():
-        torch.testing.assert_close(deep(ids).logits, shallow(ids).logits, atol=1e-5, rtol=1e-5)
-    assert deep.config.num_hidden_layers == 4
 
 
 def test_the_saved_folder_is_a_stock_checkpoint(tokenizer, tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Every stage of the recipe runs, learns something, and continues after a kill as if never stopped."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, CLIPModel
+from transformers import CLIPModel
 from typer.testing import CliRunner
 
+import ivtp
 from ivtp.errors import ConfigError
 from ivtp.micro import decoder as decoder_module
 from ivtp.micro import train, world
@@ -24,7 +27,7 @@ from ivtp.micro.decoder import (
 )
 from ivtp.micro.features import FeatureStore, build_store, patch_features, photo_of, pixels_of
 from ivtp.micro.loop import Budget, KindTracker, LoopOptions, load_checkpoint, rng_for
-from ivtp.micro.model import build_decoder
+from ivtp.micro.model import build_decoder, carry_over, start_alike
 from ivtp.micro.optim import Muon, orthogonalise, trapezoid
 from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
 from ivtp.micro.tasks import LONG, TASKS, ask_many
@@ -226,36 +229,74 @@ def test_a_killed_stage_ends_like_an_uninterrupted_one(stage: int, run: Path, to
     same(whole, killed, "projector", "decoder")
 
 
-def test_the_commands_lead_to_an_asset(run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(train, "WIDTH", 64)
-    monkeypatch.setattr(
-        train, "build_decoder", lambda tok, layers, width=64: build_decoder(tok, layers=layers, width=64)
-    )
-    monkeypatch.setattr(train, "choose_threshold", lambda *args: 0.25)
-    shallow = str(run / "decoder" / "shallow.pt")
-    for command in (
-        ["decoder", "--layers", "2", "--steps", "1", "--scenes", "2"],
-        ["decoder", "--layers", "4", "--steps", "1", "--scenes", "2", "--weights", shallow, "--name", "deep"],
-        ["align", "--images", "4", "--steps", "2"],
-        ["stage1", "--steps", "1", "--scenes", "2"],
-        ["stage2", "--steps", "1", "--scenes", "2"],
-    ):
-        result = CliRunner().invoke(train.app, [*command, "--out", str(run)])
-        assert result.exit_code == 0, result.output
-    result = CliRunner().invoke(train.app, ["export", "--out", str(run), "--asset", str(tmp_path)])
+@pytest.fixture(scope="module")
+def recipe_followed(tmp_path_factory) -> Path:
+    """The folder in which the small recipe of docs/micro.md was followed to the letter."""
+    folder = tmp_path_factory.mktemp("recipe")
+    text = (Path(__file__).parents[2] / "docs" / "micro.md").read_text()
+    lines = text.split("```sh small\n")[1].split("```")[0].strip().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        command = [sys.executable, *line.split()[1:]]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr
+    return folder / "runs" / "small"
+
+
+def test_the_recipe_leads_to_an_asset_that_answers(recipe_followed: Path) -> None:
+    model, processor = ivtp.load(recipe_followed / "asset")
+    assert model.config.text_config.num_hidden_layers == 6
+    photo = take_photo("test", 0).picture()
+    answer = ivtp.ask(model, processor, photo, "is there a dog?", keep=64, max_new_tokens=2)
+    assert answer.trace is not None
+    assert answer.trace.kept().shape == (1, 64)
+    assert sorted(path.name for path in recipe_followed.rglob("*.csv")) == [
+        *("decoder.csv", "log.csv", "stage1.csv", "stage2.csv")
+    ]
+
+
+def test_the_logs_are_drawn(recipe_followed: Path) -> None:
+    result = CliRunner().invoke(train.app, ["plot", "--out", str(recipe_followed)])
     assert result.exit_code == 0, result.output
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert model.config.text_config.num_hidden_layers == 4
-    again = tmp_path / "again"
-    result = CliRunner().invoke(train.app, ["unpack", "--out", str(again), "--asset", str(tmp_path)])
+    assert (recipe_followed / "stage2.png").stat().st_size > 10_000
+    assert CliRunner().invoke(train.app, ["plot", "--out", str(recipe_followed / "asset")]).exit_code == 2
+
+
+def test_an_asset_is_unpacked_and_trained_on(recipe_followed: Path, tmp_path: Path) -> None:
+    asset = str(recipe_followed / "asset")
+    result = CliRunner().invoke(train.app, ["unpack", "--out", str(tmp_path), "--asset", asset])
     assert result.exit_code == 0, result.output
-    before, after = load_checkpoint(run / "stage2.pt"), load_checkpoint(again / "stage2.pt")
+    assert "0 new tokens" in result.output
+    before, after = load_checkpoint(recipe_followed / "stage2.pt"), load_checkpoint(tmp_path / "stage2.pt")
     for part in ("projector", "decoder"):
         assert before[part].keys() == after[part].keys()
         for key, value in after[part].items():
             assert torch.equal(value, before[part][key].to(torch.bfloat16).float()), key
-    store = again / "features"
-    build_store(CLIPModel.from_pretrained(again / "vision" / "clip").vision_model, [0.5] * 3, [0.25] * 3, store, 2)
-    command = ["stage2", "--weights", str(again / "stage2.pt"), "--steps", "1", "--scenes", "2", "--out", str(again)]
-    result = CliRunner().invoke(train.app, command)
-    assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(train.app, ["unpack", "--out", str(tmp_path), "--asset", asset]).exit_code == 2
+    clip = str(tmp_path / "vision" / "clip")
+    weights = str(tmp_path / "stage2.pt")
+    for command in (
+        ["vision", "--weights", clip, "--size", "tiny", "--steps", "1"],
+        ["features", "--images", "2"],
+        ["decoder", "--weights", weights, "--steps", "1", "--scenes", "2"],
+        ["stage2", "--weights", weights, "--steps", "1", "--scenes", "2"],
+    ):
+        result = CliRunner().invoke(train.app, [*command, "--out", str(tmp_path)])
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_words_keep_their_embeddings_in_a_new_vocabulary(tokenizer) -> None:
+    old = build_tokenizer(["dog cat", "a red disc"])
+    fresh = torch.zeros(len(tokenizer), 4)
+    rows = torch.arange(4.0 * len(old)).view(len(old), 4)
+    carried, unknown = carry_over(rows, old, fresh, tokenizer)
+    dog = [t(" dog", add_special_tokens=False).input_ids for t in (old, tokenizer)]
+    assert torch.equal(carried[dog[1][0]], rows[dog[0][0]])
+    panda = tokenizer("熊猫", add_special_tokens=False).input_ids[0]
+    assert panda in unknown
+    assert not carried[panda].any()
+    words = torch.randn(len(tokenizer), 4)
+    english = tokenizer(" panda", add_special_tokens=False).input_ids[0]
+    gap = (words[panda] - words[english]).norm()
+    start_alike(words, tokenizer, {panda})
+    assert (words[panda] - words[english]).norm() != gap

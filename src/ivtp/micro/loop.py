@@ -179,20 +179,18 @@ def train_loop(
             weights = {name: module.state_dict() for name, module in modules.items()}
             save_checkpoint(checkpoint, {**weights, "optimisers": optimisers.state_dict(), **progress})
 
-    while (fraction := budget.fraction(step)) < 1:
+    fraction = budget.fraction(step)
+    while fraction < 1:
         loss, right, asked = sum_over_processes(batch(step))
         optimisers.step(trapezoid(fraction, cooldown=options.cooldown))
         tracker.update(right, asked)
         after(fraction)
-        step += 1
-        if step % options.log_steps == 0 and rank() == 0:
-            row: dict[str, float | int | str] = {
-                "step": step,
-                "minutes": budget.spent,
-                "level": tracker.level,
-            }
-            log.write({**row, "loss": loss, "mean": tracker.mean, **tracker.row()})
         report(fraction, f"loss {loss:.3f}, exact {tracker.mean:.1%}, level {tracker.level}")
+        step += 1
+        fraction = budget.fraction(step)
+        if (step % options.log_steps == 0 or fraction >= 1) and rank() == 0:
+            row: dict[str, float | int | str] = {"step": step, "minutes": budget.spent, "level": tracker.level}
+            log.write({**row, "loss": loss, "mean": tracker.mean, **tracker.row()})
         if budget.spent - saved > options.save_minutes:
             saved = budget.spent
             save()

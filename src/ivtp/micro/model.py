@@ -131,28 +131,6 @@ def _match_alike(attention: Any) -> None:
     attention.k_proj.weight[:d] = query
 
 
-def deepen(decoder: LlamaForCausalLM, layers: int) -> LlamaForCausalLM:
-    """The same function with more layers: each layer is followed by new ones that add nothing yet.
-
-    ``layers`` must be a multiple of the present depth. A shallow decoder learns the questions at a fraction of the
-    cost; the added layers start as identities and learn from there.
-    """
-    old = decoder.config.num_hidden_layers
-    factor = layers // old
-    config = LlamaConfig(**{**decoder.config.to_dict(), "num_hidden_layers": layers})
-    deeper = LlamaForCausalLM(config)
-    state = {k: v for k, v in decoder.state_dict().items() if ".layers." not in k}
-    deeper.load_state_dict(state, strict=False)
-    for index, layer in enumerate(deeper.model.layers):
-        if index % factor == 0:
-            layer.load_state_dict(decoder.model.layers[index // factor].state_dict())
-        else:
-            _init_layer(layer, config.hidden_size, layers)
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-    return deeper
-
-
 def assemble(
     decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: nn.Module
 ) -> LlavaForConditionalGeneration:

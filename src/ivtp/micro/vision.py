@@ -1,4 +1,4 @@
-"""Train the micro CLIP: ``python -m ivtp.micro.vision --out runs/micro/vision --minutes 55``.
+"""Training of the micro CLIP, the recipe's first stage: ``python -m ivtp.micro.train vision --minutes 55``.
 
 Curriculum: windows of 8x8 patches, then whole images thinned to 160 patches, then whole images while the
 learning rate falls to zero. Patches keep the position embeddings of their true place, so what the cheap views
@@ -10,7 +10,6 @@ minutes), ``checkpoint.pt`` and ``log.csv``.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,40 +212,3 @@ def export(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def main() -> None:
-    """Command line; prints the validation numbers at the end."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/micro/vision"))
-    parser.add_argument("--minutes", type=float, help="length of the run by the clock")
-    parser.add_argument("--steps", type=int, help="length of the run in steps; repeats exactly")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    parser.add_argument("--further", action="store_true", help="anneal OUT/checkpoint.pt once more")
-    parser.add_argument("--weights", type=Path, help="anneal an exported CLIP folder once more")
-    parser.add_argument("--evaluate", action="store_true", help="only print the numbers of OUT/checkpoint.pt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--validation", type=int, default=Recipe.validation, help="validation scenes")
-    parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
-    parser.add_argument("--adam-lr", type=float, default=Recipe.adam_lr)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    console = Console()
-    recipe = Recipe(
-        steps=options.steps,
-        minutes=None if options.steps else options.minutes or 55.0,
-        muon_lr=options.muon_lr,
-        adam_lr=options.adam_lr,
-        seed=options.seed,
-        validation=options.validation,
-    )
-    resume = options.resume or options.evaluate
-    device = torch.device(options.device)
-    trainer = Trainer(options.out, recipe, device, resume=resume, further=options.further, start=options.weights)
-    scores = trainer.evaluate() if options.evaluate else trainer.run(console)
-    for key, value in scores.items():
-        console.print(f"{key:24s} {value:.4f}")
-
-
-if __name__ == "__main__":
-    main()
