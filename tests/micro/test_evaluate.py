@@ -136,11 +136,11 @@ def test_the_command_measures_and_writes_files(folder: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(evaluate.app, command)
     assert result.exit_code == 0, result.output
     content = json.loads(files["--json"].read_text())
-    assert len(content["tables"]) == 4
+    assert len(content["tables"]) == 5
     rows = {row["method"]: row for row in content["tables"][1]["rows"]}
     assert rows["none"]["tokens at the end"] == 576
     assert rows["ivtp"]["TFLOPs a prefill"] < rows["none"]["TFLOPs a prefill"]
-    assert files["--markdown"].read_text().count("###") == 4
+    assert files["--markdown"].read_text().count("###") == 5
 
 
 @pytest.mark.parametrize("arguments", [[], ["--methods", "nonsense"]])

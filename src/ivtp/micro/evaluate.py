@@ -88,9 +88,12 @@ def by_type(model: Any, processor: Any, items: list[Item], *, batch: int, report
 
 def compare_methods(
     model: Any, processor: Any, items: list[Item], methods: list[str], keep: int, *, batch: int, report: Report
-) -> Table:
-    """Accuracy, visual tokens (mean over decoder layers, and at the end), TFLOPs and milliseconds of a prefill."""
-    rows = []
+) -> list[Table]:
+    """Accuracy, visual tokens (mean over decoder layers, and at the end), TFLOPs and milliseconds of a prefill.
+
+    A second table gives each method's accuracy by kind.
+    """
+    rows, kinds = [], [{"kind": kind} for kind in world.KINDS]
     for method in methods:
         none = method == "none"
         pruner = None if none else attach(model, processor, method=method, keep=keep)
@@ -106,6 +109,8 @@ def compare_methods(
             answers = answer_all(model, processor, items, batch=batch, report=report, after=record)
             milliseconds = prefill_milliseconds(model, processor, items[:10])
         row: dict[str, Any] = {"method": method} | accuracy_row(items, answers, "mean", "accuracy")
+        for by_kind in kinds:
+            by_kind |= accuracy_row(items, answers, by_kind["kind"], method)
         if none:
             per_question = [(float(world.GRID**2), full_flops(model, processor, item), 1.0) for item in items]
         total = sum(n for _, _, n in per_question)
@@ -114,7 +119,8 @@ def compare_methods(
         row["TFLOPs a prefill"] = sum(f * n for _, f, n in per_question) / total / 1e12
         row["ms a prefill"] = milliseconds
         rows.append(row)
-    return Table(f"{len(items)} test questions at {keep} of {world.GRID**2} tokens", rows)
+    title = f"{len(items)} test questions at {keep} of {world.GRID**2} tokens"
+    return [Table(title, rows), Table(f"{title}, by kind", kinds)]
 
 
 def full_flops(model: Any, processor: Any, item: Item) -> float:
@@ -180,7 +186,7 @@ def main(
         if by_type_:
             tables.append(by_type(lvlm, processor, items, batch=batch, report=report))
         if names:
-            tables.append(compare_methods(lvlm, processor, items, names, keep, batch=batch, report=report))
+            tables += compare_methods(lvlm, processor, items, names, keep, batch=batch, report=report)
         if oracle:
             tables.append(compare_oracle(lvlm, processor, items, keep, seed=seed, batch=batch, report=report))
         if coverage:
