@@ -37,20 +37,22 @@ def test_a_shared_prefix_gives_the_answers_of_generate(lvlm: Any, with_image: bo
 
 
 def test_every_format_is_asked_about_every_photo_that_offers_it() -> None:
-    groups = gates.collect("test", 12)
-    again = gates.collect("test", 12)
+    groups = gates.collect("test", 4)
+    again = gates.collect("test", 4)
     assert [[u.examples for u in units] for units in groups] == [[u.examples for u in units] for units in again]
     titles = [unit.form.title for units in groups for unit in units]
-    assert titles.count("POPE") == 12
+    assert {titles.count(title) for title in titles} == {4}
     assert len(set(titles)) == 12
     for units in groups:
         assert len({example.photo for unit in units for example in unit.examples}) == 1
 
 
 def test_oracle_patches_cover_the_asked_objects_evenly() -> None:
-    for units in gates.collect("test", 10):
+    for units in gates.collect("test", 8):
         for unit in units:
             example = unit.examples[0]
+            if not example.objects:
+                continue
             for keep in (16, 64):
                 chosen = set(gates.oracle_patches(example, keep, random.Random(0)))
                 assert len(chosen) == keep
@@ -58,13 +60,13 @@ def test_oracle_patches_cover_the_asked_objects_evenly() -> None:
                 if len(asked) <= keep:
                     assert all(patches & chosen for patches in asked)
                 covered = len(set.union(*asked) & chosen)
-                assert covered == min(keep, len(set.union(*asked))) or covered >= keep * 0.8
+                assert covered == min(keep, len(set.union(*asked)))
 
 
 def test_figures_are_the_benchmarks_own() -> None:
     scored = [
         (unit, [1.0, 0.0][: len(unit.examples)] if unit.form.title == "MME" else [1.0] * len(unit.examples))
-        for units in gates.collect("test", 12)
+        for units in gates.collect("test", 3)
         for unit in units
     ]
     rows = gates.by_format(scored, "all")
@@ -75,7 +77,7 @@ def test_figures_are_the_benchmarks_own() -> None:
 
 def test_the_command_measures_all_gates(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     target = tmp_path / "gates.json"
-    result = CliRunner().invoke(gates.app, ["--model", str(folder), "--photos", "1", "--json", str(target)])
+    result = CliRunner().invoke(gates.app, ["--model", str(folder), "--questions", "1", "--json", str(target)])
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]
     assert [title.split(",")[0].split(" ")[0] for title in titles] == ["Speed", "Formats", "Patches", "CLIP", "CLS"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ from ivtp.micro.world import (
     PATCH,
     SIGN_TEXTS,
     SIZE,
+    SceneObject,
     patches_of,
 )
-from ivtp.micro.world.photo import take_photo
+from ivtp.micro.world.photo import Photo, take_photo
 from ivtp.micro.world.vocabulary import plural
 
 PHOTOS = [take_photo("test", i) for i in range(6)]
@@ -108,6 +110,14 @@ def test_labels_of_whole_images(tokenizer: PreTrainedTokenizerFast) -> None:
             assert np.allclose(batch.box[row, patch].numpy() * SIZE + centre, item.box, atol=1e-3)
         truth = {word for item in scene.objects for word in (item.name, item.colour, item.text)} - {None}
         assert {KEYWORDS[i] for i in batch.present[row].nonzero().flatten()} == truth
+
+
+def test_a_window_over_a_large_object_that_is_cut_off_still_shows_something(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    item = SceneObject("dog", (-70, -70, 73, 73), "none", None, None)
+    scene = replace(PHOTOS[0].scene, objects=(item,))
+    assert make_batch([Photo(scene)], 8, tokenizer, keyword_table(tokenizer)).present.any()
 
 
 @pytest.mark.parametrize(("window", "keep"), [(8, None), (12, None), (GRID, 160)])

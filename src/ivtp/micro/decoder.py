@@ -159,9 +159,9 @@ class Level:
 
 
 LEVELS = (
-    Level(3, (12, 36), 0.25),
-    Level(5, (20, 56), 0.75),
-    Level(8, (24, 90), 0.85),
+    Level(3, (12, 36), 0.1),
+    Level(5, (20, 56), 0.3),
+    Level(8, (24, 90), 0.5),
     Level(12, (24, 140), 9.0),
 )
 MASTERED = 0.92
@@ -201,7 +201,7 @@ def train_decoder(
 
     def advance(fraction: float) -> None:
         level = tracker.level
-        if level + 1 < len(LEVELS) and (tracker.mean > MASTERED or fraction > LEVELS[level].latest):
+        if level + 1 < len(LEVELS) and (tracker.short_mean > MASTERED or fraction > LEVELS[level].latest):
             tracker.level += 1
 
     modules = {"decoder": decoder, "symbolic": symbolic}

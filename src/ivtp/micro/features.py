@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,14 @@ class FeatureStore:
         return torch.from_numpy(np.stack([self._data[row] for row in rows])).view(torch.bfloat16)
 
 
+def fingerprint(tower: CLIPVisionModel, count: int) -> str:
+    """What a store is made of: the tower's weights, the photos and their number."""
+    digest = hashlib.sha256(f"{count} {photo_of(0)} {photo_of(1)}".encode())
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def build_store(
     tower: CLIPVisionModel,
     mean: list[float],
@@ -60,7 +69,10 @@ def build_store(
     batch: int = 8,
     report: Callable[[float, str], None] = lambda fraction, text: None,
 ) -> None:
-    """Fills the store; every process takes its share. A part that is there already is not computed again."""
+    """Fills the store; every process takes its share.
+
+    A part that the same tower made from the same photos already is not computed again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     width = tower.config.hidden_size
     shape = (count, world.GRID**2, width)
@@ -69,17 +81,19 @@ def build_store(
     with path.open("ab") as file:
         file.truncate(size)
     data = np.memmap(path, dtype=np.int16, mode="r+", shape=shape)
-    progress = folder / f"done-{rank()}-of-{world_size()}.txt"
+    progress = folder / f"done-{rank()}-of-{world_size()}.json"
     rows = list(range(rank(), count, world_size()))
-    done = int(progress.read_text()) if progress.is_file() else 0
+    made_of = fingerprint(tower, count)
+    state = json.loads(progress.read_text()) if progress.is_file() else {}
+    done = state["rows"] if state.get("made_of") == made_of else 0
     for start in range(done, len(rows), batch):
         mine = rows[start : start + batch]
         features = patch_features(tower, pixels_of([photo_of(row) for row in mine], mean, std))
         data[mine] = features.to("cpu", torch.bfloat16).view(torch.int16).numpy()
         if start // batch % 16 == 0:
             data.flush()
-            progress.write_text(str(start + len(mine)))
+            progress.write_text(json.dumps({"made_of": made_of, "rows": start + len(mine)}))
         report((start + len(mine)) / len(rows), f"{start + len(mine)} images")
     data.flush()
-    progress.write_text(str(len(rows)))
+    progress.write_text(json.dumps({"made_of": made_of, "rows": len(rows)}))
     (folder / "features.json").write_text(json.dumps({"count": count, "width": width}))

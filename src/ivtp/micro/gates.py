@@ -16,15 +16,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, CLIPModel
 
+from ivtp.errors import ConfigError
 from ivtp.generate import ask, load
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
@@ -39,6 +41,7 @@ from ivtp.sizes import MICRO
 
 Report = Callable[[], None]
 RESAMPLES = 1000
+GREY = Image.new("RGB", (world.SIZE, world.SIZE), (128, 128, 128))
 
 
 @dataclass(frozen=True)
@@ -49,20 +52,27 @@ class Unit:
     examples: tuple[Example, ...]
 
 
-def collect(split: str, photos: int, seed: int = 0) -> list[list[Unit]]:
-    """For each of ``photos`` indices the formats' units about its photo; VizWiz has its own, bad one."""
-    forms = [format_class(name)() for name in list_formats()]
-    found = []
-    for index in range(seed * 1_000_000, seed * 1_000_000 + photos):
+def collect(split: str, questions: int, seed: int = 0) -> list[list[Unit]]:
+    """``questions`` units of every format, grouped by the photo that they are about; VizWiz has its own, bad ones.
+
+    Raises `ConfigError` where a format finds too few clear questions.
+    """
+    missing = dict.fromkeys(list_formats(), questions)
+    groups: list[list[Unit]] = []
+    for index in range(seed * 1_000_000, seed * 1_000_000 + 50 * questions):
         rng = random.Random(f"gate/{split}/{index}")
         by_photo: dict[Any, list[Unit]] = {}
-        for form in forms:
+        for name in [name for name, count in missing.items() if count]:
+            form: Format = format_class(name)()
             photo = form.photo(split, index)
             examples = _asked(form, photo, rng)
             if examples:
                 by_photo.setdefault(photo, []).append(Unit(form, tuple(examples)))
-        found += list(by_photo.values())
-    return found
+                missing[name] -= 1
+        groups += list(by_photo.values())
+        if not any(missing.values()):
+            return groups
+    raise ConfigError(f"split {split!r} offers too few clear questions for {[n for n, c in missing.items() if c]}")
 
 
 def _asked(form: Format, photo: Any, rng: random.Random) -> list[Example]:
@@ -80,14 +90,14 @@ def all_answers(
     groups: list[list[Unit]],
     choose: Callable[[Example], list[int]] | None = None,
     *,
-    image: bool = True,
+    image: Literal["photo", "grey", "none"] = "photo",
     report: Report = lambda: None,
 ) -> list[tuple[Unit, list[float]]]:
-    """Scores of every unit; ``choose`` names the patches that each question sees."""
+    """Scores of every unit, with its photo, a grey picture or none; ``choose`` names the patches to be seen."""
     scored = []
     for units in groups:
         examples = [example for unit in units for example in unit.examples]
-        picture = examples[0].photo.picture() if image else None
+        picture = GREY if image == "grey" else examples[0].photo.picture() if image == "photo" else None
         patches = None if choose is None else [choose(example) for example in examples]
         answers = iter(answer_about(model, processor, picture, [e.prompt for e in examples], patches=patches))
         for unit in units:
@@ -138,19 +148,22 @@ def merged(columns: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]
 
 def oracle_patches(example: Example, keep: int, rng: random.Random) -> list[int]:
     """``keep`` patches that best cover the asked objects: theirs first, spread over the objects, then random ones."""
-    left = [
-        rng.sample(patches, len(patches))
-        for patches in ([*world.patches_of(example.photo.scene, [i])] for i in example.objects)
-        if patches
-    ]
+    left = [_central_last(example, index) for index in example.objects]
     chosen: list[int] = []
-    while left and len(chosen) < keep:  # one of each object in turn
+    while any(left) and len(chosen) < keep:  # one of each object in turn, its centre first
         for patches in left:
-            chosen.append(patches.pop())
-        left = [patches for patches in left if patches]
-    chosen = list(dict.fromkeys(chosen))[:keep]
+            patch = patches.pop() if patches else None
+            if patch is not None and patch not in chosen and len(chosen) < keep:
+                chosen.append(patch)
     others = [patch for patch in range(world.GRID**2) if patch not in set(chosen)]
     return sorted(chosen + rng.sample(others, keep - len(chosen)))
+
+
+def _central_last(example: Example, index: int) -> list[int]:
+    """An object's patches, from its edge to its centre."""
+    x, y = (value / world.PATCH - 0.5 for value in example.photo.scene.objects[index].centre)
+    patches = world.patches_of(example.photo.scene, [index])
+    return sorted(patches, key=lambda p: -((p % world.GRID - x) ** 2 + (p // world.GRID - y) ** 2))
 
 
 def cls_coverage(model: Any, processor: Any, photos: int, report: Report) -> Table:
@@ -209,7 +222,7 @@ console = Console()
 @app.command(help=__doc__)
 def main(
     model: Annotated[str, typer.Option(help='"micro", or a folder with an exported model')] = "micro",
-    photos: Annotated[int, typer.Option(help="photos of each split; each serves one question of every format")] = 400,
+    questions: Annotated[int, typer.Option(help="questions of every format")] = 300,
     gate: Annotated[list[int] | None, typer.Option(help="gates to measure (repeat); default: all")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
     json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
@@ -230,16 +243,16 @@ def main(
             progress.advance(task)
 
         if 1 in gates:
-            tables.append(formats_gate(lvlm, processor, photos, report))
+            tables.append(formats_gate(lvlm, processor, questions, report))
         if 2 in gates:
-            tables.append(oracle_gate(lvlm, processor, photos, report))
+            tables.append(oracle_gate(lvlm, processor, questions, report))
         if 3 in gates:
             tables.append(clip_gate((MICRO if model == "micro" else Path(model)) / "clip", 64))
         if 4 in gates:
-            tables.append(cls_coverage(lvlm, processor, min(photos, 200), report))
+            tables.append(cls_coverage(lvlm, processor, min(questions, 200), report))
     text = "\n".join(table.markdown() for table in tables)
     console.print(Markdown(text))
-    about = {"model": model, "photos": photos, "torch": torch.__version__}
+    about = {"model": model, "questions": questions, "torch": torch.__version__}
     about["machine"] = f"{platform.machine()}, {threads} CPU threads"
     if json is not None:
         write_json(json, tables, about)
@@ -248,23 +261,25 @@ def main(
         markdown.write_text(text)
 
 
-def formats_gate(model: Any, processor: Any, photos: int, report: Report) -> Table:
+def formats_gate(model: Any, processor: Any, questions: int, report: Report) -> Table:
     """Every format on the test split, the shifted splits, and without the image."""
     columns = {}
-    for label, split, image in (
-        ("test", "test", True),
-        ("unseen pairs", "pairs", True),
-        ("unseen styles", "styles", True),
-        ("no image", "test", False),
-    ):
-        scored = all_answers(model, processor, collect(split, photos), image=image, report=report)
+    runs: tuple[tuple[str, str, Literal["photo", "grey", "none"]], ...] = (
+        ("test", "test", "photo"),
+        ("unseen pairs", "pairs", "photo"),
+        ("unseen styles", "styles", "photo"),
+        ("grey picture", "test", "grey"),
+        ("no image", "test", "none"),
+    )
+    for label, split, image in runs:
+        scored = all_answers(model, processor, collect(split, questions), image=image, report=report)
         columns[label] = by_format(scored, label)
     return Table(f"Formats, all {world.GRID**2} tokens", merged(columns))
 
 
-def oracle_gate(model: Any, processor: Any, photos: int, report: Report) -> Table:
+def oracle_gate(model: Any, processor: Any, questions: int, report: Report) -> Table:
     """Every format with all tokens, and with covering or random patches at 64 and 16 tokens."""
-    groups, rng = collect("test", photos), random.Random(0)
+    groups, rng = collect("test", questions), random.Random(0)
     columns = {"all tokens": by_format(all_answers(model, processor, groups, report=report), "all tokens")}
     for keep in (64, 16):
         for label, choose in (

@@ -110,6 +110,12 @@ class KindTracker:
         """Mean exact match over the tasks."""
         return sum(self.exact) / len(self.exact)
 
+    @property
+    def short_mean(self) -> float:
+        """Mean exact match over the tasks with short answers."""
+        short = [exact for task, exact in zip(TASKS, self.exact, strict=True) if task not in LONG]
+        return sum(short) / len(short)
+
     def row(self) -> dict[str, float | int | str]:
         """The averages, named by task, for the CSV log."""
         return dict(zip(TASKS, self.exact, strict=True))
@@ -173,9 +179,10 @@ def train_loop(
     log = CsvLog(checkpoint.with_suffix(".csv"), append=resume)
     saved = budget.spent
 
-    def save() -> None:
+    def save(*, finished: bool = False) -> None:
         if rank() == 0:
             progress = {"step": step, "minutes": budget.spent, "level": tracker.level, "exact": tracker.exact}
+            progress["finished"] = finished
             weights = {name: module.state_dict() for name, module in modules.items()}
             save_checkpoint(checkpoint, {**weights, "optimisers": optimisers.state_dict(), **progress})
 
@@ -194,7 +201,7 @@ def train_loop(
         if budget.spent - saved > options.save_minutes:
             saved = budget.spent
             save()
-    save()
+    save(finished=True)
 
 
 def sum_over_processes(result: BatchResult) -> BatchResult:

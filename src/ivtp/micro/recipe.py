@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import distributed
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -18,11 +19,12 @@ from transformers import (
 from ivtp.errors import ConfigError
 from ivtp.micro.corpus import corpus
 from ivtp.micro.decoder import SymbolicImage
-from ivtp.micro.loop import load_checkpoint, save_checkpoint
+from ivtp.micro.loop import is_distributed, load_checkpoint, rank, save_checkpoint
 from ivtp.micro.model import build_decoder, carry_over, start_alike
 from ivtp.micro.stages import Projector
 from ivtp.micro.tokenizer import build_tokenizer
 from ivtp.micro.vision_model import build_tokenizer as build_clip_tokenizer
+from ivtp.micro.world.chinese import CHINESE_WORDS
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,14 @@ SIZES = {
 def tokenizer_in(out: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer of a run; it is trained once and then kept."""
     folder = out / "tokenizer"
-    if not folder.is_dir():
+    if not folder.is_dir() and rank() == 0:
         build_tokenizer(corpus()).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    if is_distributed():
+        distributed.barrier()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    if any(len(tokenizer(word, add_special_tokens=False).input_ids) > 1 for word in CHINESE_WORDS):
+        raise ConfigError(f"the tokenizer in {folder} is of an older world; use another --out, or `unpack` an asset")
+    return tokenizer
 
 
 def decoder_from(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

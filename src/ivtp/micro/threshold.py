@@ -10,14 +10,15 @@ from ivtp.core.relevance import words
 from ivtp.micro import world
 from ivtp.micro.features import pixels_of
 from ivtp.micro.world.photo import take_photo
+from ivtp.micro.world.vocabulary import plural
 
 
 def visible_words(scene: world.Scene) -> set[str]:
-    """The words that name something in the scene: objects, their backings and colours, and what signs say."""
+    """The words that name something in the scene: objects, colours, and what signs say."""
     words: set[str] = set()
     for item in scene.objects:
-        words |= {item.name}
-        words |= {item.backing, item.colour} if item.colour else set()
+        words |= {item.name, plural(item.name)}
+        words |= {item.colour} if item.colour else set()
         words |= {item.text} if item.text else set()
     return words
 

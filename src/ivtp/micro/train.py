@@ -272,6 +272,7 @@ def llava(
     steps: Annotated[int | None, typer.Option(help="length of stage 2 in steps; stage 1 gets a tenth of it")] = None,
     scenes: Scenes = 8,
     asset: Asset = ASSET,
+    resume: Annotated[bool, typer.Option("--resume", help="skip what is finished, continue what is not")] = False,
     threads: Threads = 1,
     device: Device = DEVICE,
 ) -> None:
@@ -279,9 +280,14 @@ def llava(
     short = (None if minutes is None else minutes / 10, None if steps is None else max(1, steps // 10))
     with _joined():
         features(out, images, threads=threads, device=device)
-        align(out, images=min(600, images), threads=threads)
-        stage1(out, minutes=short[0], steps=short[1], scenes=scenes, threads=threads, device=device)
-        stage2(out, minutes=minutes, steps=steps, scenes=scenes, threads=threads, device=device)
+        if not (resume and (out / "aligned.pt").exists()):
+            align(out, images=min(600, images), threads=threads)
+        for stage, length in ((stage1, short), (stage2, (minutes, steps))):
+            checkpoint = out / f"{stage.__name__}.pt"
+            begun = resume and checkpoint.exists()
+            if begun and load_checkpoint(checkpoint).get("finished"):
+                continue
+            stage(out, minutes=length[0], steps=length[1], resume=begun, scenes=scenes, threads=threads, device=device)
         if rank() == 0:
             export(out, asset=asset, threads=threads)
 

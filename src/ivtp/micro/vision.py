@@ -130,7 +130,8 @@ class Trainer:
 
     def batch(self, stage: Stage) -> Batch:
         """The batch of the present step; training scenes are never seen twice."""
-        first = 10_000 + 10_000_000 * self.recipe.seed + self.images
+        # behind the photos that the later stages store, and other ones for every seed and round
+        first = 1_000_000 + 100_000_000 * self.recipe.seed + 10_000_000 * self.rounds + self.images
         photos = [take_photo("train", first + i) for i in range(stage.batch)]
         batch = make_batch(photos, stage.window, self.tokenizer, self.table, keep=stage.keep)
         return batch.to(self.device)

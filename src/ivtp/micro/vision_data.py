@@ -196,7 +196,7 @@ def _label(
     labels = {key: np.zeros(shape, dtype=np.int64) for key in CLASSES}
     box = np.zeros((*shape, 4), dtype=np.float32)
     labels["row"][:], labels["column"][:] = rows[:, None], columns[None]
-    shown = []
+    seen: dict[int, float] = {}  # visible share of each object in the window
     for index, item in enumerate(scene.objects):
         x0, y0, x1, y1 = item.box
         share = _cover(y0, y1, rows)[:, None] * _cover(x0, x1, columns)[None]
@@ -219,8 +219,8 @@ def _label(
         centre = np.stack(np.meshgrid(centre_x, centre_y), axis=-1)  # (rows, columns, 2)
         offsets = np.concatenate([(x0, y0) - centre, (x1, y1) - centre], axis=-1) / SIZE
         box[inside] = offsets[inside]
-        if visible >= 0.5:
-            shown.append(index)
+        seen[index] = visible
+    shown = [index for index, visible in seen.items() if visible >= 0.5] or [max(seen, key=seen.__getitem__)]
     return labels, box, shown
 
 

@@ -96,6 +96,14 @@ def lettered(question: str, answer: str, others: Sequence[str], rng: random.Rand
     return Choice("\n".join((question, *lines, request)), LETTERS[options.index(answer)])
 
 
+def mixed_names(answer: str, shown: Sequence[str], names: Sequence[str], rng: random.Random) -> list[str]:
+    """Three wrong names, up to two of them of objects that are there, so that seeing one is not enough."""
+    visible = sorted(set(shown) - {answer})
+    near = rng.sample(visible, min(2, len(visible)))
+    far = [name for name in names if name not in shown and name != answer]
+    return near + rng.sample(far, 3 - len(near))
+
+
 def letter_of(answer: str) -> str:
     """The option's letter that an answer names first; empty where it names none."""
     word = answer.strip()[:2].rstrip(".)").upper()

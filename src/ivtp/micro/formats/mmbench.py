@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered
+from ivtp.micro.formats.base import Example, Format, letter_of, lettered, mixed_names
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import ask
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS, SIGN_TEXTS
@@ -33,6 +33,8 @@ class MmBench(Format):
         if asked is None:
             return []
         others = [word for word in TABLES[kind] if word != asked.answer]
+        if TABLES[kind] is NAMES:
+            others = mixed_names(asked.answer, [item.name for item in photo.scene.objects], NAMES, rng)
         choice = lettered(asked.text, asked.answer, others, rng)
         return [self._example(photo, choice.text, choice.answer, asked.objects, group=kind)]
 

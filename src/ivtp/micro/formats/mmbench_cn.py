@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered
-from ivtp.micro.world.chinese import ask_chinese
+from ivtp.micro.formats.base import Example, Format, letter_of, lettered, mixed_names
+from ivtp.micro.world.chinese import NAMES_ZH, ask_chinese
 from ivtp.micro.world.photo import Photo
 
 REQUEST = "请直接回答选项字母。"
@@ -22,7 +23,11 @@ class MmBenchCn(Format):
         asked = ask_chinese(photo.scene, rng)
         if asked is None:
             return []
-        choice = lettered(asked.text, asked.answer, asked.others, rng, REQUEST)
+        others: Sequence[str] = asked.others
+        if asked.kind in ("neighbour", "extreme"):
+            shown = [NAMES_ZH[item.name] for item in photo.scene.objects]
+            others = mixed_names(asked.answer, shown, asked.others, rng)
+        choice = lettered(asked.text, asked.answer, others, rng, REQUEST)
         return [self._example(photo, choice.text, choice.answer, asked.objects, group=asked.kind)]
 
     def score(self, example: Example, answer: str) -> float:

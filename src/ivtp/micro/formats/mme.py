@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from ivtp.micro.formats.base import Example, Format
 from ivtp.micro.world.compose import uniques
 from ivtp.micro.world.geometry import relation_holds
 from ivtp.micro.world.photo import Photo
+from ivtp.micro.world.questions import count_to_ask
 from ivtp.micro.world.scene import Scene
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, SIGN_TEXTS, article, plural
 
@@ -48,10 +50,11 @@ def _existence(scene: Scene, rng: random.Random) -> _Pair | None:
 
 
 def _count(scene: Scene, rng: random.Random) -> _Pair | None:
-    name = rng.choice(sorted({item.name for item in scene.objects}))
+    counts = Counter(item.name for item in scene.objects)
+    right = count_to_ask(sorted(set(counts.values())), rng)
+    name = rng.choice(sorted(name for name, count in counts.items() if count == right))
     objects = tuple(i for i, item in enumerate(scene.objects) if item.name == name)
-    right = len(objects)
-    wrong = rng.choice([n for n in (right - 1, right + 1, right + 2) if n > 0])
+    wrong = rng.choice([n for n in range(1, max(3, right) + 1) if n != right])
     form = "Are there a total of {} {} in the image?"
     yes, no = (form.format(n, plural(name) if n != 1 else name) for n in (right, wrong))
     return yes, no, objects

@@ -9,8 +9,8 @@ from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.vocabulary import NAMES, OBJECTS, article
 
 SAMPLINGS = ("random", "popular", "adversarial")
-POPULAR = ("sign", "dog", "cat", "car", "tree", "apple", "house", "ball")
-"""Signs are by far the most frequent objects of the photos; the others stand for a benchmark's frequent ones."""
+POPULAR = ("dog", "cat", "car", "tree", "apple", "house", "ball")
+"""Stand for a benchmark's most frequent objects."""
 
 
 class Pope(Format):
@@ -24,25 +24,25 @@ class Pope(Format):
         present = sorted({item.name for item in photo.scene.objects})
         group = rng.choice(SAMPLINGS)
         answer = rng.choice(("yes", "no"))
-        if answer == "yes":
-            name = rng.choice(present)
-        else:
-            pool = [name for name in _pool(group, present) if name not in present]
-            name = rng.choice(pool or [name for name in NAMES if name not in present])
+        shown, absent = _pools(group, present)
+        if not shown or not absent:
+            return []  # whatever the answer was to be, so that both stay equally frequent
+        name = rng.choice(shown if answer == "yes" else absent)
         objects = tuple(i for i, item in enumerate(photo.scene.objects) if item.name == name)
         everything = tuple(range(len(photo.scene.objects)))
         prompt = short(f"Is there {article(name)} in the image?")
         return [self._example(photo, prompt, answer, objects or everything, group=group)]
 
 
-def _pool(sampling: str, present: list[str]) -> tuple[str, ...]:
-    """Names to draw an absent object from: all, the popular ones, or those of a category that the photo shows."""
-    if sampling == "random":
-        return NAMES
+def _pools(sampling: str, present: list[str]) -> tuple[list[str], list[str]]:
+    """Present and absent names to ask for: of all, of the popular ones, or of the categories that the photo shows."""
+    pool: tuple[str, ...] = NAMES
     if sampling == "popular":
-        return POPULAR
-    categories = {OBJECTS[name][0] for name in present if name in OBJECTS}
-    return tuple(name for name, (category, _) in OBJECTS.items() if category in categories)
+        pool = POPULAR
+    elif sampling == "adversarial":
+        categories = {OBJECTS[name][0] for name in present if name in OBJECTS}
+        pool = tuple(name for name, (category, _) in OBJECTS.items() if category in categories)
+    return [name for name in pool if name in present], [name for name in pool if name not in present]
 
 
 FORMAT = Pope

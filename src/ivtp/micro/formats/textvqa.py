@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
+from ivtp.micro.world.geometry import extreme_object
 from ivtp.micro.world.photo import Photo
-from ivtp.micro.world.questions import ask
+from ivtp.micro.world.questions import Question, ask
+from ivtp.micro.world.scene import Scene
 from ivtp.micro.world.vocabulary import SIGN_TEXTS
 
 _MISSED = 0.15  # chance that the OCR does not see a sign
@@ -20,7 +23,7 @@ class TextVqa(Format):
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question about a sign."""
-        asked = ask(photo.scene, rng, "sign")
+        asked = ask(photo.scene, rng, "sign") or _outermost(photo.scene, rng)
         if asked is None:
             return []
         texts = [item.text for item in photo.scene.objects if item.text is not None]
@@ -34,6 +37,18 @@ class TextVqa(Format):
     def score(self, example: Example, answer: str) -> float:
         """VQA accuracy."""
         return vqa_score(answer, example.references)
+
+
+def _outermost(scene: Scene, rng: random.Random) -> Question | None:
+    """A sign told from the others by its place, as on a wall of signs."""
+    signs = tuple(i for i, item in enumerate(scene.objects) if item.text is not None)
+    word = rng.choice(("leftmost", "rightmost", "topmost", "bottommost"))
+    only_signs = replace(scene, objects=tuple(scene.objects[i] for i in signs))
+    place = extreme_object(only_signs, word) if signs else None
+    if place is None:
+        return None
+    index = signs[place]
+    return Question("sign", f"what does the {word} sign say?", str(scene.objects[index].text), (index,))
 
 
 FORMAT = TextVqa

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
 from ivtp.micro.world.photo import Photo, take_photo
@@ -12,7 +13,6 @@ from ivtp.micro.world.vocabulary import NAMES
 UNANSWERABLE = "unanswerable"
 REQUEST = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
 _ABSENT = 0.12  # share of the readable photos whose question is about an object that is not there
-_FORMS = ("what color is behind the {}?", "what color is around the {}?", "where is the {}?", "what is left of the {}?")
 
 
 class VizWiz(Format):
@@ -29,8 +29,12 @@ class VizWiz(Format):
         """One question; about something that is there, unless it is to have no answer."""
         absent = sorted(set(NAMES) - {item.name for item in photo.scene.objects})
         if photo.readable and rng.random() < _ABSENT:
-            everything = tuple(range(len(photo.scene.objects)))
-            return [self._asked(photo, rng, rng.choice(_FORMS).format(rng.choice(absent)), UNANSWERABLE, everything)]
+            other = ask(photo.scene, rng, rng.choice(("colour", "neighbour", "position")))
+            if other is None:
+                return []
+            name = photo.scene.objects[other.objects[0]].name
+            text = re.sub(rf"\b{name}\b", rng.choice(absent), other.text)
+            return [self._asked(photo, rng, text, UNANSWERABLE, tuple(range(len(photo.scene.objects))))]
         asked = ask(photo.scene, rng, rng.choice(("colour", "count", "neighbour", "position", "sign", "extreme")))
         if asked is None:
             return []

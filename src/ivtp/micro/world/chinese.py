@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ivtp.micro.world.geometry import extreme_object, object_towards
+from ivtp.micro.world.questions import count_to_ask
 from ivtp.micro.world.scene import Scene, position_of
 from ivtp.micro.world.vocabulary import (
     COLOURS,
@@ -171,7 +172,9 @@ def _colour(scene: Scene, rng: random.Random) -> ChoiceStem | None:
 
 
 def _count(scene: Scene, rng: random.Random) -> ChoiceStem | None:
-    name = rng.choice(sorted({item.name for item in scene.objects}))
+    counts = Counter(item.name for item in scene.objects)
+    number = count_to_ask(sorted(set(counts.values())), rng)
+    name = rng.choice(sorted(name for name, count in counts.items() if count == number))
     objects = _named(scene, name)
     text = rng.choice((f"图中有多少个{NAMES_ZH[name]}？", f"图中有几个{NAMES_ZH[name]}？"))
     answer = str(len(objects))

@@ -21,13 +21,13 @@ class Nuisance:
 
 
 def _blur(image: Image.Image, strength: float, rng: np.random.RandomState) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(0.5 + 13.5 * strength**1.5))
+    return image.filter(ImageFilter.GaussianBlur(0.5 + 28 * strength**2.5))
 
 
 def _noise(image: Image.Image, strength: float, rng: np.random.RandomState) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)
     grain = rng.standard_normal(pixels.shape).astype(np.float32)
-    return Image.fromarray((pixels + 320 * strength**1.5 * grain).clip(0, 255).astype(np.uint8))
+    return Image.fromarray((pixels + 700 * strength**2.2 * grain).clip(0, 255).astype(np.uint8))
 
 
 def _dark(image: Image.Image, strength: float, rng: np.random.RandomState) -> Image.Image:
@@ -39,7 +39,7 @@ def _dark(image: Image.Image, strength: float, rng: np.random.RandomState) -> Im
 
 def _jpeg(image: Image.Image, strength: float, rng: np.random.RandomState) -> Image.Image:
     """Strong compression of a smaller picture; at full strength little more than a few blocks are left."""
-    side = round(image.width * (1 - 0.93 * strength))
+    side = max(8, round(image.width * (1 - strength) ** 1.3))
     packed = io.BytesIO()
     image.resize((side, side), Image.Resampling.BILINEAR).save(packed, "JPEG", quality=round(50 - 45 * strength))
     with Image.open(packed) as opened:

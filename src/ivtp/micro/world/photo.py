@@ -23,7 +23,7 @@ from ivtp.micro.world.scene import NEW_BACKGROUNDS, SIZE, Scene, SceneObject, St
 from ivtp.micro.world.vocabulary import BACKGROUNDS, GLYPHS
 
 PHOTO_STYLE = Style(objects=(1, 12), sides=(28, 110), backgrounds=BACKGROUNDS)
-NEW_STYLE = Style(objects=(1, 5), sides=(112, 128), backgrounds=NEW_BACKGROUNDS)
+NEW_STYLE = Style(objects=(1, 4), sides=(112, 128), backgrounds=NEW_BACKGROUNDS)
 PAIRS_STYLE = replace(PHOTO_STYLE, objects=(5, 12))  # at most three signs, so two glyphs at least
 SIGNS_STYLE = replace(PHOTO_STYLE, objects=(2, 6), sides=(60, 110), signs=1.0)
 
@@ -68,7 +68,7 @@ def take_photo(split: str, index: int, *, bad: bool = False, most: int | None = 
     wall = rng.random() < _SIGN_WALLS
     style = {"styles": NEW_STYLE, "pairs": PAIRS_STYLE}.get(split, SIGNS_STYLE if wall else PHOTO_STYLE)
     scene = _meet(sample_scene(seed, style=_at_most(style, most)), rng, pairs=split == "pairs")
-    if split != "pairs" and rng.random() < _CROPPED:
+    if split not in ("pairs", "styles") and rng.random() < _CROPPED:
         scene = _cut_off(scene, rng)
     readable = not bad or rng.random() < 0.8
     if not bad and rng.random() >= _DISTURBED:
@@ -97,8 +97,12 @@ def _meet(scene: Scene, rng: random.Random, *, pairs: bool) -> Scene:
 
 
 def _cut_off(scene: Scene, rng: random.Random) -> Scene:
-    """A closer view of a part of the scene: objects may stick out; those seen by less than half are gone."""
-    zoom = rng.uniform(1.05, 1.3)
+    """A closer view of a part of the scene: objects may stick out.
+
+    Those seen by less than half are gone, and signs of which a letter could be missing.
+    """
+    largest = max(max(o.box[2] - o.box[0], o.box[3] - o.box[1]) for o in scene.objects)
+    zoom = min(rng.uniform(1.05, 1.3), PHOTO_STYLE.sides[1] / largest)  # no larger than the style's objects
     left, top = (rng.uniform(0, SIZE * (1 - 1 / zoom)) for _ in range(2))
     objects = []
     for item in scene.objects:
@@ -106,7 +110,7 @@ def _cut_off(scene: Scene, rng: random.Random) -> Scene:
         width, height = round((x1 - x0) * zoom), round((y1 - y0) * zoom)
         x, y = round((x0 - left) * zoom), round((y0 - top) * zoom)
         moved = replace(item, box=(x, y, x + width, y + height))
-        if visible_share(moved) >= 0.5:
+        if visible_share(moved) >= (0.5 if item.text is None else 0.95):
             objects.append(moved)
     return replace(scene, objects=tuple(objects)) if objects else scene
 

@@ -134,11 +134,15 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
     if not groups:
         return None
     numbers = sorted({len(members) for members in groups.values()})
-    # Almost every scene offers "1"; larger numbers are rarer and so drawn more readily.
-    number = rng.choices(numbers, [max(1, 3 * n - 2) for n in numbers])[0]
+    number = count_to_ask(numbers, rng)
     what = rng.choice(sorted(key for key, members in groups.items() if len(members) == number))
     form = rng.choice(("how many {} are there?", "how many {} are in the image?", "count the {}."))
     return Question("count", form.format(what), str(number), tuple(groups[what]) or _all(scene))
+
+
+def count_to_ask(numbers: list[int], rng: random.Random) -> int:
+    """One of the numbers: almost every scene offers "1"; larger ones are rarer and so drawn more readily."""
+    return rng.choices(numbers, [max(1, 3 * n - 2) for n in numbers])[0]
 
 
 def _all(scene: Scene) -> tuple[int, ...]:
