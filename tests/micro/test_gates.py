@@ -80,5 +80,7 @@ def test_the_command_measures_all_gates(folder: Path, tmp_path: Path) -> None:  
     result = CliRunner().invoke(gates.app, ["--model", str(folder), "--questions", "1", "--json", str(target)])
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]
-    assert [title.split(",")[0].split(" ")[0] for title in titles] == ["Speed", "Formats", "Patches", "CLIP", "CLS"]
+    assert [title.split(",")[0].split(" ")[0] for title in titles] == [
+        *("Speed", "Formats", "Patches", "Differences", "CLIP", "CLS")
+    ]
     assert CliRunner().invoke(gates.app, ["--gate", "6"]).exit_code == 2

@@ -29,6 +29,7 @@ from ivtp.micro.features import FeatureStore, build_store, patch_features, photo
 from ivtp.micro.loop import Budget, KindTracker, LoopOptions, load_checkpoint, rng_for
 from ivtp.micro.model import build_decoder, carry_over, start_alike
 from ivtp.micro.optim import Muon, orthogonalise, trapezoid
+from ivtp.micro.recipe import tokenizer_in
 from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
 from ivtp.micro.tasks import LONG, TASKS, ask_many
 from ivtp.micro.tokenizer import build_tokenizer
@@ -253,6 +254,41 @@ def test_the_recipe_leads_to_an_asset_that_answers(recipe_followed: Path) -> Non
     assert sorted(path.name for path in recipe_followed.rglob("*.csv")) == [
         *("decoder.csv", "log.csv", "stage1.csv", "stage2.csv")
     ]
+
+
+def test_a_finished_recipe_is_resumed_without_training_again(recipe_followed: Path) -> None:
+    before = load_checkpoint(recipe_followed / "stage2.pt")
+    assert before["finished"]
+    command = ["llava", "--out", str(recipe_followed), "--images", "16", "--steps", "2", "--resume"]
+    result = CliRunner().invoke(train.app, [*command, "--asset", str(recipe_followed / "asset")])
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(recipe_followed / "stage2.pt")["minutes"] == before["minutes"]
+
+
+def test_a_tokenizer_of_an_older_world_is_refused(tmp_path: Path) -> None:
+    build_tokenizer(["a dog on a red disc"]).save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match="older world; use another --out"):
+        tokenizer_in(tmp_path)
+
+
+def test_features_of_another_tower_are_computed_again(run: Path, tmp_path: Path) -> None:
+    towers = [tiny_clip(300).vision_model for _ in range(2)]
+    with torch.no_grad():
+        towers[1].embeddings.position_embedding.weight.normal_()
+    stored = []
+    for tower in (towers[0], towers[0], towers[1]):
+        progress: list[float] = []
+        build_store(
+            tower,
+            [0.5] * 3,
+            [0.25] * 3,
+            tmp_path,
+            2,
+            report=lambda fraction, text, seen=progress: seen.append(fraction),
+        )
+        stored.append((len(progress), FeatureStore(tmp_path)[[1]].float()))
+    assert [count for count, _ in stored] == [1, 0, 1]
+    assert not torch.equal(stored[1][1], stored[2][1])
 
 
 def test_the_logs_are_drawn(recipe_followed: Path) -> None:

@@ -245,7 +245,7 @@ def main(
         if 1 in gates:
             tables.append(formats_gate(lvlm, processor, questions, report))
         if 2 in gates:
-            tables.append(oracle_gate(lvlm, processor, questions, report))
+            tables += oracle_gate(lvlm, processor, questions, report)
         if 3 in gates:
             tables.append(clip_gate((MICRO if model == "micro" else Path(model)) / "clip", 64))
         if 4 in gates:
@@ -277,18 +277,37 @@ def formats_gate(model: Any, processor: Any, questions: int, report: Report) -> 
     return Table(f"Formats, all {world.GRID**2} tokens", merged(columns))
 
 
-def oracle_gate(model: Any, processor: Any, questions: int, report: Report) -> Table:
-    """Every format with all tokens, and with covering or random patches at 64 and 16 tokens."""
+def oracle_gate(model: Any, processor: Any, questions: int, report: Report) -> list[Table]:
+    """Every format with all tokens, and with covering or random patches at 64 and 16; then the paired differences."""
     groups, rng = collect("test", questions), random.Random(0)
-    columns = {"all tokens": by_format(all_answers(model, processor, groups, report=report), "all tokens")}
+    scored = {"all tokens": all_answers(model, processor, groups, report=report)}
     for keep in (64, 16):
         for label, choose in (
             (f"oracle {keep}", lambda example, keep=keep: oracle_patches(example, keep, rng)),
             (f"random {keep}", lambda example, keep=keep: sorted(rng.sample(range(world.GRID**2), keep))),
         ):
-            scored = all_answers(model, processor, groups, choose, report=report)
-            columns[label] = by_format(scored, label)
-    return Table("Patches of the asked objects against random ones", merged(columns))
+            scored[label] = all_answers(model, processor, groups, choose, report=report)
+    columns = {label: by_format(answers, label) for label, answers in scored.items()}
+    gaps = [("oracle 64", "random 64"), ("all tokens", "oracle 64"), ("oracle 16", "random 16")]
+    rows = [{"difference": f"{a} - {b}"} | _columns("points", *_gap(scored[a], scored[b])) for a, b in gaps]
+    return [
+        Table("Patches of the asked objects against random ones", merged(columns)),
+        Table("Differences of the means over the formats, by question", rows),
+    ]
+
+
+def _gap(first: list[tuple[Unit, list[float]]], second: list[tuple[Unit, list[float]]]) -> tuple[float, list[float]]:
+    """Difference of two means over the formats for the same units, and its ordered bootstrap draws (paired)."""
+    forms: dict[str, list[int]] = {}
+    for place, (unit, _) in enumerate(first):
+        forms.setdefault(unit.form.title, []).append(place)
+    rng = random.Random(0)
+
+    def mean(places: list[list[int]]) -> float:
+        return statistics.fmean(_total([first[i] for i in p]) - _total([second[i] for i in p]) for p in places)
+
+    draws = [mean([rng.choices(places, k=len(places)) for places in forms.values()]) for _ in range(RESAMPLES)]
+    return mean(list(forms.values())), sorted(draws)
 
 
 if __name__ == "__main__":
