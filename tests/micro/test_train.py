@@ -102,7 +102,7 @@ def test_symbols_say_what_each_patch_shows() -> None:
     shown = np.argwhere(grid[..., 0] != BACKGROUND)
     assert shown.min(0).tolist() == [3, 2]
     assert shown.max(0).tolist() == [5, 4]
-    assert grid[4, 3].tolist() == [0, 1, 1, 0, 4, 3, 1 + 4, 1 + 3, 4, 4]
+    assert grid[4, 3].tolist() == [0, 1, 1, 0, 4, 3, 1 + 4, 1 + 3, 1 + 6, 1 + 6, 0]
 
 
 @pytest.mark.parametrize("count", [12, 120])

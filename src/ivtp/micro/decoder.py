@@ -24,6 +24,7 @@ from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for
 from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
 from ivtp.micro.tasks import ask_many
 from ivtp.micro.world.photo import Photo, take_photo
+from ivtp.micro.world.vocabulary import BACKGROUNDS
 
 _NAMES = {name: i for i, name in enumerate(world.NAMES)}
 BACKGROUND = len(_NAMES)
@@ -40,17 +41,20 @@ FIELDS: dict[str, int] = {
     "column": world.GRID,
     "centre_row": world.GRID + 1,  # index 0 of these four: background
     "centre_column": world.GRID + 1,
-    "height": 12,
-    "width": 12,
+    "height": 25,
+    "width": 25,
+    "background": len(BACKGROUNDS),
 }
+_SIZE_STEP = 7  # pixels: "larger" is asked from a ratio of 1.2 on
 
 
 def symbol_map(scene: world.Scene) -> NDArray[np.int64]:
-    """What each patch shows, as indices into ``FIELDS``: (576, 10) int64, raster order."""
+    """What each patch shows, as indices into ``FIELDS``: (576, 11) int64, raster order."""
     grid = np.zeros((world.GRID, world.GRID, len(FIELDS)), dtype=np.int64)
     grid[..., 0] = BACKGROUND
     grid[..., 4] = np.arange(world.GRID)[:, None]
     grid[..., 5] = np.arange(world.GRID)[None, :]
+    grid[..., 10] = BACKGROUNDS.index(scene.background.kind)
     for item in scene.objects:
         rows, columns = _span(item.box[1], item.box[3]), _span(item.box[0], item.box[2])
         grid[rows, columns, 0] = _NAMES[item.name]
@@ -60,8 +64,8 @@ def symbol_map(scene: world.Scene) -> NDArray[np.int64]:
         x, y = item.centre
         grid[rows, columns, 6] = 1 + _cell(y)
         grid[rows, columns, 7] = 1 + _cell(x)
-        grid[rows, columns, 8] = 1 + min(10, round((item.box[3] - item.box[1]) / world.PATCH))
-        grid[rows, columns, 9] = 1 + min(10, round((item.box[2] - item.box[0]) / world.PATCH))
+        grid[rows, columns, 8] = 1 + min(23, round((item.box[3] - item.box[1]) / _SIZE_STEP))
+        grid[rows, columns, 9] = 1 + min(23, round((item.box[2] - item.box[0]) / _SIZE_STEP))
     return grid.reshape(PATCHES, len(FIELDS))
 
 
@@ -101,7 +105,7 @@ def choose_patches(symbols: np.ndarray, objects: int, rng: random.Random, count:
     return sorted(chosen)[:count]
 
 
-_ORDINAL = frozenset(FIELDS) - {"name", "colour", "backing", "text"}
+_ORDINAL = frozenset(FIELDS) - {"name", "colour", "backing", "text", "background"}
 
 
 def _free(size: int, width: int) -> Tensor:
@@ -141,7 +145,7 @@ class SymbolicImage(nn.Module):
                 table.weight[first + row] = decoder.model.embed_tokens.weight[token]  # type: ignore[operator]
 
     def forward(self, symbols: Tensor, noise: float = 0.0) -> Tensor:
-        """(..., 10) indices -> (..., width); ``noise`` adds Gaussian noise of that fraction of the RMS."""
+        """(..., 11) indices -> (..., width); ``noise`` adds Gaussian noise of that fraction of the RMS."""
         out = torch.stack([table(symbols[..., i]) for i, table in enumerate(self.tables)]).sum(0)
         if noise:
             out = out + noise * out.detach().square().mean().sqrt() * torch.randn_like(out)
