@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ivtp.generate import prompt_for
 
@@ -75,18 +75,26 @@ def _greedy(
         mask[row, width - len(text) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0) + torch.tensor(starts, device=device)[:, None]
     mask = torch.cat([mask.new_ones(count, cache.get_seq_length()), mask], dim=1)
+    return greedy(model, processor, {"input_ids": ids}, mask, positions, cache, longest)
+
+
+def greedy(
+    model: Any, processor: Any, first: dict[str, Tensor], mask: Tensor, positions: Tensor, cache: Cache, longest: int
+) -> list[str]:
+    """Decodes greedily from the first step's ``input_ids`` or ``inputs_embeds`` (Q, L) behind what the cache holds."""
+    ends, inputs = model.generation_config.eos_token_id, first
     tokens: list[Tensor] = []
-    running = torch.ones(count, dtype=torch.bool, device=device)
+    running = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
     for _ in range(longest):
         states = model.model.language_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+            **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache
         ).last_hidden_state
         new = model.lm_head(states[:, -1:]).argmax(-1)  # (Q, 1)
         tokens.append(torch.where(running[:, None], new, ends))
         running &= new[:, 0] != ends
         if not running.any():
             break
-        ids, positions = new, positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(count, 1)], dim=1)
+        inputs, positions = {"input_ids": new}, positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     answers = processor.batch_decode(torch.cat(tokens, dim=1), skip_special_tokens=True)
     return [answer.strip() for answer in answers]

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 from ivtp.generate import prompt_for
 from ivtp.micro import world
+from ivtp.micro.answering import greedy
 from ivtp.micro.scoring import Item, Table, accuracy_row, mean_interval
 from ivtp.plug import attach
 
@@ -48,26 +48,8 @@ def answer_with_patches(
     kept = keep.bool()
     shape = (len(items), -1)  # every row drops the same number, so the rest is rectangular again
     embeds = embeds[kept].view(*shape, embeds.shape[-1])
-    return _greedy(model, processor, embeds, mask[kept].view(shape), positions[kept].view(shape), longest)
-
-
-def _greedy(model: Any, processor: Any, embeds: Tensor, mask: Tensor, positions: Tensor, longest: int) -> list[str]:
-    cache, ends = DynamicCache(), model.generation_config.eos_token_id
-    tokens: list[Tensor] = []
-    running = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device)
-    for _ in range(longest):
-        states = model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).last_hidden_state
-        new = model.lm_head(states[:, -1:]).argmax(-1)  # (B, 1)
-        tokens.append(torch.where(running[:, None], new, ends))
-        running &= new[:, 0] != ends
-        if not running.any():
-            break
-        embeds, positions = model.get_input_embeddings()(new), positions[:, -1:] + 1
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-    answers = processor.batch_decode(torch.cat(tokens, dim=1), skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    inputs, places = {"inputs_embeds": embeds}, positions[kept].view(shape)
+    return greedy(model, processor, inputs, mask[kept].view(shape), places, DynamicCache(), longest)
 
 
 def compare_oracle(

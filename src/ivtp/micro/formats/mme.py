@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ivtp.micro.formats.base import Example, Format
-from ivtp.micro.world.compose import uniques
 from ivtp.micro.world.geometry import relation_holds
 from ivtp.micro.world.photo import Photo
-from ivtp.micro.world.questions import count_to_ask
+from ivtp.micro.world.questions import count_to_ask, uniques
 from ivtp.micro.world.scene import Scene
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, SIGN_TEXTS, article, plural
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from ivtp.micro.formats.base import Example, Format, letter_of, lettered
-from ivtp.micro.world.compose import uniques
 from ivtp.micro.world.photo import Photo
+from ivtp.micro.world.questions import uniques
 from ivtp.micro.world.scene import position_of
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS
 

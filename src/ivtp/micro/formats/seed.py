@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ivtp.micro.formats.base import Example, Format, letter_of, lettered
-from ivtp.micro.world.compose import uniques
 from ivtp.micro.world.geometry import relation_holds
 from ivtp.micro.world.photo import Photo
-from ivtp.micro.world.questions import Question, ask
+from ivtp.micro.world.questions import Question, ask, uniques
 from ivtp.micro.world.scene import Scene, near_cell, position_of
 from ivtp.micro.world.vocabulary import (
     BACKGROUNDS,

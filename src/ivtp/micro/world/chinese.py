@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ivtp.micro.world.geometry import extreme_object, object_towards
-from ivtp.micro.world.questions import count_to_ask
+from ivtp.micro.world.questions import count_to_ask, uniques
 from ivtp.micro.world.scene import Scene, position_of
 from ivtp.micro.world.vocabulary import (
     COLOURS,
@@ -143,8 +143,7 @@ def _rest(table: Sequence[str], answer: str) -> tuple[str, ...]:
 
 
 def _unique(scene: Scene, rng: random.Random) -> list[int]:
-    counts = Counter(item.name for item in scene.objects)
-    found = [i for i, item in enumerate(scene.objects) if counts[item.name] == 1]
+    found = uniques(scene)
     return rng.sample(found, len(found))
 
 

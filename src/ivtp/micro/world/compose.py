@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 
 from ivtp.micro.world.geometry import SIZE_RATIO, object_towards, relation_holds
-from ivtp.micro.world.questions import Question
+from ivtp.micro.world.questions import Question, uniques
 from ivtp.micro.world.scene import Scene, SceneObject, position_of
 from ivtp.micro.world.vocabulary import DIRECTIONS, article
 
@@ -38,12 +37,6 @@ def referring(scene: Scene, index: int, rng: random.Random) -> tuple[str, tuple[
             if other != index and object_towards(scene, other, way) == index:
                 found.append((f"the object {_WHERE[way]} the {scene.objects[other].name}", (index, other)))
     return rng.choice(found) if found else None
-
-
-def uniques(scene: Scene) -> list[int]:
-    """Indices of the objects that their name alone identifies."""
-    counts = Counter(item.name for item in scene.objects)
-    return [i for i, item in enumerate(scene.objects) if counts[item.name] == 1]
 
 
 def _question(text: str, answer: str, objects: tuple[int, ...]) -> Question:

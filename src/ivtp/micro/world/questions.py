@@ -65,7 +65,7 @@ def questions(scene: Scene, *, seed: int, count: int) -> list[Question]:
     return list(found.values())
 
 
-def _uniques(scene: Scene, *, signs: bool = True) -> list[int]:
+def uniques(scene: Scene, *, signs: bool = True) -> list[int]:
     """Indices of the objects that their name alone identifies."""
     counts = Counter(item.name for item in scene.objects)
     return [i for i, o in enumerate(scene.objects) if counts[o.name] == 1 and (signs or o.text is None)]
@@ -103,7 +103,7 @@ def _existence_on_backing(scene: Scene, rng: random.Random, index: int) -> Quest
 
 
 def _colour(scene: Scene, rng: random.Random) -> Question | None:
-    candidates = [i for i in _uniques(scene) if scene.objects[i].colour is not None]
+    candidates = [i for i in uniques(scene) if scene.objects[i].colour is not None]
     if not candidates:
         return None
     index = rng.choice(candidates)
@@ -150,7 +150,7 @@ def _all(scene: Scene) -> tuple[int, ...]:
 
 
 def _relation(scene: Scene, rng: random.Random) -> Question | None:
-    unique = _uniques(scene)
+    unique = uniques(scene)
     if len(unique) < 2:
         return None
     first, second = rng.sample(unique, 2)
@@ -165,7 +165,7 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _neighbour(scene: Scene, rng: random.Random) -> Question | None:
-    unique = _uniques(scene)
+    unique = uniques(scene)
     rng.shuffle(unique)
     for index in unique:
         name = scene.objects[index].name
@@ -183,7 +183,7 @@ def _neighbour(scene: Scene, rng: random.Random) -> Question | None:
 
 def _position(scene: Scene, rng: random.Random) -> Question | None:
     places: dict[str, list[int]] = {}
-    for index in _uniques(scene):
+    for index in uniques(scene):
         word = position_of(scene.objects[index].box, POSITION_MARGIN)
         if word is not None:
             places.setdefault(word, []).append(index)
@@ -220,7 +220,7 @@ def _sign(scene: Scene, rng: random.Random) -> Question | None:
             )
         )
         return Question("sign", form, text, (signs[0],))
-    unique = _uniques(scene, signs=False)
+    unique = uniques(scene, signs=False)
     for index in rng.sample(unique, len(unique)):
         sign = nearest_object(scene, index, among=signs)
         if sign is not None:
