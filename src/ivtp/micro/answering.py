@@ -33,9 +33,7 @@ def answer_about(
     prompts = [prompt_for(processor, question, images=int(image is not None)) for question in questions]
     if image is None:
         texts = [processor.tokenizer(prompt).input_ids for prompt in prompts]
-        return _greedy(
-            model, processor, texts, [0] * len(texts), DynamicCache(config=model.config.text_config), longest
-        )
+        return _continue(model, processor, texts, 0, DynamicCache(config=model.config.text_config), longest)
     head, visual = _image_prefix(model, processor, image, prompts[0])
     texts = [
         processor.tokenizer(prompt.split("<image>", 1)[1], add_special_tokens=False).input_ids for prompt in prompts
@@ -50,7 +48,7 @@ def answer_about(
     if len(rows) == 1:
         cache.batch_repeat_interleave(len(texts))
     start = head.shape[1] + visual.shape[1]
-    return _greedy(model, processor, texts, [start] * len(texts), cache, longest)
+    return _continue(model, processor, texts, start, cache, longest)
 
 
 def _image_prefix(model: Any, processor: Any, image: Image.Image, prompt: str) -> tuple[Tensor, Tensor]:
@@ -62,10 +60,10 @@ def _image_prefix(model: Any, processor: Any, image: Image.Image, prompt: str) -
     return head, visual.to(head.dtype)
 
 
-def _greedy(
-    model: Any, processor: Any, texts: list[list[int]], starts: list[int], cache: DynamicCache, longest: int
+def _continue(
+    model: Any, processor: Any, texts: list[list[int]], start: int, cache: DynamicCache, longest: int
 ) -> list[str]:
-    """Continues each text (token ids) behind what the cache holds; text i begins at position ``starts[i]``."""
+    """Answers each text (token ids), which begins at position ``start`` behind what the cache holds."""
     ends, device = model.generation_config.eos_token_id, model.device
     width, count = max(map(len, texts)), len(texts)
     ids = torch.full((count, width), ends, device=device)
@@ -73,7 +71,7 @@ def _greedy(
     for row, text in enumerate(texts):
         ids[row, width - len(text) :] = torch.tensor(text, device=device)
         mask[row, width - len(text) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0) + torch.tensor(starts, device=device)[:, None]
+    positions = (mask.cumsum(1) - 1).clamp(min=0) + start
     mask = torch.cat([mask.new_ones(count, cache.get_seq_length()), mask], dim=1)
     return greedy(model, processor, {"input_ids": ids}, mask, positions, cache, longest)
 

@@ -69,6 +69,26 @@ class Format:
         return Example(self.title, photo, prompt, answer, objects, references or (answer,), group)
 
 
+class ChoiceFormat(Format):
+    """Formats whose answer is the letter of an option."""
+
+    metric = "accuracy of the option letter"
+
+    def score(self, example: Example, answer: str) -> float:
+        """Whether the letter is right."""
+        return float(letter_of(answer) == example.answer)
+
+
+class VqaFormat(Format):
+    """Formats whose answer is compared with those of ten annotators."""
+
+    metric = "VQA accuracy, ten annotators"
+
+    def score(self, example: Example, answer: str) -> float:
+        """VQA accuracy."""
+        return vqa_score(answer, example.references)
+
+
 def normalise(answer: str) -> str:
     """Lower case, without surrounding blanks, articles and the final full stop."""
     words = answer.strip().rstrip(".").lower().split()

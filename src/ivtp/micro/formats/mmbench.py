@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered, mixed_names
+from ivtp.micro.formats.base import ChoiceFormat, Example, lettered, mixed_names
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import ask
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS, SIGN_TEXTS
@@ -20,11 +20,10 @@ TABLES: dict[str, tuple[str, ...]] = {
 """Where the wrong options of each kind of question are drawn from."""
 
 
-class MmBench(Format):
+class MmBench(ChoiceFormat):
     """Liu et al., 2023 (arXiv 2307.06281); LLaVA-1.5's prompt for option letters."""
 
     title = "MMBench"
-    metric = "accuracy of the option letter"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question with four options."""
@@ -37,10 +36,6 @@ class MmBench(Format):
             others = mixed_names(asked.answer, [item.name for item in photo.scene.objects], NAMES, rng)
         choice = lettered(asked.text, asked.answer, others, rng)
         return [self._example(photo, choice.text, choice.answer, asked.objects, group=kind)]
-
-    def score(self, example: Example, answer: str) -> float:
-        """Whether the letter is right."""
-        return float(letter_of(answer) == example.answer)
 
 
 FORMAT = MmBench

@@ -5,18 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered, mixed_names
+from ivtp.micro.formats.base import ChoiceFormat, Example, lettered, mixed_names
 from ivtp.micro.world.chinese import NAMES_ZH, ask_chinese
 from ivtp.micro.world.photo import Photo
 
 REQUEST = "请直接回答选项字母。"
 
 
-class MmBenchCn(Format):
+class MmBenchCn(ChoiceFormat):
     """Liu et al., 2023 (arXiv 2307.06281); the Chinese half, with LLaVA-1.5's Chinese prompt."""
 
     title = "MMBench-CN"
-    metric = "accuracy of the option letter"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question with four options."""
@@ -29,10 +28,6 @@ class MmBenchCn(Format):
             others = mixed_names(asked.answer, shown, asked.others, rng)
         choice = lettered(asked.text, asked.answer, others, rng, REQUEST)
         return [self._example(photo, choice.text, choice.answer, asked.objects, group=asked.kind)]
-
-    def score(self, example: Example, answer: str) -> float:
-        """Whether the letter is right."""
-        return float(letter_of(answer) == example.answer)
 
 
 FORMAT = MmBenchCn

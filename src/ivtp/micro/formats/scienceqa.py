@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered
+from ivtp.micro.formats.base import ChoiceFormat, Example, lettered
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import uniques
 from ivtp.micro.world.scene import position_of
@@ -13,11 +13,10 @@ from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS
 PEOPLE = ("anna", "ben", "carla", "dan", "emma", "felix")
 
 
-class ScienceQa(Format):
+class ScienceQa(ChoiceFormat):
     """Lu et al., 2022 (arXiv 2209.09513); the context says whose thing is whose, the picture how it looks."""
 
     title = "ScienceQA-IMG"
-    metric = "accuracy of the option letter"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question about somebody's thing."""
@@ -38,10 +37,6 @@ class ScienceQa(Format):
                 choice = lettered(text, answer, [word for word in table if word != answer], rng)
                 return [self._example(photo, choice.text, choice.answer, (index,))]
         return []
-
-    def score(self, example: Example, answer: str) -> float:
-        """Whether the letter is right."""
-        return float(letter_of(answer) == example.answer)
 
 
 def _owners(name: str, shown: list[str], rng: random.Random) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ivtp.micro.formats.base import Example, Format, letter_of, lettered
+from ivtp.micro.formats.base import ChoiceFormat, Example, lettered
 from ivtp.micro.world.geometry import relation_holds
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import Question, ask, uniques
@@ -24,11 +24,10 @@ from ivtp.micro.world.vocabulary import (
 _Stem = tuple[str, str, Sequence[str], tuple[int, ...]]  # question, answer, table of options, objects
 
 
-class SeedBench(Format):
+class SeedBench(ChoiceFormat):
     """Li et al., 2023 (arXiv 2307.16125); its nine image dimensions, LLaVA-1.5's prompt."""
 
     title = "SEED-Bench"
-    metric = "accuracy of the option letter"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question of a random dimension; the group names it."""
@@ -40,14 +39,6 @@ class SeedBench(Format):
         text, answer, table, objects = stem
         choice = lettered(text, answer, [word for word in table if word != answer], rng)
         return [self._example(photo, choice.text, choice.answer, objects, group=dimension)]
-
-    def score(self, example: Example, answer: str) -> float:
-        """Whether the letter is right."""
-        return float(letter_of(answer) == example.answer)
-
-
-def _all(scene: Scene) -> tuple[int, ...]:
-    return tuple(range(len(scene.objects)))
 
 
 def _scene(scene: Scene, rng: random.Random) -> _Stem | None:

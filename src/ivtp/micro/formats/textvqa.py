@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
+from ivtp.micro.formats.base import SHORT, Example, VqaFormat, annotate
 from ivtp.micro.world.geometry import extreme_object
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import Question, ask
@@ -15,11 +15,10 @@ from ivtp.micro.world.vocabulary import SIGN_TEXTS
 _MISSED = 0.15  # chance that the OCR does not see a sign
 
 
-class TextVqa(Format):
+class TextVqa(VqaFormat):
     """Singh et al., 2019 (arXiv 1904.08920); VQA accuracy with LLaVA-1.5's reference OCR tokens."""
 
     title = "TextVQA"
-    metric = "VQA accuracy, ten annotators"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question about a sign."""
@@ -33,10 +32,6 @@ class TextVqa(Format):
         prompt = f"{asked.text}\nReference OCR token: {', '.join(tokens)}\n{SHORT}"
         references = annotate(asked.answer, SIGN_TEXTS, rng)
         return [self._example(photo, prompt, asked.answer, asked.objects, references=references)]
-
-    def score(self, example: Example, answer: str) -> float:
-        """VQA accuracy."""
-        return vqa_score(answer, example.references)
 
 
 def _outermost(scene: Scene, rng: random.Random) -> Question | None:

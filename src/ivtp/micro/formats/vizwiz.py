@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from ivtp.micro.formats.base import SHORT, Example, Format, annotate, vqa_score
+from ivtp.micro.formats.base import SHORT, Example, VqaFormat, annotate
 from ivtp.micro.world.photo import Photo, take_photo
 from ivtp.micro.world.questions import ask
 from ivtp.micro.world.vocabulary import NAMES
@@ -15,11 +15,10 @@ REQUEST = f"When the provided information is insufficient, respond with 'Unanswe
 _ABSENT = 0.12  # share of the readable photos whose question is about an object that is not there
 
 
-class VizWiz(Format):
+class VizWiz(VqaFormat):
     """Gurari et al., 2018 (arXiv 1802.08218); LLaVA-1.5's prompt, ten annotators."""
 
     title = "VizWiz"
-    metric = "VQA accuracy, ten annotators"
 
     def photo(self, split: str, index: int) -> Photo:
         """A bad photograph; one in five is unreadable."""
@@ -45,10 +44,6 @@ class VizWiz(Format):
         group = "unanswerable" if answer == UNANSWERABLE else "answerable"
         references = annotate(answer, others, rng)
         return self._example(photo, f"{question}\n{REQUEST}", answer, objects, references=references, group=group)
-
-    def score(self, example: Example, answer: str) -> float:
-        """VQA accuracy."""
-        return vqa_score(answer, example.references)
 
 
 FORMAT = VizWiz

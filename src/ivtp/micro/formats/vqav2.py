@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ivtp.micro.formats.base import Example, Format, annotate, short, vqa_score
+from ivtp.micro.formats.base import Example, VqaFormat, annotate, short
 from ivtp.micro.world.photo import Photo
 from ivtp.micro.world.questions import ask
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS
@@ -18,11 +18,10 @@ _OTHERS = {
 }
 
 
-class VqaV2(Format):
+class VqaV2(VqaFormat):
     """Goyal et al., 2017 (arXiv 1612.00837); LLaVA-1.5's prompt for short answers."""
 
     title = "VQAv2"
-    metric = "VQA accuracy, ten annotators"
 
     def examples(self, photo: Photo, rng: random.Random) -> list[Example]:
         """One question of a basic kind."""
@@ -32,10 +31,6 @@ class VqaV2(Format):
             return []
         references = annotate(asked.answer, _OTHERS.get(kind, NAMES), rng)
         return [self._example(photo, short(asked.text), asked.answer, asked.objects, references=references, group=kind)]
-
-    def score(self, example: Example, answer: str) -> float:
-        """VQA accuracy."""
-        return vqa_score(answer, example.references)
 
 
 FORMAT = VqaV2
