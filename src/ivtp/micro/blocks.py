@@ -23,12 +23,16 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class TextBlocks:
-    """Text of ``B x Q`` blocks, padded to ``L`` for attention and packed to ``n`` real tokens for everything else."""
+    """The text of all blocks, ``n`` tokens; a scene's blocks stand side by side in one row of ``L`` slots."""
 
     ids: Tensor
-    """(n,) token ids of all blocks, packed."""
+    """(n,) token ids."""
     slots: Tensor
-    """(n,) place of each packed token in the padded (B * Q * L) layout."""
+    """(n,) place of each token in the padded (B * L) layout."""
+    owners: Tensor
+    """(n,) number of the block that each token belongs to, counted over all scenes."""
+    offsets: Tensor
+    """(n,) place of each token within its block."""
     labels: Tensor
     """(n,) the next token where it is to be learned, else -100."""
     kinds: Tensor
@@ -48,29 +52,23 @@ def pack(blocks: list[list[tuple[list[int], list[int], int]]]) -> TextBlocks:
 
     The token before an answer token predicts it, so the last prompt token carries the first label.
     """
-    questions = max(len(scene) for scene in blocks)
-    length = max(len(p) + len(a) - 1 for scene in blocks for p, a, _ in scene)
-    ids: list[int] = []
-    slots: list[int] = []
-    labels: list[int] = []
-    kinds: list[int] = []
+    length = max(sum(len(p) + len(a) - 1 for p, a, _ in scene) for scene in blocks)
+    rows: dict[str, list[int]] = {name: [] for name in ("ids", "slots", "owners", "offsets", "labels", "kinds")}
+    count = 0
     for s, scene in enumerate(blocks):
-        for q, (prompt, answer, kind) in enumerate(scene):
+        slot = s * length
+        for prompt, answer, kind in scene:
             text = prompt + answer[:-1]
-            start = (s * questions + q) * length
-            ids += text
-            slots += range(start, start + len(text))
-            labels += [IGNORE] * (len(prompt) - 1) + answer
-            kinds += [kind] * len(text)
-    return TextBlocks(
-        torch.tensor(ids),
-        torch.tensor(slots),
-        torch.tensor(labels),
-        torch.tensor(kinds),
-        scenes=len(blocks),
-        blocks=questions,
-        length=length,
-    )
+            rows["ids"] += text
+            rows["slots"] += range(slot, slot + len(text))
+            rows["owners"] += [count] * len(text)
+            rows["offsets"] += range(len(text))
+            rows["labels"] += [IGNORE] * (len(prompt) - 1) + answer
+            rows["kinds"] += [kind] * len(text)
+            slot += len(text)
+            count += 1
+    tensors = {name: torch.tensor(row) for name, row in rows.items()}
+    return TextBlocks(**tensors, scenes=len(blocks), blocks=count, length=length)
 
 
 def _rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -119,17 +117,31 @@ def _attend_prefix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(out, dim=2)
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of text blocks (B, H, Q, L, d) to the image prefix (B, H, P, d) and, causally, to themselves."""
-    B, H, Q, L, d = q.shape
-    P = prefix_k.shape[2]
-    q = q * d**-0.5
-    to_prefix = (q.reshape(B, H, Q * L, d) @ prefix_k.transpose(-1, -2)).view(B, H, Q, L, P)
-    to_self = q @ k.transpose(-1, -2) + mask
-    weights = torch.cat((to_prefix, to_self), dim=-1).softmax(-1)  # (B, H, Q, L, P + L)
-    on_prefix, on_self = torch.split(weights, [P, L], dim=-1)
-    from_prefix = (on_prefix.reshape(B, H, Q * L, P) @ prefix_v).view(B, H, Q, L, d)
-    return from_prefix + on_self @ v
+def _block_mask(text: TextBlocks, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, L): 0 where a token sees another of its own block, -inf elsewhere; padding sees padding."""
+    owners = text.owners.new_full((text.scenes * text.length,), -1).index_copy(0, text.slots, text.owners)
+    owners = owners.view(text.scenes, 1, text.length)
+    seen = (owners.transpose(1, 2) == owners).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))[:, None]
+
+
+def _attend_text(q: Tensor, kv: Tensor, prefix_kv: Tensor, mask: Tensor, longest: int) -> Tensor:
+    """Attention of text rows (B, H, L, d) to the image prefix (2, B, H, P, d) and, under the mask, to their own.
+
+    A chunk of query rows needs no keys that lie further back than the ``longest`` block.
+    """
+    q = q * q.shape[-1] ** -0.5
+    (prefix_k, prefix_v), (k, v) = prefix_kv, kv
+    L, P = q.shape[2], prefix_k.shape[2]
+    out = []
+    for start in range(0, L, _CHUNK):
+        rows, near = slice(start, min(L, start + _CHUNK)), slice(max(0, start - longest), min(L, start + _CHUNK))
+        chunk = q[:, :, rows]
+        to_own = chunk @ k[:, :, near].transpose(-1, -2) + mask[:, :, rows, near]
+        weights = torch.cat((chunk @ prefix_k.transpose(-1, -2), to_own), dim=-1).softmax(-1)
+        on_prefix, on_own = torch.split(weights, [P, to_own.shape[-1]], dim=-1)
+        out.append(on_prefix @ prefix_v + on_own @ v[:, :, near])
+    return torch.cat(out, dim=2)
 
 
 def forward_blocks(model: LlamaModel, prefix: Tensor, positions: Tensor, text: TextBlocks, text_start: int) -> Tensor:
@@ -139,28 +151,29 @@ def forward_blocks(model: LlamaModel, prefix: Tensor, positions: Tensor, text: T
     image), ``positions`` (B, P) their position ids; every block's first token stands at ``text_start``.
     """
     B, P, C = prefix.shape
-    Q, L = text.blocks, text.length
+    L = text.length
     config = model.config
     H, eps = config.num_attention_heads, config.rms_norm_eps
     n_prefix = B * P
     dtype = prefix.dtype  # weights are cast to it, so float32 master weights can train a bfloat16 computation
     x = torch.cat((prefix.reshape(n_prefix, C), model.embed_tokens(text.ids).to(dtype)))
-    all_positions = torch.cat((positions.reshape(-1), text_start + text.slots % L))
+    all_positions = torch.cat((positions.reshape(-1), text_start + text.offsets))
     cos, sin = model.rotary_emb(x, all_positions[None])  # (1, n, d)
     cos, sin = cos[0][:, None], sin[0][:, None]  # (n, 1, d)
     half = sin.shape[-1] // 2
     sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
-    mask = torch.full((L, L), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
+    mask, longest = _block_mask(text, dtype), int(text.offsets.max()) + 1
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv_weight = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)).to(dtype)
         qkv = _project(x, layer.input_layernorm.weight, qkv_weight, cos, sin, H, eps)
         of_prefix, of_text = torch.split(qkv, [n_prefix, len(text.slots)], dim=1)  # (3, n, H, d)
-        pq, pk, pv = of_prefix.reshape(3, B, P, H, -1).transpose(2, 3)  # (B, H, P, d)
-        padded = qkv.new_zeros(3, B * Q * L, *qkv.shape[2:]).index_copy(1, text.slots, of_text)
-        tq, tk, tv = padded.view(3, B, Q, L, H, -1).permute(0, 1, 4, 2, 3, 5)  # (B, H, Q, L, d)
-        from_prefix = _attend_prefix(pq, pk, pv).transpose(1, 2).reshape(n_prefix, C)
-        from_text = _attend_blocks(tq, tk, tv, pk, pv, mask).permute(0, 2, 3, 1, 4).reshape(B * Q * L, C)
+        of_prefix = of_prefix.reshape(3, B, P, H, -1).transpose(2, 3)  # (3, B, H, P, d)
+        padded = qkv.new_zeros(3, B * L, *qkv.shape[2:]).index_copy(1, text.slots, of_text)
+        of_text = padded.view(3, B, L, H, -1).transpose(2, 3)  # (3, B, H, L, d)
+        from_prefix = _attend_prefix(*of_prefix).transpose(1, 2).reshape(n_prefix, C)
+        from_text = _attend_text(of_text[0], of_text[1:], of_prefix[1:], mask, longest)
+        from_text = from_text.transpose(1, 2).reshape(B * L, C)
         context = torch.cat((from_prefix, from_text[text.slots]))
         gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)).to(dtype)
         out, down = attention.o_proj.weight.to(dtype), mlp.down_proj.weight.to(dtype)

@@ -55,8 +55,8 @@ def answer_loss(head: nn.Linear, hidden: Tensor, text: TextBlocks) -> tuple[Tens
     logits = nn.functional.linear(hidden[learned], head.weight.to(hidden.dtype)).float()
     target = text.labels[learned]
     loss = nn.functional.cross_entropy(logits, target)
-    block = torch.div(text.slots[learned], text.length, rounding_mode="floor")
-    wrong = torch.zeros(text.scenes * text.blocks, device=hidden.device)
+    block = text.owners[learned]
+    wrong = torch.zeros(text.blocks, device=hidden.device)
     wrong.index_add_(0, block, (logits.argmax(-1) != target).float())
     asked_kind = torch.full_like(wrong, -1, dtype=torch.long).index_copy(0, block, text.kinds[learned])
     right, asked = [], []
