@@ -106,7 +106,7 @@ class StageOptions:
     """Options of LLaVA's stages beside those of the loop."""
 
     scenes: int = 8
-    questions: int = 12
+    questions: int = 20
     captions_only: bool = False
 
 
