@@ -68,8 +68,7 @@ def flops(
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     known = sizes(model)
     geometry, clip = known.geometry, known.clip
-    asked, plan = _plan(known, {**config, "method": method, "keep": keep})
-    reads_clip = clip is not None and plan.guide_layers > 0 and asked.guide in READS_CLIP
+    plan, reads_clip = _plan(known, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
     report = count_flops(
@@ -90,13 +89,15 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _plan(known: Sizes, config: dict[str, Any]) -> tuple[PruneConfig, Plan]:
-    """What is asked, and the plan of its method, which takes of the checkpoint's recommendation what it reads."""
+def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, bool]:
+    """The plan of a method, which takes of the checkpoint's recommendation what it reads, and whether CLIP reads."""
     if config["method"] == "none":
-        return PruneConfig.of(**config), Plan()
-    method = method_class(config["method"])
-    asked = PruneConfig.of(**{**{k: v for k, v in known.recommended.items() if k in method.reads}, **config})
-    return asked, method(asked, known.geometry).plan
+        PruneConfig.of(**config)  # refuses what is no option
+        return Plan(), False
+    kind = method_class(config["method"])
+    asked = PruneConfig.of(**{**{k: v for k, v in known.recommended.items() if k in kind.reads}, **config})
+    method = kind(asked, known.geometry)
+    return method.plan, kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
 
 
 def count_flops(
@@ -117,25 +118,25 @@ def count_flops(
     `relevance` is None where the guide reads no CLIP text.
     """
     seen = tokens or plan.tokens_per_layer(geometry)
-    cls, entering = geometry.vision_cls, seen.llm_attention[0]
+    cls = geometry.vision_cls
     encoder = zip(seen.vision_attention, seen.vision_mlp, strict=True)
     vision = _patch_embedding(geometry) + sum(_vision_layer(geometry, a + cls, m + cls) for a, m in encoder)
     decoder = [
         (a * images + text_tokens, m * images + text_tokens)
         for a, m in zip(seen.llm_attention, seen.llm_mlp, strict=True)
     ]
-    pruning = sum((_taps(geometry, plan, cut, seen, text_tokens, images) for cut in plan.cuts), 0.0)
+    pruning = sum((_choice(geometry, plan, cut, seen, text_tokens, images) for cut in plan.cuts), 0.0)
     if plan.guide_layers:
         pruning += images * _projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
     if relevance is not None and images:
-        pruning += _relevance(geometry, relevance, instruction_tokens, entering, images)
+        pruning += _relevance(geometry, relevance, instruction_tokens, seen.vision_mlp[-1], images)
     return FlopsReport(
         model=geometry.name,
         method=method,
         keep=seen.final,
         text_tokens=text_tokens,
         vision=batch * images * vision,
-        projector=batch * images * entering * _projector(geometry),
+        projector=batch * images * seen.projector * _projector(geometry),
         llm=batch * sum(_text_layer(geometry, a, m) for a, m in decoder),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
@@ -177,19 +178,25 @@ def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:
     return whole + _text_layer(g, attention + 1, mlp) - _text_layer(g, attention, mlp)
 
 
-def _taps(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
-    """Attention that the model's fused kernel does not hand out and the cut recomputes, for one prompt.
+def _choice(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
+    """What a cut costs beside its gather, for one prompt: mostly attention that a fused kernel does not hand out.
 
-    A tap whose every row is needed costs Q K^T once more and a weighted sum of its rows; any other one row.
+    A tap whose every row is needed costs Q K^T once more and a weighted sum of its rows; any other one row. A layer
+    that is looked at in advance computes its queries, keys and values twice.
     """
-    cost = 0.0
+    cost = images * (cut.flops + cut.flops_per_text * text)
+    if cut.peek:
+        kv = 2 * g.text_kv_heads * g.text_head_dim
+        entering = seen.llm_mlp[cut.layer] * images + text
+        cost += 2.0 * entering * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
     for layer in cut.taps:
         if cut.where == "vision":
             heads, width, sequences = g.vision_heads, g.vision_hidden, images
-            length = seen.vision_attention[layer] + g.vision_cls
+            length = seen.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
         else:
             heads, width, sequences = g.text_heads, g.text_heads * g.text_head_dim, 1
-            length = seen.llm_attention[layer] * images + text + (layer < plan.guide_layers)
+            tokens = seen.llm_mlp[cut.layer] if cut.peek else seen.llm_attention[layer]
+            length = tokens * images + text + (layer < plan.guide_layers)
         all_rows = cut.full_rows and layer != cut.taps[-1]
         cost += sequences * (2.0 * length**2 * (width + heads) if all_rows else 2.0 * length * width)
     return cost

@@ -77,6 +77,19 @@ class GuideMaker:
         joined = _joined(own_words, weights, len(words))
         return Guide(token, empty, tuple(instruction.text[a:b] for a, b in words), scores, joined, len(spans))
 
+    def sentence(self, text: TextTokens) -> tuple[Tensor, int]:
+        """CLIP's embedding (P,) of a prompt's instruction, and how many tokens CLIP read."""
+        assert self.reader is not None
+        assert self.clip is not None
+        _, sentence, spans = self.clip.encode(self.reader.read(text.ids, text.columns).text)
+        return sentence, len(spans)
+
+    def cosines(self, patches: Tensor, sentences: Tensor) -> Tensor:
+        """Cosine (I, N) of post-normalised patches (I, N, D_vision) with one sentence (I, P) for each image."""
+        assert self.clip is not None
+        projected = self.clip.image(patches).float()
+        return torch.cosine_similarity(projected, sentences[:, None].float(), dim=-1).to(patches.device)
+
     def _weigh(self, scores: Tensor) -> Tensor:
         """Weights of Eq. 7: 0/1 by the threshold, or the relevance itself where it is positive."""
         if self.config.guide == "weighted":

@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ivtp.config import Geometry
 from ivtp.trace import TokensPerLayer, Where
 
+Place = Literal["inside", "behind", "projected"]
+
 
 @dataclass(frozen=True)
 class Cut:
-    """One place where visual tokens leave.
+    """One place where visual tokens leave; `keep` tokens of each image remain.
 
-    `layer` (0-based) is cut between attention and feed-forward, or, with `after=True`, behind the last encoder layer
-    that reaches the projector. `keep` tokens of each image remain. `taps` are the layers whose queries, keys and
-    values the method reads, the cut layer last. With `full_rows` every query row of the earlier taps is recomputed
-    (rollout by products needs them all), otherwise one row of each tap.
+    `layer` (0-based) is cut `inside`, between attention and feed-forward, or `behind` its output; the last encoder
+    layer that reaches the projector may also be cut behind the projector (`projected`). The encoder layers behind
+    that one, which only make the pooled CLS, go on with all tokens then.
     """
 
     where: Where
     layer: int
     keep: int
+    place: Place = "inside"
     taps: tuple[int, ...] = ()
-    after: bool = False
+    """Layers whose queries, keys and values the method reads, the one nearest to the cut last."""
     full_rows: bool = False
+    """Every query row of the earlier taps is recomputed (rollout by products needs them all), not one of each."""
+    peek: bool = False
+    """The tap is the layer behind the cut, whose queries and keys are computed in advance for it."""
+    sized: bool = False
+    """The layer's attention counts a merged token as often as the patches that it stands for."""
+    flops: float = 0.0
+    """What the choice costs beside the taps, for each image."""
+    flops_per_text: float = 0.0
+    """The same, for each image and text token of the prompt."""
+
+    def is_after_encoder(self, geometry: Geometry) -> bool:
+        """Whether it cuts what the encoder hands on, and nothing in the encoder."""
+        return self.where == "vision" and self.place != "inside" and self.layer == geometry.vision_layers - 1
 
 
 @dataclass(frozen=True)
@@ -43,11 +59,14 @@ class Plan:
             "llm_attention": [],
             "llm_mlp": [],
         }
+        keeps: dict[tuple[str, int, str], int] = {(c.where, c.layer, c.place): c.keep for c in self.cuts}
         for where, layers in (("vision", geometry.vision_layers), ("llm", geometry.text_layers)):
-            inside = {c.layer: c.keep for c in self.cuts if c.where == where and not c.after}
             for layer in range(layers):
                 counts[f"{where}_attention"].append(current)
-                current = inside.get(layer, current)
+                current = keeps.get((where, layer, "inside"), current)
                 counts[f"{where}_mlp"].append(current)
-            current = next((c.keep for c in self.cuts if c.where == where and c.after), current)
-        return TokensPerLayer(**{name: tuple(values) for name, values in counts.items()})
+                current = keeps.get((where, layer, "behind"), current)
+            if where == "vision":
+                projected = current
+                current = keeps.get((where, layers - 1, "projected"), current)
+        return TokensPerLayer(**{name: tuple(values) for name, values in counts.items()}, projector=projected)

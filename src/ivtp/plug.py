@@ -85,20 +85,21 @@ def check_unpruned(host: Host) -> None:
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
     config = method.config
-    if not method.plan.guide_layers:
+    if not method.plan.guide_layers and not method.reads_clip:
         return GuideMaker(config, host, None, None)
     reader = InstructionReader(processor) if processor is not None else None
-    if config.guide not in READS_CLIP:
+    if config.guide not in READS_CLIP and not method.reads_clip:
         return GuideMaker(config, host, reader, None)
     if reader is None:
-        raise ConfigError(
-            f'guide="{config.guide}" reads the instruction; pass the processor, or guide="text" or guide="visual"'
-        )
+        asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'
+        if method.reads_clip:
+            asker, ways = f"method {config.method!r}", ""
+        raise ConfigError(f"{asker} reads the instruction; pass the processor{ways}")
     source = clip if clip is not None else host.default_clip()
     if source is None:
         raise ConfigError(
             "no CLIP text side is known for this model's vision tower; pass clip=(CLIPModel, tokenizer), a folder or "
-            'a hub id, or use guide="text" or guide="visual"'
+            "a hub id" + ("" if method.reads_clip else ', or use guide="text" or guide="visual"')
         )
     tower = host.vision_layers[0]
     dtype = next(tower.parameters()).dtype
@@ -222,7 +223,7 @@ class Pruner:
         feature_layer = host.vision_layers[host.size.vision_layers - 1]
         changes.add(feature_layer.register_forward_hook(self._feature_layer_done).remove)
         for cut in plan.cuts:
-            if not cut.after:
+            if not cut.is_after_encoder(host.size):
                 layer = (host.vision_layers if cut.where == "vision" else host.text_layers)[cut.layer]
                 changes.set(layer, forward_slot(layer), cut_layer(host, layer, cut, lambda: self._running))
         for where, tap in sorted({(cut.where, tap) for cut in plan.cuts for tap in cut.taps}):

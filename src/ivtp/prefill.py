@@ -53,6 +53,8 @@ class Prefill:
         self.guide_maker = guide_maker
         self.prompts = prompts
         self.guides: list[Guide] = []
+        self.clip_tokens: list[int] = []
+        """Tokens that CLIP read of each row."""
         self.watch = Stopwatch(prompts.ids.device)
         self._features: Tensor | None = None
         self._encoder = EncoderStage(host, method)
@@ -68,14 +70,17 @@ class Prefill:
     def start(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace `input_ids` and `pixel_values` among the model's inputs by a shortened `inputs_embeds`."""
         self._running = "vision"
-        encoded = self._encoder.run(inputs["pixel_values"])
+        relevance = self._relevance if self.method.reads_clip else None
+        encoded = self._encoder.run(inputs["pixel_values"], relevance)
         encoded = encoded[torch.tensor(self.prompts.image_of_slot, device=encoded.patches.device)]
         sequence, embeddings = self._embed(encoded)
         if self.method.plan.guide_layers:
             guides = self._make_guides(encoded)  # (B, 1, D)
             embeddings = torch.cat([embeddings, guides.to(embeddings.dtype)], dim=1)
             sequence = sequence.with_guide(self.prompts.answer_in(sequence))
-        self._decoder = DecoderStage(self.host, self.method, self.prompts, sequence)
+        self._decoder = DecoderStage(
+            self.host, self.method, self.prompts, sequence, encoded.sources, embeddings.detach()
+        )
         self._running = "llm"
         return {
             **inputs,
@@ -98,9 +103,17 @@ class Prefill:
         """Called with what a tapped layer computed."""
         self._stage(where).see(layer, query, key, value, scale)
 
+    def bias(self, cut: Cut) -> Tensor | None:
+        """Called before the attention of a cut layer: what its logits get beside their mask."""
+        return self._encoder.bias(cut) if cut.where == "vision" else None
+
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
-        """Called between attention and MLP of a cut layer."""
+        """Called between attention and MLP of a cut layer, or behind it."""
         return self._stage(cut.where).cut(cut, hidden)
+
+    def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """Called behind a cut layer with its output and its arguments, where the cut reads the next layer."""
+        self._stage(cut.where).peek(cut, hidden, arguments)
 
     def layer_inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Called with the keyword arguments of every decoder layer."""
@@ -156,6 +169,18 @@ class Prefill:
         return sequence, embeddings.masked_scatter(sequence.visual.unsqueeze(-1), features)
 
     @torch.no_grad()
+    def _relevance(self, last: Tensor) -> Tensor:
+        """Cosine (I, N) of every patch with its prompt's instruction, from the encoder's last output (I, 1 + N, D)."""
+        sentences: list[Tensor] = []
+        for row, text in enumerate(self.prompts.texts()):
+            if row % self.prompts.repeats == 0:
+                sentence, count = self.guide_maker.sentence(text)
+                sentences += [sentence] * self.prompts.images[row]
+            self.clip_tokens.append(count)
+        patches = self.host.normalise(last[:, self.host.size.vision_cls :])
+        return self.guide_maker.cosines(patches, torch.stack(sentences))
+
+    @torch.no_grad()
     def _make_guides(self, encoded: Encoded) -> Tensor:
         """The pseudo CLS token of each row: (B, 1, D)."""
         embeddings = self.host.embedding(self.prompts.ids)  # (B, T, D)
@@ -168,4 +193,5 @@ class Prefill:
                 guide = self.guide_maker.make(text, embeddings[row], encoded.cls[own], encoded.pooled[own])
                 self.guides.append(guide)
             first = own.stop
+        self.clip_tokens = [guide.clip_tokens for guide in self.guides]
         return torch.stack([guide.token for guide in self.guides]).unsqueeze(1)

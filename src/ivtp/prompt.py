@@ -67,6 +67,14 @@ class PromptBatch:
             return None
         return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
+    def question_in(self, sequence: TokenSequence) -> Tensor:
+        """(B, T') bool: the text columns of `sequence` behind the last image, without the answer."""
+        columns = torch.arange(sequence.length, device=sequence.patch.device)
+        last = torch.where(sequence.visual, columns, -1).amax(dim=1, keepdim=True)
+        text = sequence.valid & ~sequence.visual & (columns > last) & (sequence.source >= 0)
+        answer = self.answer_in(sequence)
+        return text if answer is None else text & ~answer
+
 
 def read_prompts(
     inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
@@ -111,13 +119,14 @@ def _check_cache(cache: Any) -> None:
 def _find_slots(ids: Tensor, host: Host, images: int, repeats: int) -> Placeholders:
     patches = host.size.num_patches
     mask = ids == host.image_token
-    counts = mask.sum(dim=1).tolist()
+    columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    counts, ends = torch.stack([mask.sum(dim=1), torch.where(mask, columns, 0).amax(dim=1)]).tolist()
     if sum(counts) != images * patches * repeats or any(c % patches for c in counts):
         raise InputError(
             f"the prompt has {sum(counts)} image slots for {images} image(s) of {patches} patches each; "
             "build it with the model's processor, one <image> for each picture"
         )
-    return Placeholders(mask, tuple(c // patches for c in counts), patches)
+    return Placeholders(mask, tuple(c // patches for c in counts), patches, tail=ids.shape[1] - min(ends))
 
 
 def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:

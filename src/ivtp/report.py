@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivtp.core.sequence import join_images, offset_images
 from ivtp.cost import count_flops
 from ivtp.prefill import Prefill
 from ivtp.sizes import Relevance
@@ -48,7 +49,7 @@ def _flops(prefill: Prefill) -> float:
             again = count_flops(size, in_decoder, text_tokens=text, images=count, tokens=tokens)
             total += again.llm + again.head + again.pruning
         else:
-            words = prefill.guides[row].clip_tokens if prefill.guides else 0
+            words = prefill.clip_tokens[row] if prefill.clip_tokens else 0
             total += count_flops(
                 size, plan, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
             ).total
@@ -74,12 +75,13 @@ def _stage(result: CutResult, images: tuple[int, ...], image_of_slot: list[int],
     candidates, scores, kept = (t.detach().cpu() for t in (result.candidates, result.scores, result.kept))
     sources = None if result.sources is None else result.sources.cpu()
     if result.cut.where == "vision":  # a row for each image so far: one for each sample from here on
-        candidates, scores, kept = (t[image_of_slot] for t in (candidates, scores, kept))
-        sources = None if sources is None else sources[image_of_slot]
-        candidates = _join(_offset(candidates, images, patches), images, -1)
-        kept = _join(_offset(kept, images, patches), images, -1)
-        scores = _join(scores, images, float("-inf"))
-        sources = None if sources is None else _join(_offset(sources, images, patches), images, -1)
+
+        def joined(patch: Tensor) -> Tensor:
+            return join_images(offset_images(patch[image_of_slot], images, patches), images, -1)
+
+        candidates, kept = joined(candidates), joined(kept)
+        scores = join_images(scores[image_of_slot], images, float("-inf"))
+        sources = None if sources is None else joined(sources)
     order = _visual_first(candidates)
     candidates = candidates.gather(1, order)
     scores = scores.float().gather(1, order).masked_fill(candidates < 0, float("-inf"))
@@ -92,23 +94,6 @@ def _stage(result: CutResult, images: tuple[int, ...], image_of_slot: list[int],
         candidates=_trim(candidates, candidates),
         sources=sources,
     )
-
-
-def _offset(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:
-    """Patch indices (I, T) of single images, counted on within each sample."""
-    number = torch.tensor([m for count in images for m in range(count)]).unsqueeze(1)
-    return torch.where(patch >= 0, patch + number * patches, -1)
-
-
-def _join(tensor: Tensor, images: tuple[int, ...], fill: float) -> Tensor:
-    """Rows of images (I, T) to rows of samples (B, T * most images)."""
-    rows = tensor.new_full((len(images), tensor.shape[1] * max(images)), fill)
-    first = 0
-    for row, count in enumerate(images):
-        flat = tensor[first : first + count].flatten()
-        rows[row, : len(flat)] = flat
-        first += count
-    return rows
 
 
 def _visual_first(patch: Tensor) -> Tensor:

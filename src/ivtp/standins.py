@@ -49,7 +49,8 @@ def forward_slot(module: nn.Module) -> str:
 
 
 def cut_layer(host: Host, layer: nn.Module, cut: Cut, running: Callable[[], Prefill | None]) -> Callable[..., Any]:
-    """A layer's forward with a cut between attention and MLP, where a hook cannot reach: the residual is local."""
+    """A layer's forward with a cut behind it, or between attention and MLP, where a hook cannot reach: the residual
+    is local."""
     stock = getattr(layer, forward_slot(layer))
 
     @functools.wraps(stock)
@@ -60,7 +61,14 @@ def cut_layer(host: Host, layer: nn.Module, cut: Cut, running: Callable[[], Pref
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             # the checkpointed layers around this one drop the cache as well
             kwargs = {**kwargs, "use_cache": False, "past_key_values": None}
-        hidden = host.attend(cut.where, layer, hidden, *args, **kwargs)
+        if cut.place == "behind":
+            output = stock(hidden, *args, **kwargs)
+            first = output[0] if isinstance(output, tuple) else output
+            if cut.peek:
+                prefill.peek(cut, first, kwargs)
+            left = prefill.cut(cut, first)
+            return (left, *output[1:]) if isinstance(output, tuple) else left
+        hidden = host.attend(cut.where, layer, hidden, *args, bias=prefill.bias(cut), **kwargs)
         return host.feed_forward(cut.where, layer, prefill.cut(cut, hidden))
 
     return forward

@@ -47,11 +47,23 @@ class TokensPerLayer:
     vision_mlp: tuple[int, ...]
     llm_attention: tuple[int, ...]
     llm_mlp: tuple[int, ...]
+    projector: int
+    """Those that the projector sees."""
 
     @property
     def final(self) -> int:
         """Visual tokens that leave the last layer."""
         return self.llm_mlp[-1]
+
+    @property
+    def equivalent(self) -> tuple[float, float]:
+        """Mean over the decoder layers of the tokens that enter them, and of those that leave them.
+
+        Papers count the layer of a cut one way or the other, and call either the equivalent number of tokens.
+        """
+        entering = self.llm_attention
+        leaving = (*entering[1:], self.final)
+        return sum(entering) / len(entering), sum(leaving) / len(leaving)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from ivtp.cost import flops, prompt_tokens
 from ivtp.errors import IvtpError
 from ivtp.generate import load, prompt_for
 from ivtp.guide import GuideMaker
-from ivtp.methods.base import Method, Plan, Window
+from ivtp.methods.base import Method, MethodInfo, Plan, Window
 from ivtp.plug import Pruner, attach, find_host
 from ivtp.registry import method_class
 
@@ -32,6 +32,7 @@ from ivtp.registry import method_class
 class Oracle(Method):
     """Cuts where another method cuts, to the same counts, without taps, guide or scores: the first patches stay."""
 
+    info = MethodInfo("Oracle", 2024, "both", guided=False, trainable=False, merges=False, paper="(yardstick)")
     reads = frozenset(field.name for field in dataclasses.fields(PruneConfig))  # the followed method checks them
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:

@@ -19,8 +19,9 @@ def pool_grid(patches: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> 
     """Average a patch grid down to a coarser one.
 
     `patches` (B, N, D) in raster order of a `side` = (rows, columns) grid. Returns the pooled tokens (B, r * c, D),
-    the patch nearest to the centre of each cell (r * c,) and, for every patch, the representative of the first cell
-    that covers it (N,). Cells follow `adaptive_avg_pool2d`: they overlap where the grid does not divide the side.
+    the patch nearest to the centre of each cell (r * c,) and, for every patch, the one of these that stands for it:
+    its own, or that of the first cell that covers it (N,). Cells follow `adaptive_avg_pool2d`: they overlap where the
+    grid does not divide the side.
     """
     rows, columns = side
     image = patches.transpose(1, 2).reshape(patches.shape[0], -1, rows, columns)  # (B, D, rows, columns)
@@ -41,4 +42,28 @@ def pool_grid(patches: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> 
         for column in range(columns)
     ]
     representatives = torch.tensor(centres, device=patches.device)
-    return pooled, representatives, representatives[torch.tensor(cover, device=patches.device)]
+    covering = representatives[torch.tensor(cover, device=patches.device)]
+    return pooled, representatives, covering.index_copy(0, representatives, representatives)
+
+
+def follow(sources: Tensor, patch: Tensor, into: Tensor) -> Tensor:
+    """Where every original patch is after columns were merged or dropped.
+
+    `sources` (B, N) names the patch that stands for each one so far (-1: none), `patch` (B, T) that of each column
+    (-1: no patch), `into` (B, T) the column that each went into (-1: dropped). Returns the new sources (B, N).
+    """
+    target = patch.gather(1, into.clamp_min(0)).masked_fill((into < 0) | (patch < 0), -1)  # (B, T)
+    lookup = torch.full_like(sources, -1)
+    lookup = torch.cat([lookup, lookup[:, :1]], dim=1)  # the last column takes what is no patch
+    lookup = lookup.scatter(1, torch.where(patch < 0, sources.shape[1], patch), target)
+    lookup[:, -1] = -1
+    return lookup.gather(1, torch.where(sources < 0, sources.shape[1], sources))
+
+
+def sizes(sources: Tensor, patch: Tensor) -> Tensor:
+    """How many original patches each column (B, T) stands for, 1 for what is no patch; float32."""
+    counts = torch.zeros(sources.shape[0], sources.shape[1] + 1, device=sources.device)
+    counts = counts.scatter_add(
+        1, torch.where(sources < 0, sources.shape[1], sources), torch.ones_like(sources).float()
+    )
+    return torch.where(patch < 0, 1.0, counts.gather(1, patch.clamp_min(0)))

@@ -32,19 +32,27 @@ class AttentionTap:
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
 
 
-def attention_row(tap: AttentionTap, reference: int) -> Tensor:
-    """Head-averaged attention of one query row (Eq. 2): (B, T), float32. `reference` may be negative."""
+def attention_row(tap: AttentionTap, reference: int | Tensor) -> Tensor:
+    """Head-averaged attention of one query row (Eq. 2): (B, T), float32.
+
+    `reference` may be negative, or name another row for each sample (B,).
+    """
     length = tap.query.shape[2]
+    if isinstance(reference, Tensor):
+        return _row_of_each(tap, reference)
     reference %= length
     row = _attention(tap, tap.key.float(), reference, reference + 1).mean(dim=(1, 2))  # (B, H, 1, seen) -> (B, seen)
     return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
-def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK) -> Tensor:
-    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32."""
+def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK, first: int = 0) -> Tensor:
+    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32.
+
+    Rows before `first`, whose weights are zero, are left out.
+    """
     total = torch.zeros_like(weights)
     key = tap.key.float()
-    for start in range(0, tap.query.shape[2], block):
+    for start in range(first, tap.query.shape[2], block):
         stop = min(start + block, tap.query.shape[2])
         attention = _attention(tap, key, start, stop)  # (B, H, block, seen)
         row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, seen)
@@ -52,7 +60,7 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK) 
     return total
 
 
-def rollout_row(taps: Sequence[AttentionTap], reference: int, aggregation: str = "residual") -> Tensor:
+def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor, aggregation: str = "residual") -> Tensor:
     """Row `reference` of a group's aggregated attention (Eq. 3): (B, T), float32.
 
     `residual` multiplies (A + I) / 2 over the layers and `multiply` multiplies A, later layers from the left;
@@ -67,7 +75,7 @@ def rollout_row(taps: Sequence[AttentionTap], reference: int, aggregation: str =
     row = last
     if aggregation == "residual":
         itself = torch.zeros_like(last)
-        itself[:, reference] = 1.0
+        itself[torch.arange(len(last), device=last.device), reference] = 1.0
         row = (last + itself) / 2
     for tap in reversed(taps[:-1]):
         stepped = weighted_column_sum(tap, row)
@@ -85,6 +93,20 @@ def importance(row: Tensor, value: Tensor, visual: Tensor) -> Tensor:
     weighted = row * norms * visual
     total: Tensor = weighted.sum(dim=1, keepdim=True)
     return weighted / total.clamp_min(torch.finfo(weighted.dtype).tiny)
+
+
+def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
+    """`attention_row` of another row (B,) for each sample."""
+    batch, heads, length, width = tap.query.shape
+    query = tap.query[torch.arange(batch, device=row.device), :, row].float()  # (B, H, d)
+    query = query.view(batch, tap.key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
+    logits = (query @ tap.key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
+    hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
+    if tap.causal:
+        hidden = torch.arange(length, device=row.device) > row[:, None]
+    if tap.valid is not None:
+        hidden = hidden | ~tap.valid
+    return logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
 
 
 def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int) -> Tensor:

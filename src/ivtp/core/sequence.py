@@ -97,6 +97,8 @@ class Placeholders:
     mask: Tensor
     images: tuple[int, ...]
     num_patches: int
+    tail: int
+    """At most so many columns lie behind the last slot of a row."""
 
 
 def enter_decoder(
@@ -123,6 +125,23 @@ def enter_decoder(
         placed = prompt.position.gather(1, torch.where(visual, start + local, index))
     patch = torch.where(visual, local + image * slots.num_patches, -1)
     return replace(sequence, patch=patch, position=placed), index
+
+
+def offset_images(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:
+    """Patch indices (I, T) of single images, counted on within each sample."""
+    number = torch.tensor([m for count in images for m in range(count)], device=patch.device).unsqueeze(1)
+    return torch.where(patch >= 0, patch + number * patches, -1)
+
+
+def join_images(tensor: Tensor, images: tuple[int, ...], fill: float) -> Tensor:
+    """Rows of images (I, T) to rows of samples (B, T * most images)."""
+    rows = tensor.new_full((len(images), tensor.shape[1] * max(images)), fill)
+    first = 0
+    for row, count in enumerate(images):
+        flat = tensor[first : first + count].flatten()
+        rows[row, : len(flat)] = flat
+        first += count
+    return rows
 
 
 class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here

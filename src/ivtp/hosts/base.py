@@ -52,8 +52,12 @@ class Host:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
         raise NotImplementedError
 
-    def run_vision(self, pixel_values: Tensor) -> Tensor:
-        """Run the encoder on (I, 3, H, W); returns the post-normalised CLS output (I, D) of its last layer."""
+    def run_vision(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the encoder on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""
+        raise NotImplementedError
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """The encoder's post layer norm of (..., D), as its CLS gets it."""
         raise NotImplementedError
 
     def project(self, features: Tensor) -> Tensor:
@@ -64,8 +68,13 @@ class Host:
         """The attention module of a layer; it chooses its kernel by its `config` attribute."""
         raise NotImplementedError
 
-    def attend(self, where: str, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """First half of a layer: normalisation, attention, residual."""
+    def attend(
+        self, where: str, layer: nn.Module, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """First half of a layer: normalisation, attention, residual.
+
+        `bias` (B, 1, 1, T) is added to the logits of an encoder layer. Raises `InputError` where its kernel cannot.
+        """
         raise NotImplementedError
 
     def feed_forward(self, where: str, layer: nn.Module, hidden: Tensor) -> Tensor:

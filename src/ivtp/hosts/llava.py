@@ -116,12 +116,18 @@ class LlavaHost(Host):
         self.projector = inner.model.multi_modal_projector
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)
         self.vision_layers = tower.encoder.layers
+        self._post_norm = tower.post_layernorm
         self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.image_token = inner.config.image_token_id
 
-    def run_vision(self, pixel_values: Tensor) -> Tensor:
+    def run_vision(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Run the CLIP tower; its pooler is the post layer norm of the last layer's CLS."""
-        return self.vision_tower(pixel_values, return_dict=True).pooler_output  # type: ignore[no-any-return]
+        output = self.vision_tower(pixel_values, return_dict=True)
+        return output.pooler_output, output.last_hidden_state
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """CLIP's post layer norm."""
+        return self._post_norm(hidden)  # type: ignore[no-any-return]
 
     def project(self, features: Tensor) -> Tensor:
         """LLaVA's two-layer projector."""
@@ -132,13 +138,25 @@ class LlavaHost(Host):
         layers = self.vision_layers if where == "vision" else self.text_layers
         return layers[layer].self_attn  # type: ignore[return-value]
 
-    def attend(self, where: str, layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        self, where: str, layer: Any, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Pre-norm attention with residual, as in CLIPEncoderLayer and LlamaDecoderLayer."""
         norm = layer.layer_norm1 if where == "vision" else layer.input_layernorm
         if args:  # CLIP hands its mask over by position
             kwargs["attention_mask"] = args[0]
+        if bias is not None:  # the images of CLIP have no mask of their own
+            kwargs["attention_mask"] = self._checked_bias(bias).to(hidden.dtype)
         attended, _ = layer.self_attn(hidden_states=norm(hidden), **kwargs)
         return hidden + attended  # type: ignore[no-any-return]
+
+    def _checked_bias(self, bias: Tensor) -> Tensor:
+        if "flash" in str(self.vision_tower.config._attn_implementation):
+            raise InputError(
+                "FlashAttention cannot weigh merged tokens by their size; load the model with "
+                'attn_implementation={"vision_config": "sdpa"}'
+            )
+        return bias
 
     def feed_forward(self, where: str, layer: Any, hidden: Tensor) -> Tensor:
         """Pre-norm MLP with residual."""

@@ -25,16 +25,30 @@ _FOR_ALL = frozenset({"method", "keep", "positions", "cache", "seed", "options"}
 class Window:
     """What a method sees at a cut.
 
-    `taps` as `Cut.taps` names them. `hidden` (B, T, D) enters the cut. `patch` (B, T) is the original patch index of
-    every token, -1 for CLS, text, padding and the guide. `reference` is the index in T of the row whose attention
-    counts: 0, the CLS token, in the encoder, -1, the pseudo CLS token or else the last prompt token, in the decoder.
+    `taps` as `Cut.taps` names them. `hidden` (B, T, D) is cut. `patch` (B, T) is the original patch index of every
+    token, -1 for CLS, text, padding and the guide. `reference` is the index in T of the row whose attention counts, or
+    one for each sample (B,): 0, the CLS token, in the encoder, and in the decoder the pseudo CLS token or else the last
+    prompt token.
     """
 
     cut: Cut
     taps: tuple[AttentionTap, ...]
     hidden: Tensor
     patch: Tensor
-    reference: int
+    reference: int | Tensor
+    images: tuple[int, ...] = ()
+    """Images in each row, in the decoder; a row of the encoder is one image."""
+    sources: Tensor | None = None
+    """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
+    text: Tensor | None = None
+    """(B, T) bool, in the decoder: the prompt's text behind its last image. It, `tail` and `entry` are for methods that
+    read them (`Method.reads_text`)."""
+    tail: int = 0
+    """At most so many columns at the end hold that text."""
+    entry: Tensor | None = None
+    """(B, T, D) the same tokens as they entered the decoder."""
+    relevance: Tensor | None = None
+    """(B, N) cosine of every patch with the instruction, both as CLIP sees them (`Method.reads_clip`)."""
 
     @property
     def visual(self) -> Tensor:
@@ -44,12 +58,16 @@ class Window:
 
 @dataclass(frozen=True)
 class Merged:
-    """Visual tokens that stand for others: `hidden` (B, k, D), their representatives `patch` (B, k) and, for every
-    patch of the image, the representative that it went into (`sources` (B, N), -1 where dropped)."""
+    """Visual tokens that stand for others.
+
+    `hidden` (B, T, D) is the window's, new where a token stands for others; `into` (B, T) is the column that every
+    visual column went into: its own where it stays, -1 where it is dropped. `order` (B, k) lists the columns that stay
+    in the method's own order; None: as they come.
+    """
 
     hidden: Tensor
-    patch: Tensor
-    sources: Tensor
+    into: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,10 @@ class Method:
     Options: ClassVar[type[Any]] = NoOptions
     reads: ClassVar[frozenset[str]] = frozenset()
     """Common options that shape this method, beside those that are for all."""
+    reads_text: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.text`."""
+    reads_clip: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.relevance`."""
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""
@@ -99,7 +121,7 @@ class Method:
         raise NotImplementedError
 
     def merge(self, window: Window) -> Merged | None:
-        """New visual tokens in place of the window's, for methods that merge behind the encoder; None selects."""
+        """New visual tokens in place of the window's, for methods that merge; None selects by `score`."""
         return None
 
     def _refuse_unread(self, config: PruneConfig) -> None:
@@ -133,6 +155,6 @@ def vision_only_plan(size: Geometry, keep: int, *, every_layer: bool, tapped: bo
     """One cut behind the encoder, or one in each layer that removes (nearly) the same number of tokens."""
     last = size.vision_layers - 1
     if not every_layer:
-        return Plan((Cut("vision", last, keep, taps=(last,) if tapped else (), after=True),))
+        return Plan((Cut("vision", last, keep, taps=(last,) if tapped else (), place="behind"),))
     counts = linear(size.num_patches, keep, size.vision_layers)
     return Plan(tuple(Cut("vision", i, k, taps=(i,) if tapped else ()) for i, k in enumerate(counts)))

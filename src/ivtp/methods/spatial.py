@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ivtp.core.merge import nearest_grid, pool_grid
 from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
 
@@ -28,15 +30,15 @@ class Spatial(Method):
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
         rows, columns = nearest_grid(self.keep, *self._side())
-        return Plan((Cut("vision", self.geometry.vision_layers - 1, rows * columns, after=True),))
+        return Plan((Cut("vision", self.geometry.vision_layers - 1, rows * columns, place="behind"),))
 
     def merge(self, window: Window) -> Merged:
-        """The pooled grid."""
-        side = self._side()
-        patches = window.hidden[:, self.geometry.vision_cls :]
-        pooled, centres, sources = pool_grid(patches, side, nearest_grid(self.keep, *side))
-        batch = patches.shape[0]
-        return Merged(pooled, centres.expand(batch, -1), sources.expand(batch, -1))
+        """The pooled grid; every patch goes into the centre of a cell that covers it."""
+        first, side = self.geometry.vision_cls, self._side()
+        pooled, centres, into = pool_grid(window.hidden[:, first:], side, nearest_grid(self.keep, *side))
+        hidden = window.hidden.index_copy(1, centres + first, pooled)
+        columns = torch.cat([torch.full_like(into[:first], -1), into + first])
+        return Merged(hidden, columns.expand(hidden.shape[0], -1))
 
     def _side(self) -> tuple[int, int]:
         side = math.isqrt(self.geometry.num_patches)
