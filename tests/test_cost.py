@@ -47,6 +47,7 @@ def small() -> Geometry:
         num_patches=36,
         patch_size=14,
         vision_layers=6,
+        vision_depth=7,
         vision_hidden=32,
         vision_mlp=64,
         vision_heads=2,

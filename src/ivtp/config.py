@@ -29,7 +29,8 @@ class PruneConfig:
     method: str = "ivtp"
     """A registered method, see `ivtp.list_methods()`."""
     keep: int | str = 64
-    """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%"."""
+    """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%". For two
+    methods in one "192+64" is a budget for each."""
     group_layers: int = 3
     """G: consecutive layers that share one token set and one rollout (Eq. 3)."""
     llm_layers: int = 12
@@ -82,13 +83,22 @@ class PruneConfig:
 
     def tokens(self, num_patches: int) -> int:
         """`keep` as a number of tokens of an image with `num_patches` patches. Raises `ConfigError` above N."""
-        if isinstance(self.keep, str):
-            return max(1, round(num_patches * float(self.keep.rstrip("%")) / 100))
-        if self.keep > num_patches:
+        counts = self.budgets(num_patches)
+        if len(counts) > 1:
+            raise ConfigError(f"keep={self.keep!r} is two budgets, for a method in two parts; give one number")
+        return counts[0]
+
+    def budgets(self, num_patches: int) -> tuple[int, ...]:
+        """`keep` as one number of tokens or, where it is given for two stages, as two. Raises `ConfigError` above N."""
+        parts = self.keep.split("+") if isinstance(self.keep, str) else [str(self.keep)]
+        counts = tuple(
+            max(1, round(num_patches * float(part[:-1]) / 100)) if part.endswith("%") else int(part) for part in parts
+        )
+        if max(counts) > num_patches:
             raise ConfigError(
                 f"keep={self.keep} exceeds the {num_patches} visual tokens of this model; use 1..{num_patches}"
             )
-        return self.keep
+        return counts
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -99,6 +109,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cache": get_args(CacheMode),
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
+_BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")
 
 
 def _is_int(value: object) -> bool:
@@ -108,6 +119,11 @@ def _is_int(value: object) -> bool:
 def _check_keep(keep: object) -> None:
     hint = 'use a number of tokens from 1 up, or a fraction such as "11%"'
     if isinstance(keep, str):
+        pair = _BUDGETS.fullmatch(keep)
+        if pair:
+            for part in pair.groups():
+                _check_keep(part if part.endswith("%") else int(part))
+            return
         match = _PERCENT.fullmatch(keep)
         if not match or not 0 < float(match[1]) <= 100:
             raise ConfigError(f"keep={keep!r} is not a fraction from above 0% to 100%; {hint}")
@@ -146,6 +162,8 @@ class Geometry:
     patch_size: int
     vision_layers: int
     """Encoder layers whose output reaches the projector (23 of LLaVA-1.5's 24)."""
+    vision_depth: int
+    """All encoder layers."""
     vision_hidden: int
     vision_mlp: int
     vision_heads: int

@@ -197,8 +197,9 @@ def _choice(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, 
             heads, width, sequences = g.text_heads, g.text_heads * g.text_head_dim, 1
             tokens = seen.llm_mlp[cut.layer] if cut.peek else seen.llm_attention[layer]
             length = tokens * images + text + (layer < plan.guide_layers)
-        all_rows = cut.full_rows and layer != cut.taps[-1]
-        cost += sequences * (2.0 * length**2 * (width + heads) if all_rows else 2.0 * length * width)
+        rows = length if layer in cut.full_rows else text if cut.text_rows else 1
+        one = 2.0 * length * width if not cut.keys_only else 0.0
+        cost += sequences * (one if rows == 1 else 2.0 * rows * length * (width + heads))
     return cost
 
 

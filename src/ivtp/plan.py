@@ -26,8 +26,12 @@ class Cut:
     place: Place = "inside"
     taps: tuple[int, ...] = ()
     """Layers whose queries, keys and values the method reads, the one nearest to the cut last."""
-    full_rows: bool = False
-    """Every query row of the earlier taps is recomputed (rollout by products needs them all), not one of each."""
+    full_rows: tuple[int, ...] = ()
+    """Taps of which every query row is recomputed, not one."""
+    text_rows: bool = False
+    """The rows of the prompt's text are recomputed, not one."""
+    keys_only: bool = False
+    """No row is recomputed: the method reads keys."""
     peek: bool = False
     """The tap is the layer behind the cut, whose queries and keys are computed in advance for it."""
     sized: bool = False

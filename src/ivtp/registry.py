@@ -17,7 +17,7 @@ Room = Literal["methods", "hosts", "micro.formats"]
 @cache
 def _names(room: Room) -> tuple[str, ...]:
     package = importlib.import_module(f"ivtp.{room}")
-    files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name != "base")
+    files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "compose"))
     return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
 
 
@@ -37,7 +37,12 @@ def list_formats() -> list[str]:
 
 
 def method_class(name: str) -> Any:
-    """The `Method` subclass called `name`. Raises `ConfigError` with the nearest names."""
+    """The `Method` subclass called `name`, or "first+second" for two. Raises `ConfigError` with the nearest names."""
+    known = _names("methods")
+    for place, sign in enumerate(str(name)):
+        first, second = str(name)[:place], str(name)[place + 1 :]
+        if sign == "+" and first in known and second in known:
+            return _composed(first, second)
     return _load("methods", name, "METHOD")
 
 
@@ -49,6 +54,12 @@ def host_class(name: str) -> Any:
 def format_class(name: str) -> Any:
     """The `Format` subclass called `name`. Raises `ConfigError` with the nearest names."""
     return _load("micro.formats", name, "FORMAT")
+
+
+@cache
+def _composed(first: str, second: str) -> Any:
+    compose = importlib.import_module("ivtp.methods.compose").compose
+    return compose(method_class(first), method_class(second), f"{first}+{second}")
 
 
 def _load(room: Room, name: str, attribute: str) -> Any:

@@ -218,7 +218,11 @@ class DecoderStage(Stage):
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
         self._inputs: dict[str, Any] | None = None
         self._peeking = False
-        self._entry = embeddings if method.reads_text else None
+        self._text: Tensor | None = None
+        if method.reads_text:
+            question, tail = prompts.question_in(sequence), prompts.slots.tail + (method.plan.guide_layers > 0)
+            with torch.no_grad():
+                self._text = method.read_text(embeddings, sequence.visual, question, tail)
         if method.info.merges:
             patches = host.size.num_patches
             self._sources = join_images(offset_images(sources, prompts.images, patches), prompts.images, -1)
@@ -295,14 +299,14 @@ class DecoderStage(Stage):
         return {**kwargs, **self._inputs}
 
     def release(self) -> None:
-        """Let go of the masks, rotary embeddings and embeddings."""
+        """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs = self._entry = None
+        self._inputs = None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
-        sequence, entry = self.sequence, self._entry
-        if entry is not None and len(self.seen) > 1:
-            entry = take(entry, self._index())
+        sequence, text = self.sequence, self._text
+        if text is not None and len(self.seen) > 1:
+            text = text.gather(1, self._index())
         return Window(
             cut,
             self._take_taps(cut),
@@ -311,9 +315,8 @@ class DecoderStage(Stage):
             self._reference(),
             images=self.prompts.images,
             sources=self._sources,
-            text=None if entry is None else self.prompts.question_in(sequence),
+            text=text,
             tail=self.prompts.slots.tail,
-            entry=entry,
         )
 
     def _reference(self) -> int | Tensor:

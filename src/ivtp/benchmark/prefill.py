@@ -42,7 +42,7 @@ class Oracle(Method):
     def make_plan(self) -> Plan:
         """The followed method's cuts, with nothing to read."""
         cuts = self._followed.plan.cuts
-        return Plan(tuple(dataclasses.replace(cut, taps=(), full_rows=False) for cut in cuts))
+        return Plan(tuple(dataclasses.replace(cut, taps=(), full_rows=()) for cut in cuts))
 
     def score(self, window: Window) -> Tensor:
         """The lower the patch, the better: fixed beforehand."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.select import others, take
+
 
 def nearest_grid(tokens: int, rows: int, columns: int) -> tuple[int, int]:
     """The pooled grid (r, c), r <= `rows`, c <= `columns`, whose r * c is nearest to `tokens`.
@@ -67,3 +69,34 @@ def sizes(sources: Tensor, patch: Tensor) -> Tensor:
         1, torch.where(sources < 0, sources.shape[1], sources), torch.ones_like(sources).float()
     )
     return torch.where(patch < 0, 1.0, counts.gather(1, patch.clamp_min(0)))
+
+
+def take_up_neighbours(
+    hidden: Tensor, key: Tensor, attention: Tensor, kept: Tensor, neighbours: int = 32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PruMerge's merging: kept patches take up their nearest dropped ones, an extra token takes up all of these.
+
+    `hidden` (B, 1 + N, D) with CLS in front, `key` (B, H, 1 + N, d), `attention` (B, N) from CLS, `kept` (B, K)
+    patches, K < N. Nearest by the cosine of keys over the full width; sums are weighted by attention, not normalised.
+    Returns the new hidden states (the extra token at the place of the dropped patch with the highest attention), the
+    column (B, 1 + N) that each went into (of a dropped one the kept one with the most similar key), and the columns
+    that stay (B, K + 1): `kept` in their order, then the extra one.
+    """
+    batch, _, width = hidden.shape
+    patches = hidden[:, 1:]
+    unit = nn.functional.normalize(key.float().transpose(1, 2).flatten(2)[:, 1:], dim=-1)  # (B, N, H * d)
+    rest = others(kept, patches.shape[1])  # (B, R)
+    similarity = take(unit, kept) @ take(unit, rest).transpose(1, 2)  # (B, K, R)
+    near = similarity.topk(min(neighbours, rest.shape[1]), dim=2).indices
+    weight = attention.gather(1, rest).to(hidden.dtype)  # (B, R)
+    goes = torch.zeros_like(similarity, dtype=hidden.dtype).scatter(2, near, 1) * weight.unsqueeze(1)
+    dropped = take(patches, rest)  # (B, R, D)
+    merged = take(patches, kept) + goes @ dropped
+    extra = weight.unsqueeze(1) @ dropped  # (B, 1, D)
+    leader = rest.gather(1, weight.argmax(dim=1, keepdim=True))  # (B, 1)
+    order = torch.cat([kept, leader], dim=1) + 1
+    new = hidden.scatter(1, order.unsqueeze(-1).expand(-1, -1, width), torch.cat([merged, extra], dim=1))
+    alone = (leader + 1).expand(-1, rest.shape[1])
+    target = kept.gather(1, similarity.argmax(dim=1)) + 1 if kept.shape[1] else alone  # (B, R)
+    into = torch.full((batch, hidden.shape[1]), -1, device=hidden.device).scatter(1, rest + 1, target)
+    return new, into.scatter(1, order, order), order

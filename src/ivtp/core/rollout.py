@@ -45,6 +45,17 @@ def attention_row(tap: AttentionTap, reference: int | Tensor) -> Tensor:
     return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
+def full_width_row(tap: AttentionTap, reference: int) -> Tensor:
+    """Attention of one query row with all heads taken as one: softmax over (B, T) of q k^T / sqrt(H d), float32.
+
+    Needs as many key heads as query heads.
+    """
+    query = tap.query[:, :, reference].float()  # (B, H, d)
+    logits = torch.einsum("bhd,bhtd->bt", query, tap.key.float())
+    row: Tensor = (logits * (query.shape[1] * query.shape[2]) ** -0.5).softmax(dim=-1)
+    return row
+
+
 def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK, first: int = 0) -> Tensor:
     """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32.
 

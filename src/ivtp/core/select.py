@@ -18,6 +18,23 @@ def keep_highest(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Ten
     return candidates & (rank < limit)
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Indices (B, count) of the highest `scores` (B, N), the highest first; of equal ones the lower index."""
+    return scores.float().argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def ranks(chosen: Tensor, length: int) -> Tensor:
+    """Scores (B, length) that rank `chosen` (B, k) in its order above all others: k, k - 1, ... 1, and 0."""
+    values = torch.arange(chosen.shape[1], 0, -1, device=chosen.device, dtype=torch.float32).expand(chosen.shape)
+    return torch.zeros(chosen.shape[0], length, device=chosen.device).scatter(1, chosen, values)
+
+
+def others(chosen: Tensor, length: int) -> Tensor:
+    """Indices (B, length - k), ascending, of what is not among `chosen` (B, k)."""
+    taken = torch.zeros(chosen.shape[0], length, dtype=torch.uint8, device=chosen.device).scatter(1, chosen, 1)
+    return taken.argsort(dim=1, stable=True)[:, : length - chosen.shape[1]]
+
+
 def right_aligned(keep: Tensor, length: int) -> Tensor:
     """Indices (B, length) that gather the kept columns of `keep` (B, T) in order, at the right end of each row.
 
@@ -33,3 +50,10 @@ def take(tensor: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     sizes = list(tensor.shape)
     sizes[0], sizes[dim] = index.shape
     return tensor.expand(index.shape[0], *tensor.shape[1:]).gather(dim, index.view(shape).expand(sizes))
+
+
+def iqr_outliers(scores: Tensor) -> Tensor:
+    """Marks the `scores` (B, N) above Q3 + 1.5 (Q3 - Q1), quartiles interpolated linearly: (B, N) bool."""
+    values = scores.float()
+    low, high = (torch.quantile(values, q, dim=1, keepdim=True) for q in (0.25, 0.75))
+    return values > high + 1.5 * (high - low)

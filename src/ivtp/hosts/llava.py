@@ -51,6 +51,7 @@ class LlavaHost(Host):
             num_patches=(vision.image_size // vision.patch_size) ** 2,
             patch_size=vision.patch_size,
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
+            vision_depth=layers,
             vision_hidden=vision.hidden_size,
             vision_mlp=vision.intermediate_size,
             vision_heads=vision.num_attention_heads,

@@ -41,12 +41,9 @@ class Window:
     sources: Tensor | None = None
     """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
     text: Tensor | None = None
-    """(B, T) bool, in the decoder: the prompt's text behind its last image. It, `tail` and `entry` are for methods that
-    read them (`Method.reads_text`)."""
+    """(B, T) what `Method.read_text` made of the question, for methods with `Method.reads_text`."""
     tail: int = 0
-    """At most so many columns at the end hold that text."""
-    entry: Tensor | None = None
-    """(B, T, D) the same tokens as they entered the decoder."""
+    """At most so many columns at the end hold the question."""
     relevance: Tensor | None = None
     """(B, N) cosine of every patch with the instruction, both as CLIP sees them (`Method.reads_clip`)."""
 
@@ -95,8 +92,10 @@ class Method:
     Options: ClassVar[type[Any]] = NoOptions
     reads: ClassVar[frozenset[str]] = frozenset()
     """Common options that shape this method, beside those that are for all."""
+    keeps_all: ClassVar[bool] = True
+    """Whether `keep` = N leaves the model as it is; not where tokens that are no patches count among the kept."""
     reads_text: ClassVar[bool] = False
-    """Whether `score` or `merge` reads `Window.text`."""
+    """Whether `score` or `merge` reads `Window.text`, in the decoder."""
     reads_clip: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.relevance`."""
 
@@ -124,6 +123,25 @@ class Method:
         """New visual tokens in place of the window's, for methods that merge; None selects by `score`."""
         return None
 
+    def read_text(self, entry: Tensor, visual: Tensor, text: Tensor, tail: int) -> Tensor:
+        """What cuts in the decoder will know of the question: (B, T) weights, here 1 for each of its tokens.
+
+        Asked once, with the embeddings `entry` (B, T, D) that enter the decoder, its `visual` columns and `text`
+        (B, T) bool, the prompt's text behind its last image, which lies in the last `tail` columns.
+        """
+        return text.float()
+
+    def explicit_counts(self, cuts: int) -> list[int] | None:
+        """The `schedule`, where there is one. Raises `ConfigError` unless it has a count for each cut."""
+        given, patches = self.config.schedule, self.geometry.num_patches
+        if given is None:
+            return None
+        if len(given) != cuts or given[0] > patches:
+            raise ConfigError(
+                f"schedule={given}: method {self.config.method!r} needs {cuts} counts, none above {patches}"
+            )
+        return list(given)
+
     def _refuse_unread(self, config: PruneConfig) -> None:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
@@ -149,6 +167,18 @@ def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `accepted`."""
     if value not in accepted:
         raise ConfigError(f"{name}={value!r} is unknown; use one of {', '.join(accepted)}")
+
+
+def check_layer(name: str, layers: int, size: Geometry) -> int:
+    """Raise `ConfigError` unless a cut behind the first `layers` decoder layers leaves at least one behind it."""
+    if not isinstance(layers, int) or not 1 <= layers < size.text_layers:
+        raise ConfigError(f"{name}={layers!r} is no layer with another one behind it; use 1..{size.text_layers - 1}")
+    return layers
+
+
+def last_vision_layer(size: Geometry) -> int:
+    """The encoder's last layer, also where the projector reads an earlier one."""
+    return size.vision_depth - 1
 
 
 def vision_only_plan(size: Geometry, keep: int, *, every_layer: bool, tapped: bool) -> Plan:

@@ -43,10 +43,10 @@ class Ivtp(Method):
         vision = [] if config.stages == "llm" else groups(size.vision_layers, config.group_layers)
         llm = groups(guide_layers, config.group_layers)
         counts = self._counts(len(vision), len(llm))
-        full_rows = config.aggregation in ("residual", "multiply")
+        products = config.aggregation in ("residual", "multiply")
         places = [("vision", group) for group in vision] + [("llm", group) for group in llm]
         cuts = tuple(
-            Cut(where, group[-1], keep, taps=tuple(group), full_rows=full_rows)  # type: ignore[arg-type]
+            Cut(where, group[-1], keep, taps=tuple(group), full_rows=tuple(group[:-1]) if products else ())  # type: ignore[arg-type]
             for (where, group), keep in zip(places, counts, strict=True)
         )
         return Plan(cuts, guide_layers=guide_layers)

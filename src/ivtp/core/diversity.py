@@ -1,0 +1,93 @@
+"""Greedy choices of tokens that differ from one another. All take float tensors and return int64 indices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def cosine(features: Tensor) -> Tensor:
+    """Cosine similarity of all pairs of (B, N, D): (B, N, N), float32."""
+    unit = nn.functional.normalize(features.float(), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def max_min(distance: Tensor, count: int) -> Tensor:
+    """Points (B, count), in the order of their choice, each the farthest from its nearest among those before it.
+
+    `distance` (B, N, N), symmetric. The first is the point whose nearest neighbour is farthest. Of equals the lower
+    index is chosen.
+    """
+    rows = torch.arange(distance.shape[0], device=distance.device)
+    itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
+    score = distance.masked_fill(itself, float("inf")).amin(dim=2)  # (B, N)
+    nearest = torch.full_like(score, float("inf"))
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        point = score.argmax(dim=1)  # (B,)
+        chosen.append(point)
+        nearest = torch.minimum(nearest, distance[rows, point])
+        nearest[rows, point] = float("-inf")
+        score = nearest
+    return torch.stack(chosen, dim=1)
+
+
+def greedy_map(kernel: Tensor, count: int) -> Tensor:
+    """Items (B, count) of a determinantal point process, in the order of their choice.
+
+    `kernel` (B, N, N), positive semi-definite. Each item is the one that raises the determinant most (Chen et al.,
+    2018, algorithm 1: incremental Cholesky factors). Beyond the kernel's rank the order is that of rounding errors.
+    """
+    rows = torch.arange(kernel.shape[0], device=kernel.device)
+    gain = kernel.diagonal(dim1=1, dim2=2).clone()  # (B, N): squared residual norms
+    factors = kernel.new_zeros(kernel.shape[0], count, kernel.shape[1])
+    chosen: list[Tensor] = []
+    for step in range(count):
+        item = gain.argmax(dim=1)  # (B,)
+        chosen.append(item)
+        before = factors[:, :step]  # (B, step, N)
+        known = (before[rows, :, item].unsqueeze(1) @ before).squeeze(1)  # (B, N)
+        size = gain[rows, item].clamp_min(torch.finfo(gain.dtype).tiny).sqrt()
+        factors[:, step] = (kernel[rows, item] - known) / size.unsqueeze(1)
+        gain = gain - factors[:, step].square()
+        gain[rows, torch.stack(chosen)] = float("-inf")
+    return torch.stack(chosen, dim=1)
+
+
+def coverage(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Points (B, count), in the order of their choice, each with the largest `weight` times its gain in coverage.
+
+    `similarity` (B, N, N), `weight` (B, N) non-negative. A set covers a point as well as its most similar member
+    does, an empty set with 0; coverage is the sum over all points.
+    """
+    rows = torch.arange(similarity.shape[0], device=similarity.device)
+    covered = torch.zeros_like(weight)  # (B, N)
+    free = torch.ones_like(weight, dtype=torch.bool)
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        gain = (similarity - covered.unsqueeze(1)).clamp_min(0).sum(dim=2)  # (B, N) of every candidate
+        point = (gain * weight).masked_fill(~free, -1.0).argmax(dim=1)
+        chosen.append(point)
+        covered = torch.maximum(covered, similarity[rows, point])
+        free[rows, point] = False
+    return torch.stack(chosen, dim=1)
+
+
+def drop_duplicates(features: Tensor, count: int, step: int) -> Tensor:
+    """The `count` of (B, R, D) that are left, in their order, when the most similar ones go, at most `step` a round.
+
+    A round compares the first, third, fifth ... with the second, fourth ...: those of the former whose best cosine
+    with one of the latter is highest go. What stays of the former comes before the latter in the next round.
+    """
+    unit = nn.functional.normalize(features.float(), dim=-1)
+    left = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)  # (B, R)
+    while left.shape[1] > count:
+        first, second = left[:, ::2], left[:, 1::2]
+        if not second.shape[1]:  # one token is left, and none may stay
+            return left[:, :0]
+        gone = min(step, left.shape[1] - count, first.shape[1])
+        a, b = (unit.gather(1, part.unsqueeze(-1).expand(-1, -1, unit.shape[2])) for part in (first, second))
+        best = (a @ b.transpose(1, 2)).amax(dim=2)  # (B, len(first))
+        order = best.argsort(dim=1, descending=True, stable=True)[:, gone:]
+        left = torch.cat([first.gather(1, order), second], dim=1)
+    return left

@@ -1,0 +1,102 @@
+"""Two methods on one model: one for the vision encoder, one for the decoder, as in "visionzip+fastv"."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ivtp.config import Geometry, PruneConfig
+from ivtp.errors import ConfigError
+from ivtp.methods.base import Merged, Method, MethodInfo, Plan, Window
+
+_OWN = ("schedule",)
+"""Common options that two methods would read in two ways."""
+
+
+def compose(first: type[Method], second: type[Method], name: str) -> type[Method]:
+    """The method that does what `first` does in the encoder and `second` in the decoder.
+
+    Raises `ConfigError` where the two do not work in different stages.
+    """
+    if first.info.stage != "vision" or second.info.stage != "llm":
+        raise ConfigError(
+            f"method {name!r} joins a {first.info.stage!r} and a {second.info.stage!r} method; "
+            'a "vision" method and then an "llm" one can be joined, see `ivtp methods`'
+        )
+    a, b = first.info, second.info
+    info = MethodInfo(
+        title=f"{a.title} + {b.title}",
+        year=max(a.year, b.year),
+        stage="both",
+        guided=a.guided or b.guided,
+        trainable=a.trainable or b.trainable,
+        merges=a.merges or b.merges,
+        paper=f"{a.paper} {b.paper}",
+    )
+    body = {
+        "info": info,
+        "parts": (first, second),
+        "reads": (first.reads | second.reads) - frozenset(_OWN),
+        "reads_text": second.reads_text,
+        "reads_clip": first.reads_clip,
+        "keeps_all": first.keeps_all and second.keeps_all,
+        "__doc__": f"{a.title} in the vision encoder, then {b.title} in the decoder.",
+    }
+    return type("Composed", (Composed,), body)
+
+
+class Composed(Method):
+    """One method for each stage; `keep` is a budget for each, "192+64", or the final one alone.
+
+    The encoder then keeps the geometric mean of all and the final tokens.
+    """
+
+    parts: ClassVar[tuple[type[Method], type[Method]]]
+
+    def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
+        """Raises `ConfigError` for what one of the two refuses, and for an option that is of both or of neither."""
+        self._refuse_unread(config)
+        self.config, self.geometry = config, geometry
+        budgets = config.budgets(geometry.num_patches)
+        self.keep = budgets[-1]
+        between = budgets[0] if len(budgets) == 2 else round((geometry.num_patches * self.keep) ** 0.5)
+        if between < self.keep:
+            raise ConfigError(f"keep={config.keep!r} gives the encoder less than the decoder; give it at least as much")
+        sizes = (geometry, dataclasses.replace(geometry, num_patches=between))
+        self.vision, self.llm = (
+            part(self._config_of(part, keep), size)
+            for part, keep, size in zip(self.parts, (between, self.keep), sizes, strict=True)
+        )
+        self.options = (self.vision.options, self.llm.options)
+        self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
+
+    def score(self, window: Window) -> Tensor:
+        """The score of the stage's method."""
+        return self._at(window).score(window)
+
+    def merge(self, window: Window) -> Merged | None:
+        """What the stage's method merges."""
+        return self._at(window).merge(window)
+
+    def read_text(self, entry: Tensor, visual: Tensor, text: Tensor, tail: int) -> Tensor:
+        """What the decoder's method will know of the question."""
+        return self.llm.read_text(entry, visual, text, tail)
+
+    def _at(self, window: Window) -> Method:
+        return self.vision if window.cut.where == "vision" else self.llm
+
+    def _config_of(self, part: type[Method], keep: int) -> PruneConfig:
+        """The part's share of the config: its budget, what it reads, and its own options."""
+        names = [{f.name for f in dataclasses.fields(p.Options)} for p in self.parts]
+        own = names[self.parts.index(part)]
+        for option in self.config.options:
+            if (option in names[0]) == (option in names[1]):
+                whose = "both parts have" if option in names[0] else "no part has"
+                known = ", ".join(sorted(names[0] ^ names[1])) or "none"
+                raise ConfigError(f"method {self.config.method!r}: {whose} an option {option!r}; use one of {known}")
+        options = {k: v for k, v in self.config.options.items() if k in own}
+        foreign = self.reads - part.reads
+        unread: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(PruneConfig) if f.name in foreign}
+        return dataclasses.replace(self.config, keep=keep, options=options, **unread)

@@ -1,0 +1,40 @@
+"""DivPrune: the most diverse subset of projected tokens (Alvar et al., CVPR 2025, arXiv 2503.02175)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ivtp.core.diversity import cosine, max_min
+from ivtp.core.select import ranks
+from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+
+
+class DivPrune(Method):
+    """Solves the max-min diversity problem greedily on the cosine distance of projected tokens.
+
+    The first token is the one whose nearest neighbour is farthest, each next one the farthest from its nearest among
+    those chosen. Raster order.
+    """
+
+    info = MethodInfo(
+        title="DivPrune",
+        year=2025,
+        stage="vision",
+        guided=False,
+        trainable=False,
+        merges=False,
+        paper="https://arxiv.org/abs/2503.02175",
+    )
+
+    def make_plan(self) -> Plan:
+        """One cut behind the projector."""
+        size = self.geometry
+        flops = 2.0 * size.num_patches**2 * size.text_hidden
+        return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="projected", flops=flops),))
+
+    def score(self, window: Window) -> Tensor:
+        """The order of the choice."""
+        return ranks(max_min(1 - cosine(window.hidden), window.cut.keep), window.hidden.shape[1])
+
+
+METHOD = DivPrune

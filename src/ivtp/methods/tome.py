@@ -1,0 +1,88 @@
+"""ToMe: merge the most similar tokens in every layer (Bolya et al., ICLR 2023, arXiv 2210.09461)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.core.merge import sizes
+from ivtp.core.schedule import halving
+from ivtp.errors import ConfigError
+from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
+
+
+class ToMe(Method):
+    """Bipartite soft matching between attention and MLP of every encoder layer.
+
+    The tokens, CLS included, are split in turn; the r of the one half that are most similar to one of the other, by
+    the cosine of their keys averaged over the heads, merge into it: a mean weighted by the number of patches that
+    each stands for. CLS never merges. Attention is proportional: the logarithm of a token's size is added to its
+    logits. r is the same in every layer, up to rounding, so that `keep` remain; where that is more than half of the
+    tokens, earlier layers merge more. A merged token stands at the place of the one that the others went into.
+    """
+
+    info = MethodInfo(
+        title="ToMe",
+        year=2023,
+        stage="vision",
+        guided=False,
+        trainable=False,
+        merges=True,
+        paper="https://arxiv.org/abs/2210.09461",
+    )
+
+    def make_plan(self) -> Plan:
+        """A cut inside every encoder layer."""
+        size = self.geometry
+        counts = halving(size.num_patches, self.keep, size.vision_layers)
+        if counts is None:
+            least = -(-size.num_patches // 2**size.vision_layers)
+            raise ConfigError(
+                f"keep={self.keep} needs more merging than {size.vision_layers} layers do; use {least} up"
+            )
+        width = size.vision_hidden // size.vision_heads
+        before = [size.num_patches, *counts[:-1]]
+        return Plan(
+            tuple(
+                Cut("vision", i, k, taps=(i,), keys_only=True, sized=True, flops=2.0 * (n / 2) ** 2 * width)
+                for i, (k, n) in enumerate(zip(counts, before, strict=True))
+            )
+        )
+
+    def merge(self, window: Window) -> Merged:
+        """Merged tokens at the columns of the tokens that the others went into, in ToMe's order."""
+        first = self.geometry.vision_cls
+        assert window.sources is not None
+        removed = window.hidden.shape[1] - first - window.cut.keep
+        metric = window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
+        into, order = match(metric, removed)
+        count = sizes(window.sources, window.patch).unsqueeze(-1)  # (B, T, 1)
+        weighted = window.hidden.float() * count
+        target = into.unsqueeze(-1)
+        total = torch.zeros_like(weighted).scatter_add(1, target.expand_as(weighted), weighted)
+        share = torch.zeros_like(count).scatter_add(1, target, count)
+        hidden = (total / share.clamp_min(1)).to(window.hidden.dtype)
+        return Merged(hidden, into, order[:, first:])
+
+
+def match(metric: Tensor, removed: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching of tokens by `metric` (B, T, d); the first token is CLS.
+
+    Returns the column (B, T) that every token goes into, its own where it stays, and the columns that stay, in
+    ToMe's order (B, T - removed): those of the first half, ascending, then the second half.
+    """
+    batch, tokens, _ = metric.shape
+    unit = nn.functional.normalize(metric, dim=-1)
+    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, ceil(T/2), floor(T/2))
+    columns = torch.arange(tokens, device=metric.device).expand(batch, -1)
+    if removed == 0:
+        return columns, torch.cat([columns[:, ::2], columns[:, 1::2]], dim=1)
+    best, partner = scores.max(dim=2)
+    best[:, 0] = float("-inf")  # CLS
+    ranked = best.argsort(dim=1, descending=True, stable=True)
+    merged, stay = ranked[:, :removed], ranked[:, removed:].sort(dim=1).values
+    into = columns.scatter(1, 2 * merged, 2 * partner.gather(1, merged) + 1)
+    return into, torch.cat([2 * stay, columns[:, 1::2]], dim=1)
+
+
+METHOD = ToMe
