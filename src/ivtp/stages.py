@@ -175,7 +175,8 @@ class EncoderStage(Stage):
                 index = torch.cat([index[:, :others], merged.order], dim=1)
         self._patch = window.patch.gather(1, index)
         sources = self._sources if merged is not None else None
-        self.results.append(CutResult(cut, window.patch, scores, self._patch, sources))
+        kept = self._patch if merged is None else self._patch.sort(dim=1).values
+        self.results.append(CutResult(cut, window.patch, scores, kept, sources))
         return take(hidden, index)
 
     def bias(self, cut: Cut) -> Tensor | None:
