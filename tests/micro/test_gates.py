@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from ivtp.generate import prompt_for
 from ivtp.micro import gates, world
 from ivtp.micro.answering import answer_about
+from ivtp.micro.units import by_format, collect
 from ivtp.micro.world.photo import take_photo
 from tests.micro.test_evaluate import folder, lvlm  # noqa: F401
 
@@ -37,8 +38,8 @@ def test_a_shared_prefix_gives_the_answers_of_generate(lvlm: Any, with_image: bo
 
 
 def test_every_format_is_asked_about_every_photo_that_offers_it() -> None:
-    groups = gates.collect("test", 4)
-    again = gates.collect("test", 4)
+    groups = collect("test", 4)
+    again = collect("test", 4)
     assert [[u.examples for u in units] for units in groups] == [[u.examples for u in units] for units in again]
     titles = [unit.form.title for units in groups for unit in units]
     assert {titles.count(title) for title in titles} == {4}
@@ -48,7 +49,7 @@ def test_every_format_is_asked_about_every_photo_that_offers_it() -> None:
 
 
 def test_oracle_patches_cover_the_asked_objects_evenly() -> None:
-    for units in gates.collect("test", 8):
+    for units in collect("test", 8):
         for unit in units:
             example = unit.examples[0]
             if not example.objects:
@@ -66,10 +67,10 @@ def test_oracle_patches_cover_the_asked_objects_evenly() -> None:
 def test_figures_are_the_benchmarks_own() -> None:
     scored = [
         (unit, [1.0, 0.0][: len(unit.examples)] if unit.form.title == "MME" else [1.0] * len(unit.examples))
-        for units in gates.collect("test", 3)
+        for units in collect("test", 3)
         for unit in units
     ]
-    rows = gates.by_format(scored, "all")
+    rows = by_format(scored, "all")
     assert rows["MME"]["all"] == pytest.approx(0.25)
     assert rows["POPE"]["all"] == rows["POPE"]["all low"] == 1.0
     assert rows["mean"]["all"] == pytest.approx((11 + 0.25) / 12)

@@ -13,8 +13,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,62 +25,20 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, CLIPModel
 
-from ivtp.errors import ConfigError
 from ivtp.generate import ask, load
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
-from ivtp.micro.formats.base import Example, Format
+from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Table, write_json
+from ivtp.micro.units import Unit, by_format, collect, gap, interval
 from ivtp.micro.vision_data import keyword_table, make_batch
 from ivtp.micro.vision_eval import clip_scores
 from ivtp.micro.vision_model import encode_windows
 from ivtp.micro.world.photo import take_photo
-from ivtp.registry import format_class, list_formats
 from ivtp.sizes import MICRO
 
 Report = Callable[[], None]
-RESAMPLES = 1000
 GREY = Image.new("RGB", (world.SIZE, world.SIZE), (128, 128, 128))
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Examples that belong together: one, or MME's pair."""
-
-    form: Format
-    examples: tuple[Example, ...]
-
-
-def collect(split: str, questions: int, seed: int = 0) -> list[list[Unit]]:
-    """``questions`` units of every format, grouped by the photo that they are about; VizWiz has its own, bad ones.
-
-    Raises `ConfigError` where a format finds too few clear questions.
-    """
-    missing = dict.fromkeys(list_formats(), questions)
-    groups: list[list[Unit]] = []
-    for index in range(seed * 1_000_000, seed * 1_000_000 + 50 * questions):
-        rng = random.Random(f"gate/{split}/{index}")
-        by_photo: dict[Any, list[Unit]] = {}
-        for name in [name for name, count in missing.items() if count]:
-            form: Format = format_class(name)()
-            photo = form.photo(split, index)
-            examples = _asked(form, photo, rng)
-            if examples:
-                by_photo.setdefault(photo, []).append(Unit(form, tuple(examples)))
-                missing[name] -= 1
-        groups += list(by_photo.values())
-        if not any(missing.values()):
-            return groups
-    raise ConfigError(f"split {split!r} offers too few clear questions for {[n for n, c in missing.items() if c]}")
-
-
-def _asked(form: Format, photo: Any, rng: random.Random) -> list[Example]:
-    """Examples of a format about a photo; a few tries, as not every draw finds a clear question."""
-    for _ in range(6):
-        examples = form.examples(photo, rng)
-        if examples:
-            return examples
-    return []
 
 
 def all_answers(
@@ -104,35 +61,6 @@ def all_answers(
             scored.append((unit, [unit.form.score(example, next(answers)) for example in unit.examples]))
         report()
     return scored
-
-
-def by_format(scored: list[tuple[Unit, list[float]]], label: str) -> dict[str, dict[str, Any]]:
-    """Each format's figure with its 95% bootstrap interval, and the mean of all figures: title -> columns."""
-    forms: dict[str, list[tuple[Unit, list[float]]]] = {}
-    for unit, scores in scored:
-        forms.setdefault(unit.form.title, []).append((unit, scores))
-    rng = random.Random(0)
-    rows: dict[str, dict[str, Any]] = {}
-    draws: list[list[float]] = []
-    for title, mine in sorted(forms.items()):
-        draws.append([_total(rng.choices(mine, k=len(mine))) for _ in range(RESAMPLES)])
-        asked = sum(len(scores) for _, scores in mine)
-        rows[title] = {"questions": asked} | _columns(label, _total(mine), sorted(draws[-1]))
-    means = sorted(statistics.fmean(values) for values in zip(*draws, strict=True))
-    rows["mean"] = {"questions": sum(row["questions"] for row in rows.values())} | _columns(
-        label, statistics.fmean(row[label] for row in rows.values()), means
-    )
-    return rows
-
-
-def _total(scored: Sequence[tuple[Unit, list[float]]]) -> float:
-    examples = [example for unit, _ in scored for example in unit.examples]
-    return scored[0][0].form.total(examples, [score for _, scores in scored for score in scores])
-
-
-def _columns(label: str, value: float, ordered: list[float]) -> dict[str, float]:
-    low, high = ordered[round(0.025 * RESAMPLES)], ordered[round(0.975 * RESAMPLES) - 1]
-    return {label: value, f"{label} low": low, f"{label} high": high}
 
 
 def merged(columns: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -289,25 +217,11 @@ def oracle_gate(model: Any, processor: Any, questions: int, report: Report) -> l
             scored[label] = all_answers(model, processor, groups, choose, report=report)
     columns = {label: by_format(answers, label) for label, answers in scored.items()}
     gaps = [("oracle 64", "random 64"), ("all tokens", "oracle 64"), ("oracle 16", "random 16")]
-    rows = [{"difference": f"{a} - {b}"} | _columns("points", *_gap(scored[a], scored[b])) for a, b in gaps]
+    rows = [{"difference": f"{a} - {b}"} | interval("points", *gap(scored[a], scored[b])) for a, b in gaps]
     return [
         Table("Patches of the asked objects against random ones", merged(columns)),
         Table("Differences of the means over the formats, by question", rows),
     ]
-
-
-def _gap(first: list[tuple[Unit, list[float]]], second: list[tuple[Unit, list[float]]]) -> tuple[float, list[float]]:
-    """Difference of two means over the formats for the same units, and its ordered bootstrap draws (paired)."""
-    forms: dict[str, list[int]] = {}
-    for place, (unit, _) in enumerate(first):
-        forms.setdefault(unit.form.title, []).append(place)
-    rng = random.Random(0)
-
-    def mean(places: list[list[int]]) -> float:
-        return statistics.fmean(_total([first[i] for i in p]) - _total([second[i] for i in p]) for p in places)
-
-    draws = [mean([rng.choices(places, k=len(places)) for places in forms.values()]) for _ in range(RESAMPLES)]
-    return mean(list(forms.values())), sorted(draws)
 
 
 if __name__ == "__main__":

@@ -10,29 +10,35 @@ from typing import Any
 
 from ivtp.errors import ConfigError
 from ivtp.micro import world
+from ivtp.micro.world.photo import Photo, take_photo
 
 _RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question about a test scene."""
+    """A question about a test photo."""
 
-    scene: world.Scene
+    photo: Photo
     question: world.Question
+
+    @property
+    def asked(self) -> set[int]:
+        """Patches of the objects that the question is about."""
+        return set(world.patches_of(self.photo.scene, self.question.objects))
 
 
 def sample_items(count: int, *, split: str = "test", seed: int = 0, kinds: tuple[str, ...] = world.KINDS) -> list[Item]:
-    """``count`` questions, the kinds in turn, each about another scene of the split."""
+    """``count`` questions, the kinds in turn, each about another photo of the split."""
     items: list[Item] = []
     index = 0
     while len(items) < count:
         kind = kinds[len(items) % len(kinds)]
-        scene = world.sample_scene(world.split_seed(split, seed * 1_000_000 + index))
-        question = world.ask(scene, random.Random(f"{seed}/{index}"), kind)
+        photo = take_photo(split, seed * 1_000_000 + index)
+        question = world.ask(photo.scene, random.Random(f"{seed}/{index}"), kind)
         index += 1
         if question is not None:
-            items.append(Item(scene, question))
+            items.append(Item(photo, question))
     return items
 
 
