@@ -153,8 +153,8 @@ class Pruner:
         self.last: Prefill | None = None
         self._running: Prefill | None = None
         self._trace: PruneTrace | None = None
-        self._layer_masks: dict[int, Any] = {}
         self._changes = Changes()
+        self._step_changes = Changes()
         self._lock = threading.RLock()
 
     @property
@@ -185,6 +185,7 @@ class Pruner:
 
     def detach(self) -> None:
         """Take everything out again; does nothing when it is out already."""
+        self._step_changes.undo()
         self._changes.undo()
 
     def install(self) -> None:
@@ -203,7 +204,7 @@ class Pruner:
             try:
                 yield
             except BaseException:
-                self._running = None
+                self._end_prefill()
                 raise
 
     # ---- hooks ------------------------------------------------------------------------------------------------
@@ -220,6 +221,10 @@ class Pruner:
         enter = functools.partial(self._enter, names)
         changes.add(host.multimodal.register_forward_pre_hook(enter, with_kwargs=True).remove)
         changes.add(host.multimodal.register_forward_hook(self._leave, always_call=True).remove)
+
+    def _install_prefill(self) -> None:
+        """What only a prefill needs; decoding then runs the stock layers."""
+        host, plan, changes = self.host, self.method.plan, self._step_changes
         feature_layer = host.vision_layers[host.size.vision_layers - 1]
         changes.add(feature_layer.register_forward_hook(self._feature_layer_done).remove)
         for cut in plan.cuts:
@@ -229,19 +234,22 @@ class Pruner:
         for where, tap in sorted({(cut.where, tap) for cut in plan.cuts for tap in cut.taps}):
             probe = AttentionProbe(host.attention_of(where, tap), functools.partial(self._see, where, tap))
             changes.add(probe.remove)
-        for number, text_layer in enumerate(host.text_layers):
-            hook = functools.partial(self._layer_inputs, number)
-            changes.add(text_layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for text_layer in host.text_layers:
+            changes.add(text_layer.register_forward_pre_hook(self._layer_inputs, with_kwargs=True).remove)
 
     def _enter(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._running, self._layer_masks = None, {}
+        self._end_prefill()
         if inputs.get("pixel_values") is None:
             if inputs.get("mm_encoder_outputs"):
                 raise InputError("images that are encoded already cannot be pruned; pass pixel_values")
             if is_prefill(inputs):
                 self.last = self._trace = None
-            inputs, self._layer_masks = continue_inputs(self.host, inputs)
+            inputs, masks = continue_inputs(self.host, inputs)
+            for number, mask in masks.items():
+                hook = functools.partial(_with_mask, mask)
+                layer = self.host.text_layers[number]
+                self._step_changes.add(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             return (), inputs
         self.host.check_call(inputs)
         _check_training(self.host)
@@ -249,10 +257,12 @@ class Pruner:
             inputs, self.host, labels=self.labels, prompt_length=self.prompt_length, repeats=self.repeats
         )
         self._running = Prefill(self.host, self.method, self.guide_maker, prompts)
+        self._install_prefill()
         return (), self._running.start(inputs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        prefill, self._running = self._running, None
+        prefill = self._running
+        self._end_prefill()
         if prefill is None or output is None:
             return
         parts = output if isinstance(output, tuple) else (output.past_key_values,)
@@ -265,13 +275,19 @@ class Pruner:
         if self._running is not None and self._running.runs("vision"):
             self._running.feature_layer_done(output[0] if isinstance(output, tuple) else output)
 
-    def _layer_inputs(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _layer_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._running is not None and self._running.runs("llm"):
             return args, self._running.layer_inputs(args[0], kwargs)
-        if number in self._layer_masks:
-            return args, {**kwargs, "attention_mask": self._layer_masks[number]}
         return None
+
+    def _end_prefill(self) -> None:
+        self._running = None
+        self._step_changes.undo()
 
     def _see(self, where: str, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         if self._running is not None and self._running.runs(where):
             self._running.see(where, layer, query, key, value, scale)
+
+
+def _with_mask(mask: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args, {**kwargs, "attention_mask": mask}

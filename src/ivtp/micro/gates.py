@@ -29,10 +29,10 @@ from ivtp.generate import ask, load
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.formats.base import Example
-from ivtp.micro.scoring import Table, write_json
+from ivtp.micro.scoring import Table, bootstrap, wilson, write_json
 from ivtp.micro.units import Unit, by_format, collect, gap, interval
 from ivtp.micro.vision_data import keyword_table, make_batch
-from ivtp.micro.vision_eval import clip_scores
+from ivtp.micro.vision_eval import retrieved, roc_auc, word_scores
 from ivtp.micro.vision_model import encode_windows
 from ivtp.micro.world.photo import take_photo
 from ivtp.sizes import MICRO
@@ -106,9 +106,14 @@ def cls_coverage(model: Any, processor: Any, photos: int, report: Report) -> Tab
         found.append(sum(patch in on for patch in kept) / len(kept))
         chance.append(len(on) / world.GRID**2)
         report()
-    rows = [{"patches": "top 64 by CLS attention", "on objects": statistics.fmean(found)}]
-    rows.append({"patches": "all (chance)", "on objects": statistics.fmean(chance)})
-    return Table(f"CLS attention on {photos} test photos", rows)
+    both = (("top 64 by CLS attention", found), ("all (chance)", chance))
+    rows = [{"patches": name} | bootstrap("on objects", shares, statistics.fmean) for name, shares in both]
+    more = bootstrap("on objects", list(zip(found, chance, strict=True)), _mean_difference)
+    return Table(f"CLS attention on {photos} test photos", [*rows, {"patches": "difference"} | more])
+
+
+def _mean_difference(pairs: list[tuple[float, float]]) -> float:
+    return statistics.fmean(a - b for a, b in pairs)
 
 
 def clip_gate(folder: Path, photos: int) -> Table:
@@ -123,24 +128,36 @@ def clip_gate(folder: Path, photos: int) -> Table:
         with torch.inference_mode():
             images.append(encode_windows(clip, batch.patches, batch.positions)[1])
         present.append(batch.present)
-    scores = clip_scores(clip, tokenizer, table, torch.cat(images), torch.cat(present), taken)
-    row = {"photos": photos, "retrieval": scores["retrieval"], "word ROC AUC": scores["word_auc"]}
-    row |= {"present words above 0.2": scores["word_recall"], "absent words above 0.2": scores["word_false_rate"]}
-    return Table("CLIP", [row])
+    image, true = torch.cat(images), torch.cat(present)
+    with torch.inference_mode():
+        hits = retrieved(clip, tokenizer, image, taken)
+        scores = word_scores(clip, tokenizer, table, image, true, taken)
+    low, high = wilson(sum(hits), photos)
+    row = {"photos": photos, "retrieval": sum(hits) / photos, "retrieval low": low, "retrieval high": high}
+    return Table("CLIP", [row | bootstrap("word ROC AUC", scores, _auc)])
+
+
+def _auc(scores: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    return roc_auc(*(torch.cat(part) for part in zip(*scores, strict=True)))
 
 
 def speed(name: str) -> Table:
-    """Seconds to load, and the median milliseconds of 9 answers with all tokens."""
-    began = time.perf_counter()
-    model, processor = load(name)
-    loading = time.perf_counter() - began
-    seconds = []
-    for index in range(10):
+    """Seconds to load, and milliseconds of an answer with all tokens: medians of 3 and of 20, and their ranges."""
+    loading, answering = [], []
+    for _ in range(3):
+        began = time.perf_counter()
+        model, processor = load(name)
+        loading.append(time.perf_counter() - began)
+    for index in range(21):
         picture = take_photo("test", index).picture()
         began = time.perf_counter()
         ask(model, processor, picture, "Is there a dog in the image?", method="none")
-        seconds.append(time.perf_counter() - began)
-    return Table("Speed", [{"loading, s": loading, "answer, ms": 1000 * statistics.median(seconds[1:])}])
+        answering.append(1000 * (time.perf_counter() - began))
+    row: dict[str, Any] = {}
+    for label, values, digits in (("loading, s", loading, 2), ("answer, ms", answering[1:], 0)):
+        row[label] = statistics.median(values)
+        row[f"{label.split(',')[0]} from - to"] = f"{min(values):.{digits}f} - {max(values):.{digits}f}"
+    return Table("Speed", [row])
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,14 @@ def mean_interval(groups: list[list[bool]], *, seed: int = 0) -> tuple[float, fl
 
     draws = sorted(mean([rng.choices(group, k=len(group)) for group in groups]) for _ in range(_RESAMPLES))
     return mean(groups), draws[round(0.025 * _RESAMPLES)], draws[round(0.975 * _RESAMPLES) - 1]
+
+
+def bootstrap(label: str, samples: Sequence[Any], statistic: Callable[[list[Any]], float]) -> dict[str, float]:
+    """Columns of a statistic of the samples and its 95% bootstrap interval."""
+    rng = random.Random(0)
+    draws = sorted(statistic(rng.choices(samples, k=len(samples))) for _ in range(_RESAMPLES))
+    low, high = draws[round(0.025 * _RESAMPLES)], draws[round(0.975 * _RESAMPLES) - 1]
+    return {label: statistic(list(samples)), f"{label} low": low, f"{label} high": high}
 
 
 def accuracy_row(items: list[Item], answers: list[str], kind: str, label: str) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def clip_scores(
     photos: list[Photo],
 ) -> dict[str, float]:
     """Retrieval and word relevance from unit image embeddings (n, 128) and the keywords that are true (n, K)."""
-    return _retrieval(clip, tokenizer, image, photos) | _words(clip, tokenizer, table, image, present, photos)
+    hits = retrieved(clip, tokenizer, image, photos)
+    return {"retrieval": sum(hits) / len(hits)} | _words(clip, tokenizer, table, image, present, photos)
 
 
 def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,14 +75,42 @@ def _encode(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, texts: list[str
     return encoded["input_ids"], tokens, whole
 
 
-def _retrieval(
-    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, image: Tensor, photos: list[Photo]
-) -> dict[str, float]:
-    """Share of images whose own canonical caption scores highest among all."""
+def retrieved(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, image: Tensor, photos: list[Photo]) -> list[bool]:
+    """For each photo whether its own canonical caption scores highest among all."""
     captions = [canonical_caption(photo.scene) for photo in photos]
     _, _, texts = _encode(clip, tokenizer, captions)
     target = torch.arange(len(photos), device=image.device)
-    return {"retrieval": ((image @ texts.T).argmax(1) == target).float().mean().item()}
+    hits: list[bool] = ((image @ texts.T).argmax(1) == target).tolist()
+    return hits
+
+
+def word_scores(
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Tensor,
+    image: Tensor,
+    present: Tensor,
+    photos: list[Photo],
+) -> list[tuple[Tensor, Tensor]]:
+    """For each photo the relevances of object names that it shows, and of others, in its questions and the next's."""
+    found = []
+    for index in range(len(photos)):
+        texts = []
+        for photo in (photos[index], photos[(index + 1) % len(photos)]):
+            texts += [question.text for question in questions(photo.scene, seed=0, count=6)]
+        ids, tokens, _ = _encode(clip, tokenizer, texts)
+        keywords = table.to(ids.device)[ids]
+        named = (keywords >= 0) & (keywords < len(NAMES))
+        scores = tokens[named] @ image[index]
+        truth = present[index][keywords[named]]
+        found.append((scores[truth], scores[~truth]))
+    return found
+
+
+def roc_auc(high: Tensor, low: Tensor) -> float:
+    """The chance that one of ``high`` is above one of ``low``; equals count half."""
+    above = (high[:, None] > low[None]).float().mean() + 0.5 * (high[:, None] == low[None]).float().mean()
+    return above.item()
 
 
 def _words(
@@ -92,23 +121,10 @@ def _words(
     present: Tensor,
     photos: list[Photo],
 ) -> dict[str, float]:
-    """Relevance of object names in the scene's own questions and in those of the next scene."""
-    absent_scores, present_scores = [], []
-    for index in range(len(photos)):
-        texts = []
-        for photo in (photos[index], photos[(index + 1) % len(photos)]):
-            texts += [question.text for question in questions(photo.scene, seed=0, count=6)]
-        ids, tokens, _ = _encode(clip, tokenizer, texts)
-        keywords = table.to(ids.device)[ids]
-        named = (keywords >= 0) & (keywords < len(NAMES))
-        scores = tokens[named] @ image[index]
-        truth = present[index][keywords[named]]
-        present_scores.append(scores[truth])
-        absent_scores.append(scores[~truth])
-    high, low = torch.cat(present_scores), torch.cat(absent_scores)
-    above = (high[:, None] > low[None]).float().mean() + 0.5 * (high[:, None] == low[None]).float().mean()
+    found = word_scores(clip, tokenizer, table, image, present, photos)
+    high, low = (torch.cat(scores) for scores in zip(*found, strict=True))
     return {
-        "word_auc": above.item(),
+        "word_auc": roc_auc(high, low),
         "word_recall": (high > WORD_THRESHOLD).float().mean().item(),
         "word_false_rate": (low > WORD_THRESHOLD).float().mean().item(),
     }
