@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.core import relevance as rel
+from ivtp.core.select import on_device
 from ivtp.hosts.base import Host
 from ivtp.instruction import ClipText, InstructionReader
 from ivtp.prompt import TextTokens
@@ -72,7 +73,7 @@ class GuideMaker:
         with torch.autocast(tokens.device.type, enabled=False):
             by_token = rel.relevance(tokens, self.clip.image(pooled)).to(embeddings.device)
         weights = self._weigh(rel.spread(by_token, clip_words, own_words, len(instruction.columns)))
-        token, empty = rel.pseudo_cls(embeddings[instruction.columns], weights, visual)
+        token, empty = rel.pseudo_cls(embeddings[on_device(instruction.columns, embeddings.device)], weights, visual)
         scores = rel.spread(by_token, clip_words, [(i, i) for i in range(len(words))], len(words)).nan_to_num()
         joined = _joined(own_words, weights, len(words))
         return Guide(token, empty, tuple(instruction.text[a:b] for a, b in words), scores, joined, len(spans))
@@ -103,7 +104,7 @@ class GuideMaker:
         else:
             columns = self.reader.read(text.ids, text.columns).columns
         weights = torch.ones(len(columns), device=visual.device)
-        return Guide(*rel.pseudo_cls(embeddings[columns], weights, visual))
+        return Guide(*rel.pseudo_cls(embeddings[on_device(columns, embeddings.device)], weights, visual))
 
     def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
         """CLIP's sentence embedding on the path that a visual CLS takes, at a visual CLS's length."""
@@ -116,5 +117,5 @@ class GuideMaker:
 
 def _joined(own_words: list[tuple[int, int]], weights: Tensor, words: int) -> Tensor:
     """(words,) bool: whether a token of the word is in the pseudo CLS token."""
-    word, token = (torch.tensor([p[i] for p in own_words], dtype=torch.long, device=weights.device) for i in (0, 1))
+    word, token = (on_device([p[i] for p in own_words], weights.device) for i in (0, 1))
     return torch.zeros(words, device=weights.device).index_add(0, word, weights[token]) > 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.relevance import Span
+from ivtp.core.select import on_device
 from ivtp.errors import ConfigError, LoadError, short_reason
 
 _SENTINEL = "instruction-goes-here"
@@ -146,7 +147,7 @@ class ClipText:
         width = max(map(len, windows)) + 2
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         device = self.text_projection.weight.device
-        rows = torch.tensor([[bos, *w, eos] + [eos] * (width - 2 - len(w)) for w in windows], device=device)
+        rows = on_device([[bos, *w, eos] + [eos] * (width - 2 - len(w)) for w in windows], device)
         # what follows the EOS is never seen by a token before it: the tower is causal
         output = self.text_model(input_ids=rows)
         projected = self.text_projection(output.last_hidden_state)  # (windows, width, P)

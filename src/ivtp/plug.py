@@ -256,7 +256,7 @@ class Pruner:
         prompts = read_prompts(
             inputs, self.host, labels=self.labels, prompt_length=self.prompt_length, repeats=self.repeats
         )
-        self._running = Prefill(self.host, self.method, self.guide_maker, prompts)
+        self._running = Prefill(self.host, self.method, self.guide_maker, prompts, inputs["input_ids"].device)
         self._install_prefill()
         return (), self._running.start(inputs)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, enter_decoder, prune_cache
 from ivtp.guide import Guide, GuideMaker
 from ivtp.hosts.base import Host
@@ -47,15 +48,19 @@ class Prefill:
     """`start` runs encoder and guide and makes the decoder's inputs; hooks call `see`, `cut` and `layer_inputs` while
     the layers run; `finish` shortens the cache. Afterwards it is the record that `PruneTrace` is built from."""
 
-    def __init__(self, host: Host, method: Method, guide_maker: GuideMaker, prompts: PromptBatch) -> None:
+    def __init__(
+        self, host: Host, method: Method, guide_maker: GuideMaker, prompts: PromptBatch, device: torch.device
+    ) -> None:
+        """`prompts` are on the host, the model on `device`."""
         self.host = host
         self.method = method
         self.guide_maker = guide_maker
-        self.prompts = prompts
+        self.prompts = prompts.to(device)
+        self._on_host = prompts
         self.guides: list[Guide] = []
         self.clip_tokens: list[int] = []
         """Tokens that CLIP read of each row."""
-        self.watch = Stopwatch(prompts.ids.device)
+        self.watch = Stopwatch(device)
         self._features: Tensor | None = None
         self._encoder = EncoderStage(host, method)
         self._decoder: DecoderStage | None = None
@@ -72,7 +77,7 @@ class Prefill:
         self._running = "vision"
         relevance = self._relevance if self.method.reads_clip else None
         encoded = self._encoder.run(inputs["pixel_values"], relevance)
-        encoded = encoded[torch.tensor(self.prompts.image_of_slot, device=encoded.patches.device)]
+        encoded = encoded[on_device(self.prompts.image_of_slot, encoded.patches.device)]
         sequence, embeddings = self._embed(encoded)
         if self.method.plan.guide_layers:
             guides = self._make_guides(encoded)  # (B, 1, D)
@@ -165,14 +170,14 @@ class Prefill:
         self._features = features.flatten(0, 1)
         if compact:
             gone = slots.num_patches - patches.shape[1]
-            self._shift = torch.tensor(slots.images, device=index.device).unsqueeze(1) * gone
+            self._shift = on_device(slots.images, index.device).unsqueeze(1) * gone
         return sequence, embeddings.masked_scatter(sequence.visual.unsqueeze(-1), features)
 
     @torch.no_grad()
     def _relevance(self, last: Tensor) -> Tensor:
         """Cosine (I, N) of every patch with its prompt's instruction, from the encoder's last output (I, 1 + N, D)."""
         sentences: list[Tensor] = []
-        for row, text in enumerate(self.prompts.texts()):
+        for row, text in enumerate(self._on_host.texts()):
             if row % self.prompts.repeats == 0:
                 sentence, count = self.guide_maker.sentence(text)
                 sentences += [sentence] * self.prompts.images[row]
@@ -185,7 +190,7 @@ class Prefill:
         """The pseudo CLS token of each row: (B, 1, D)."""
         embeddings = self.host.embedding(self.prompts.ids)  # (B, T, D)
         first = 0
-        for row, text in enumerate(self.prompts.texts()):
+        for row, text in enumerate(self._on_host.texts()):
             own = slice(first, first + self.prompts.images[row])
             if row % self.prompts.repeats:
                 self.guides.append(self.guides[-1])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
@@ -25,7 +26,11 @@ class TextTokens:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """What one prefill is asked to read: B rows of T columns, N slots for each image."""
+    """What one prefill is asked to read: B rows of T columns, N slots for each image.
+
+    It is made on the host, from one copy of the ids before anything runs, and then sent to the device: nothing waits
+    for the device afterwards.
+    """
 
     ids: Tensor  # (B, T)
     tokens: TokenSequence
@@ -49,8 +54,18 @@ class PromptBatch:
         """T."""
         return self.ids.shape[1]
 
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same, from the host to `device`."""
+        return replace(
+            self,
+            ids=on_device(self.ids, device),
+            tokens=self.tokens.to(device),
+            slots=replace(self.slots, mask=on_device(self.slots.mask, device)),
+            answer=None if self.answer is None else on_device(self.answer, device),
+        )
+
     def texts(self) -> list[TextTokens]:
-        """The text of every row, on the host."""
+        """The text of every row; of a batch on the host."""
         ids, slots, valid = self.ids.tolist(), self.slots.mask.tolist(), self.tokens.valid.tolist()
         answer = None if self.answer is None else self.answer.tolist()
         texts = []
@@ -79,7 +94,7 @@ class PromptBatch:
 def read_prompts(
     inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
 ) -> PromptBatch:
-    """Check the model's inputs and find the image slots. Raises `InputError`; nothing has run by then.
+    """Check the model's inputs and find the image slots, on the host. Raises `InputError`; nothing has run by then.
 
     `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
     """
@@ -91,8 +106,13 @@ def read_prompts(
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    slots = _find_slots(ids, host, inputs["pixel_values"].shape[0], repeats)
-    tokens = _describe(ids, mask, inputs.get("position_ids"))
+    images = inputs["pixel_values"].shape[0]
+    ids, mask, position, labels = (
+        None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
+    )
+    assert ids is not None
+    slots = _find_slots(ids, host, images, repeats)
+    tokens = _describe(ids, mask, position)
     if prompt_length is not None and ids.shape[1] > prompt_length:
         answer: Tensor | None = tokens.source >= prompt_length
     else:
@@ -141,7 +161,7 @@ def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:
 
 def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None) -> TokenSequence:
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool().to(ids.device)
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     rows: list[list[bool]] = valid.tolist()
     slack = tuple(row.index(True) if True in row else len(row) for row in rows)
     holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
@@ -153,6 +173,6 @@ def _labelled(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None
     """From the first label on. A row whose whole text is labelled tells no question from an answer: nothing."""
     if labels is None or labels.shape != ids.shape:
         return None
-    labelled = (labels.to(ids.device) != -100) & text
+    labelled = (labels != -100) & text
     everything = (labelled == text).all(dim=1, keepdim=True)
     return (labelled.cumsum(dim=1) > 0) & ~everything

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivtp.core.merge import follow, sizes
 from ivtp.core.rollout import AttentionTap
-from ivtp.core.select import keep_highest, right_aligned, take
+from ivtp.core.select import keep_highest, on_device, right_aligned, take
 from ivtp.core.sequence import Seen, TokenSequence, join_images, offset_images
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Merged, Method, Window
@@ -250,7 +250,7 @@ class DecoderStage(Stage):
         merged = self._merge(window)
         if merged is None:
             scores = self._score(window)
-            budget = torch.tensor([n * cut.keep for n in self.prompts.images], device=hidden.device)
+            budget = on_device([n * cut.keep for n in self.prompts.images], hidden.device)
             gone = sequence.visual & ~keep_highest(scores, sequence.visual, budget)
         else:
             hidden, scores = merged.hidden, torch.zeros_like(sequence.patch, dtype=torch.float32)

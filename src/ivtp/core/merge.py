@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.select import others, take
+from ivtp.core.select import on_device, others, take
 
 
 def nearest_grid(tokens: int, rows: int, columns: int) -> tuple[int, int]:
@@ -43,8 +43,8 @@ def pool_grid(patches: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> 
         for row in range(rows)
         for column in range(columns)
     ]
-    representatives = torch.tensor(centres, device=patches.device)
-    covering = representatives[torch.tensor(cover, device=patches.device)]
+    representatives = on_device(centres, patches.device)
+    covering = representatives[on_device(cover, patches.device)]
     return pooled, representatives, covering.index_copy(0, representatives, representatives)
 
 

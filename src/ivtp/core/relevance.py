@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.select import on_device
+
 Span = tuple[int, int]
 
 
@@ -77,7 +79,7 @@ def spread(
         own.setdefault(token, set()).update(by_word.get(word, ()))
     pairs = [(token, clip) for token, clips in own.items() for clip in sorted(clips)]
     device = token_relevance.device
-    target, source = (torch.tensor([p[i] for p in pairs], dtype=torch.long, device=device) for i in (0, 1))
+    target, source = (on_device([p[i] for p in pairs], device) for i in (0, 1))
     taken = token_relevance[source]  # (pairs, m)
     total = torch.zeros(tokens, taken.shape[1], device=device).index_add(0, target, taken)
     count = torch.zeros_like(total).index_add(0, target, torch.ones_like(taken))

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """Host numbers, or a host tensor as it is, on `device`: the host does not wait for what the device is doing."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def keep_highest(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:

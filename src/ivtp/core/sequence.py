@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ivtp.core.select import right_aligned, take
+from ivtp.core.select import on_device, right_aligned, take
 from ivtp.errors import InputError
 
 
@@ -31,6 +31,13 @@ class TokenSequence:
     source: Tensor  # (B, T)
     slack: tuple[int, ...]
     holes: bool
+
+    def to(self, device: torch.device) -> TokenSequence:
+        """The same, from the host to `device`."""
+        tensors: dict[str, Any] = {
+            name: on_device(getattr(self, name), device) for name in ("patch", "valid", "position", "source")
+        }
+        return replace(self, **tensors)
 
     @property
     def visual(self) -> Tensor:
@@ -55,9 +62,9 @@ class TokenSequence:
         slack = [have + more for have, more in zip(self.slack, counts, strict=True)]
         left = tuple(s - min(slack) for s in slack)
         columns = torch.arange(self.length, device=gone.device)
-        empty = columns < torch.tensor(self.slack, device=gone.device).unsqueeze(1)
+        empty = columns < on_device(self.slack, gone.device).unsqueeze(1)
         index = right_aligned(~(gone | empty), self.length - min(slack))
-        filled = columns[: index.shape[1]] >= torch.tensor(left, device=gone.device).unsqueeze(1)
+        filled = columns[: index.shape[1]] >= on_device(left, gone.device).unsqueeze(1)
         sequence = TokenSequence(
             patch=self.patch.gather(1, index).masked_fill(~filled, -1),
             valid=self.valid.gather(1, index) & filled,
@@ -129,7 +136,7 @@ def enter_decoder(
 
 def offset_images(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:
     """Patch indices (I, T) of single images, counted on within each sample."""
-    number = torch.tensor([m for count in images for m in range(count)], device=patch.device).unsqueeze(1)
+    number = on_device([m for count in images for m in range(count)], patch.device).unsqueeze(1)
     return torch.where(patch >= 0, patch + number * patches, -1)
 
 

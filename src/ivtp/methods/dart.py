@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.select import keep_highest
+from ivtp.core.select import keep_highest, on_device, take
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, check_layer
 
@@ -56,7 +56,7 @@ class Dart(Method):
         """1 for what stays, 0 for what leaves."""
         assert window.text is not None
         norms = window.taps[-1].key.float().abs().sum(dim=(1, 3))  # (B, T)
-        budget = torch.tensor([n * window.cut.keep for n in window.images], device=norms.device)
+        budget = on_device([n * window.cut.keep for n in window.images], norms.device)
         kept = least_similar(window.hidden, norms, window.visual, window.text > 0, budget, self.options.pivots)
         return kept.float()
 
@@ -72,14 +72,11 @@ def least_similar(hidden: Tensor, norms: Tensor, visual: Tensor, text: Tensor, b
     index, there = torch.cat([own[0], asked[0]], dim=1), torch.cat([own_there, asked[1]], dim=1)
     unit = nn.functional.normalize(hidden.float(), dim=-1)
     left = budget - kept.sum(dim=1)
-    turn, turns = there.cumsum(dim=1) - 1, there.sum(dim=1)
+    similarity = take(unit, index) @ unit.transpose(1, 2)  # (B, pivots, T)
+    turn, turns = there.cumsum(dim=1) - 1, there.sum(dim=1).clamp_min(1)
     for pivot in range(index.shape[1]):
-        part = left // turns.clamp_min(1) + (turn[:, pivot] < left % turns.clamp_min(1))
-        part = part * there[:, pivot]
-        similarity = (unit @ unit[torch.arange(len(unit), device=unit.device), index[:, pivot]].unsqueeze(-1)).squeeze(
-            -1
-        )
-        kept = kept | keep_highest(-similarity, visual & ~kept, part)
+        part = (left // turns + (turn[:, pivot] < left % turns)) * there[:, pivot]
+        kept = kept | keep_highest(-similarity[:, pivot], visual & ~kept, part)
     return kept
 
 

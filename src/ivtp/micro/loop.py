@@ -16,6 +16,7 @@ from torch import distributed, nn
 from ivtp.errors import ConfigError
 from ivtp.micro.optim import Optimisers, trapezoid
 from ivtp.micro.tasks import LONG, TASKS
+from ivtp.micro.world import KINDS
 
 BatchResult = tuple[float, list[float], list[int]]
 """Loss of a batch, and by question kind how many were answered exactly and how many were asked."""
@@ -101,9 +102,15 @@ class KindTracker:
                 keep = self.decay ** min(1.0, n / 8)
                 self.exact[task] = keep * self.exact[task] + (1 - keep) * r / n
 
-    def weights(self, long: float) -> list[float]:
-        """How often to ask each task: those that are not solved yet more often, those with long answers rarely."""
-        return [(0.3 + 1 - e) * (long if t in LONG else 1.0) for t, e in zip(TASKS, self.exact, strict=True)]
+    def weights(self, long: float, formats: float = 1.0) -> list[float]:
+        """How often to ask each task: those that are not solved yet more often, those with long answers rarely.
+
+        ``long`` and ``formats`` are what a task with long answers and one of the benchmark formats weigh.
+        """
+        return [
+            (0.3 + 1 - exact) * (long if task in LONG else 1.0) * (1.0 if task in KINDS else formats)
+            for task, exact in zip(TASKS, self.exact, strict=True)
+        ]
 
     @property
     def mean(self) -> float:
