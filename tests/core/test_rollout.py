@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ivtp.core import rollout
 from ivtp.core.rollout import (
     AttentionTap,
     attention_row,
+    column_sum_in_blocks,
     importance,
     rollout_row,
     weighted_column_sum,
@@ -73,7 +76,7 @@ def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
 ) -> None:
     tap, weights = layer
     expected = (weights[:, None].double() @ full_map(tap)).squeeze(1)
-    found = weighted_column_sum(tap, weights, block)
+    found = column_sum_in_blocks(tap, weights, block)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found, weighted_column_sum(tap, weights), atol=1e-6, rtol=1e-5)
 
@@ -108,6 +111,15 @@ def test_no_tensor_is_as_large_as_the_maps(
     with LargestTensor() as largest:
         rollout_row([tap, tap], 0, aggregation)
     assert 0 < largest.elements < batch * heads * length * length
+
+
+def test_torch_takes_over_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, device = rollout._fused_column_sum.__wrapped__, torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert choose(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert choose(device) is None
 
 
 def test_the_answer_is_hidden_from_the_last_row_alone() -> None:

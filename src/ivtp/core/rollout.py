@@ -2,12 +2,14 @@
 
 Only the row R[reference] of the rollout is ever needed. With r_e = Â_e[reference] the row of the last layer, the row
 of the whole product follows from vector-matrix steps r_{l-1} = r_l Â_{l-1}, each a weighted column sum of one
-layer's attention that is computed in blocks of query rows. The (T, T) maps of a long sequence are never held.
+layer's attention. On CUDA a fused kernel computes it tile by tile (`rollout_triton.py`), elsewhere torch in blocks of
+query rows; neither holds the (T, T) maps of a long sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +42,7 @@ def attention_row(tap: AttentionTap, reference: int) -> Tensor:
 
     `reference` may be negative.
     """
+    # one product with the keys, O(T) of memory: torch is as good as a kernel of our own on every device
     length = tap.query.shape[2]
     reference %= length
     attention = _attention(tap, _flat_key(tap), reference, reference + 1, _room(tap, rows=1))  # (B, H, 1, seen)
@@ -47,9 +50,15 @@ def attention_row(tap: AttentionTap, reference: int) -> Tensor:
     return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
-@torch.no_grad()
-def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int | None = None) -> Tensor:
+def weighted_column_sum(tap: AttentionTap, weights: Tensor) -> Tensor:
     """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32, without gradient."""
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    return (fused or column_sum_in_blocks)(tap, weights)
+
+
+@torch.no_grad()
+def column_sum_in_blocks(tap: AttentionTap, weights: Tensor, block: int | None = None) -> Tensor:
+    """`weighted_column_sum` in plain torch, `block` query rows at a time."""
     batch, heads, length, _ = tap.query.shape
     block = block or min(max(CELLS // (batch * heads * length), FEWEST_ROWS), MOST_ROWS)
     total = torch.zeros_like(weights)
@@ -96,6 +105,22 @@ def importance(row: Tensor, value: Tensor, visual: Tensor) -> Tensor:
     weighted = row * norms * visual
     total: Tensor = weighted.sum(dim=1, keepdim=True)
     return weighted / total.clamp_min(torch.finfo(weighted.dtype).tiny)
+
+
+@functools.cache
+def _fused_column_sum(device: torch.device) -> Callable[[AttentionTap, Tensor], Tensor] | None:
+    """The Triton version, or None where it cannot run; torch gives the same result."""
+    if torch.cuda.get_device_capability(device) < (8, 0):  # Triton's matrix products need an Ampere or later
+        return None
+    try:
+        import triton
+
+        from ivtp.core.rollout_triton import weighted_column_sum as fused
+
+        triton.runtime.driver.active.get_current_target()  # builds Triton's launcher
+    except Exception:  # no Triton, or no C compiler, whose absence shows as whatever the build ran into
+        return None
+    return fused
 
 
 def _flat_key(tap: AttentionTap) -> Tensor:
