@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
+from attention_maps import full_map, full_rollout, taps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ivtp.core.rollout import AttentionTap, attention_row, importance, rollout_row, weighted_column_sum
+from ivtp.core import rollout
+from ivtp.core.rollout import (
+    AttentionTap,
+    attention_row,
+    column_sum_in_blocks,
+    importance,
+    rollout_row,
+    weighted_column_sum,
+)
 
 AGGREGATIONS = ("residual", "mean", "max", "multiply", "layer")
 
@@ -26,31 +40,6 @@ def make_taps(
         return torch.randn(2, heads, length, 8, generator=generator) * 2
 
     return [AttentionTap(draw(4), draw(4 // groups), draw(4 // groups), 8**-0.5, causal, valid) for _ in range(layers)]
-
-
-def full_map(tap: AttentionTap) -> Tensor:
-    """(B, T, T), float64, every head spelt out."""
-    query, key = tap.query.double(), tap.key.double()
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = query @ key.transpose(2, 3) * tap.scale
-    if tap.causal:
-        logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), float("-inf"))
-    if tap.valid is not None:
-        logits = logits.masked_fill(~tap.valid[:, None, None], float("-inf"))
-    return logits.softmax(-1).nan_to_num().mean(1)
-
-
-def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
-    if aggregation == "layer":
-        return maps[-1]
-    if aggregation in ("mean", "max"):
-        return torch.stack(maps).mean(0) if aggregation == "mean" else torch.stack(maps).amax(0)
-    eye = torch.eye(maps[0].shape[-1], dtype=torch.float64) if aggregation == "residual" else 0.0
-    share = 2 if aggregation == "residual" else 1
-    product = (maps[0] + eye) / share
-    for attention in maps[1:]:
-        product = (attention + eye) / share @ product
-    return product
 
 
 @settings(max_examples=25)
@@ -81,11 +70,56 @@ def test_rows_still_sum_to_one(aggregation: str) -> None:
     torch.testing.assert_close(row.sum(1), torch.ones(2))
 
 
-@given(block=st.integers(1, 50))
-def test_the_block_size_changes_nothing(block: int) -> None:
-    (tap,) = make_taps(5, 1, 33, causal=True)
-    weights = torch.rand(2, 33, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(weighted_column_sum(tap, weights, block), weighted_column_sum(tap, weights))
+@given(taps(longest=40), st.integers(1, 50))
+def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
+    layer: tuple[AttentionTap, Tensor], block: int
+) -> None:
+    tap, weights = layer
+    expected = (weights[:, None].double() @ full_map(tap)).squeeze(1)
+    found = column_sum_in_blocks(tap, weights, block)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, weighted_column_sum(tap, weights), atol=1e-6, rtol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements = max(self.elements, leaf.numel())
+        return result
+
+
+@settings(max_examples=10)
+@given(
+    batch=st.integers(1, 2),
+    groups=st.integers(1, 2),
+    key_heads=st.integers(1, 2),
+    causal=st.booleans(),
+    aggregation=st.sampled_from(AGGREGATIONS),
+)
+def test_no_tensor_is_as_large_as_the_maps(
+    batch: int, groups: int, key_heads: int, causal: bool, aggregation: str
+) -> None:
+    length, heads = 512, groups * key_heads
+    key = torch.randn(batch, length, key_heads, 8).transpose(1, 2)
+    tap = AttentionTap(torch.randn(batch, length, heads, 8).transpose(1, 2), key, key, 8**-0.5, causal)
+    with LargestTensor() as largest:
+        rollout_row([tap, tap], 0, aggregation)
+    assert 0 < largest.elements < batch * heads * length * length
+
+
+def test_torch_takes_over_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose, device = rollout._fused_column_sum.__wrapped__, torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert choose(device) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert choose(device) is None
 
 
 def test_the_answer_is_hidden_from_the_last_row_alone() -> None:

@@ -2,19 +2,23 @@
 
 Only the row R[reference] of the rollout is ever needed. With r_e = Â_e[reference] the row of the last layer, the row
 of the whole product follows from vector-matrix steps r_{l-1} = r_l Â_{l-1}, each a weighted column sum of one
-layer's attention that is computed in blocks of query rows. No (T, T) map of all heads is ever held.
+layer's attention. On CUDA a fused kernel computes it tile by tile (`rollout_triton.py`), elsewhere torch in blocks of
+query rows; neither holds the (T, T) maps of a long sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-BLOCK = 128
-"""Query rows whose attention is held at a time: extra memory is B * H * BLOCK * T floats."""
+FEWEST_ROWS, MOST_ROWS = 64, 256
+"""Query rows whose attention torch holds at a time: extra memory is B * H * rows * T floats."""
+CELLS = 2**22
+"""Floats that these rows should not exceed: more than a processor's cache (16 MiB) is slower, not faster."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,19 @@ class AttentionTap:
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
 
 
+@torch.no_grad()
 def attention_row(tap: AttentionTap, reference: int | Tensor) -> Tensor:
-    """Head-averaged attention of one query row (Eq. 2): (B, T), float32.
+    """Head-averaged attention of one query row (Eq. 2): (B, T), float32, without gradient.
 
     `reference` may be negative, or name another row for each sample (B,).
     """
+    # one product with the keys, O(T) of memory: torch is as good as a kernel of our own on every device
     length = tap.query.shape[2]
     if isinstance(reference, Tensor):
         return _row_of_each(tap, reference)
     reference %= length
-    row = _attention(tap, tap.key.float(), reference, reference + 1).mean(dim=(1, 2))  # (B, H, 1, seen) -> (B, seen)
+    attention = _attention(tap, _flat_key(tap), reference, reference + 1, _room(tap, rows=1))  # (B, H, 1, seen)
+    row = attention.mean(dim=(1, 2))
     return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
@@ -56,16 +63,26 @@ def full_width_row(tap: AttentionTap, reference: int) -> Tensor:
     return row
 
 
-def weighted_column_sum(tap: AttentionTap, weights: Tensor, block: int = BLOCK, first: int = 0) -> Tensor:
-    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32.
+def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
+    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32, without gradient.
 
-    Rows before `first`, whose weights are zero, are left out.
+    Rows before `first` have the weight 0 and may be left out.
     """
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    return fused(tap, weights) if fused else column_sum_in_blocks(tap, weights, first=first)
+
+
+@torch.no_grad()
+def column_sum_in_blocks(tap: AttentionTap, weights: Tensor, block: int | None = None, first: int = 0) -> Tensor:
+    """`weighted_column_sum` in plain torch, `block` query rows at a time."""
+    batch, heads, length, _ = tap.query.shape
+    block = block or min(max(CELLS // (batch * heads * length), FEWEST_ROWS), MOST_ROWS)
     total = torch.zeros_like(weights)
-    key = tap.key.float()
-    for start in range(first, tap.query.shape[2], block):
-        stop = min(start + block, tap.query.shape[2])
-        attention = _attention(tap, key, start, stop)  # (B, H, block, seen)
+    key = _flat_key(tap)
+    room = _room(tap, min(block, length))
+    for start in range(first, length, block):
+        stop = min(start + block, length)
+        attention = _attention(tap, key, start, stop, room)  # (B, H, block, seen)
         row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, seen)
         total[:, : row.shape[3]] += row.squeeze(2).mean(dim=1)
     return total
@@ -120,35 +137,57 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     return logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
 
 
-def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int) -> Tensor:
-    """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32.
+@functools.cache
+def _fused_column_sum(device: torch.device) -> Callable[[AttentionTap, Tensor], Tensor] | None:
+    """The Triton version, or None where it cannot run; torch gives the same result."""
+    if torch.cuda.get_device_capability(device) < (8, 0):  # Triton's matrix products need an Ampere or later
+        return None
+    try:
+        import triton
 
-    `key` is the tap's in float32. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
+        from ivtp.core.rollout_triton import weighted_column_sum as fused
+
+        triton.runtime.driver.active.get_current_target()  # builds Triton's launcher
+    except Exception:  # no Triton, or no C compiler, whose absence shows as whatever the build ran into
+        return None
+    return fused
+
+
+def _flat_key(tap: AttentionTap) -> Tensor:
+    """(B * H_kv, T, d), float32."""
+    return tap.key.float().flatten(0, 1)
+
+
+def _room(tap: AttentionTap, rows: int) -> Tensor:
+    """Memory for the attention of some query rows: allocated once, since fresh pages cost more than the softmax."""
+    batch, heads, length, _ = tap.query.shape
+    return torch.empty(batch * heads * rows * length, dtype=torch.float32, device=tap.query.device)
+
+
+def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tensor) -> Tensor:
+    """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32, in `room`.
+
+    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
     """
     batch, heads, length, width = tap.query.shape
     seen = stop if tap.causal else length
-    key = key[:, :, :seen]
-    query = tap.query[:, :, start:stop].float().reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H/H_kv * block, d)
-    logits = (query @ key.transpose(2, 3) * tap.scale).view(batch, heads, stop - start, seen)
-    hidden = _hidden_keys(tap, start, stop, seen)
-    if hidden is not None:
-        # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
-        logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
-    return logits.softmax(dim=-1)
+    query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
+    logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
+    torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
+    logits = logits.view(batch, heads, stop - start, seen)
+    _hide(tap, logits, start)
+    return torch.softmax(logits, dim=-1, out=logits)
 
 
-def _hidden_keys(tap: AttentionTap, start: int, stop: int, seen: int) -> Tensor | None:
-    """(B or 1, 1, stop - start, seen) bool, True where a query must not see a key; None when all is visible."""
-    hidden: Tensor | None = None
-    if tap.causal:
-        keys = torch.arange(seen, device=tap.query.device)
-        hidden = (keys > keys[start:stop, None])[None, None]  # (1, 1, block, seen)
+def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
+    """Write over the logits (B, H, block, seen) of keys that the query rows from `start` on must not see."""
+    block, seen = logits.shape[2:]
+    # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
+    lowest = torch.finfo(logits.dtype).min
+    if tap.causal:  # earlier keys are seen by all rows of the block
+        later = torch.ones(block, block, dtype=torch.bool, device=logits.device).triu(1)
+        logits[..., start:].masked_fill_(later, lowest)
     if tap.valid is not None:
-        padding = ~tap.valid[:, None, None, :seen]  # (B, 1, 1, seen)
-        hidden = padding if hidden is None else hidden | padding
-    if tap.hidden_from_last is not None and stop == tap.query.shape[2]:
-        last = torch.zeros(stop - start, 1, dtype=torch.bool, device=tap.query.device)
-        last[-1] = True
-        blind = tap.hidden_from_last[:, None, None, :] & last  # (B, 1, block, seen)
-        hidden = blind if hidden is None else hidden | blind
-    return hidden
+        logits.masked_fill_(~tap.valid[:, None, None, :seen], lowest)
+    if tap.hidden_from_last is not None and start + block == tap.query.shape[2]:
+        logits[:, :, -1].masked_fill_(tap.hidden_from_last[:, None], lowest)
