@@ -10,11 +10,13 @@ def density_peaks(tokens: Tensor, clusters: int, neighbours: int) -> tuple[Tenso
     """Cluster centres (B, clusters) of `tokens` (B, N, D) and the cluster (B, N) that each token is in.
 
     A token's density is exp(-mean squared distance) to its `neighbours` nearest (itself among them), distances in
-    units of sqrt(D); its delta the distance to the nearest denser one, or for the densest the largest distance of
-    all. The centres have the highest product of both; a token joins the nearest centre, a centre its own.
+    units of sqrt(D); its delta the distance to the nearest denser one (of equal ones the lower index is the denser),
+    or for the densest the largest distance of all. The centres have the highest product of both; a token joins the
+    nearest centre, a centre its own.
     """
     batch, count, width = tokens.shape
-    distance = torch.cdist(tokens.float(), tokens.float()) / width**0.5  # (B, N, N)
+    exact = "donot_use_mm_for_euclid_dist"  # products lose the small distances of tokens far from the origin
+    distance = torch.cdist(tokens.float(), tokens.float(), compute_mode=exact) / width**0.5  # (B, N, N)
     near = distance.topk(min(neighbours, count), dim=2, largest=False).values
     density = (-near.square().mean(dim=2)).exp()  # (B, N)
     order = torch.arange(count, device=tokens.device)

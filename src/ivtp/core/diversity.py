@@ -36,10 +36,13 @@ def greedy_map(kernel: Tensor, count: int) -> Tensor:
     """Items (B, count) of a determinantal point process, in the order of their choice.
 
     `kernel` (B, N, N), positive semi-definite. Each item is the one that raises the determinant most (Chen et al.,
-    2018, algorithm 1: incremental Cholesky factors). Beyond the kernel's rank the order is that of rounding errors.
+    2018, algorithm 1: incremental Cholesky factors). Beyond the kernel's rank the order is that of rounding errors; no
+    item comes twice.
     """
     rows = torch.arange(kernel.shape[0], device=kernel.device)
-    gain = kernel.diagonal(dim1=1, dim2=2).clone()  # (B, N): squared residual norms
+    size = kernel.diagonal(dim1=1, dim2=2)  # (B, N): squared norms
+    gain = size.clone()  # of what the chosen items do not span
+    noise = 4 * torch.finfo(kernel.dtype).eps * size
     factors = kernel.new_zeros(kernel.shape[0], count, kernel.shape[1])
     chosen: list[Tensor] = []
     for step in range(count):
@@ -47,8 +50,10 @@ def greedy_map(kernel: Tensor, count: int) -> Tensor:
         chosen.append(item)
         before = factors[:, :step]  # (B, step, N)
         known = (before[rows, :, item].unsqueeze(1) @ before).squeeze(1)  # (B, N)
-        size = gain[rows, item].clamp_min(torch.finfo(gain.dtype).tiny).sqrt()
-        factors[:, step] = (kernel[rows, item] - known) / size.unsqueeze(1)
+        left = gain[rows, item]
+        real = left > noise[rows, item]
+        factor = (kernel[rows, item] - known) / torch.where(real, left, 1.0).sqrt().unsqueeze(1)
+        factors[:, step] = factor * real.unsqueeze(1)
         gain = gain - factors[:, step].square()
         gain[rows, torch.stack(chosen)] = float("-inf")
     return torch.stack(chosen, dim=1)
@@ -58,7 +63,7 @@ def coverage(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
     """Points (B, count), in the order of their choice, each with the largest `weight` times its gain in coverage.
 
     `similarity` (B, N, N), `weight` (B, N) non-negative. A set covers a point as well as its most similar member
-    does, an empty set with 0; coverage is the sum over all points.
+    does, but never less than an empty set, with 0; coverage is the sum over all points.
     """
     rows = torch.arange(similarity.shape[0], device=similarity.device)
     covered = torch.zeros_like(weight)  # (B, N)
@@ -74,10 +79,11 @@ def coverage(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def drop_duplicates(features: Tensor, count: int, step: int) -> Tensor:
-    """The `count` of (B, R, D) that are left, in their order, when the most similar ones go, at most `step` a round.
+    """Which `count` of (B, R, D) are left, when the most similar ones go, at most `step` a round.
 
     A round compares the first, third, fifth ... with the second, fourth ...: those of the former whose best cosine
-    with one of the latter is highest go. What stays of the former comes before the latter in the next round.
+    with one of the latter is highest go. What stays of the former, the most similar first, comes before the latter in
+    the next round, and in the result.
     """
     unit = nn.functional.normalize(features.float(), dim=-1)
     left = torch.arange(features.shape[1], device=features.device).expand(features.shape[0], -1)  # (B, R)

@@ -134,6 +134,8 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
         hidden = torch.arange(length, device=row.device) > row[:, None]
     if tap.valid is not None:
         hidden = hidden | ~tap.valid
+    if tap.hidden_from_last is not None:
+        hidden = hidden | (tap.hidden_from_last & (row == length - 1)[:, None])
     return logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
 
 

@@ -30,15 +30,15 @@ def halving(tokens: int, keep: int, steps: int) -> list[int] | None:
 
 
 def quarters(layers: int) -> tuple[int, ...]:
-    """Layers (0-based) that begin the second, third and last quarter."""
+    """Layers (0-based) that begin the second, third and last quarter of at least 4."""
     return tuple(round(layers * quarter / 4) for quarter in (1, 2, 3))
 
 
 def ratio_of_mean(tokens: int, mean: int, spans: list[int]) -> list[int] | None:
     """Counts that fall by one ratio from span to span of layers, so that `mean` is their mean over the layers.
 
-    The first of the `spans` has all `tokens`; returned are the counts of the others, as near to `mean` as whole
-    tokens come. None where a single token in all others is still too many.
+    The first of the `spans` has all `tokens`; returned are the counts of the others, whose mean is not above `mean`.
+    None where a single token in all others is still too many.
     """
     if spans[0] * tokens + sum(spans[1:]) > mean * sum(spans):
         return None

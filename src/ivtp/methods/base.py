@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ivtp.config import Geometry, PruneConfig
 from ivtp.core.rollout import AttentionTap
-from ivtp.core.schedule import linear
+from ivtp.core.schedule import linear, quarters
 from ivtp.errors import ConfigError
 from ivtp.plan import Cut, Plan
 
@@ -174,6 +174,13 @@ def check_layer(name: str, layers: int, size: Geometry) -> int:
     if not isinstance(layers, int) or not 1 <= layers < size.text_layers:
         raise ConfigError(f"{name}={layers!r} is no layer with another one behind it; use 1..{size.text_layers - 1}")
     return layers
+
+
+def quarters_of(layers: int, name: str) -> tuple[int, ...]:
+    """`core.schedule.quarters`. Raises `ConfigError` where there are too few layers."""
+    if layers < 4:
+        raise ConfigError(f"method {name!r} cuts three times and needs at least 4 layers; this model has {layers}")
+    return quarters(layers)
 
 
 def last_vision_layer(size: Geometry) -> int:

@@ -14,7 +14,7 @@ class CdPruner(Method):
 
     The kernel is r_i S_ij r_j: S the cosine of projected tokens, r the negated cosine of a patch (the encoder's last
     layer, post-normalised and projected by CLIP) with CLIP's embedding of the instruction, min-max normalised over
-    the image, plus 1e-6. Raster order.
+    the image, 1e-6 added to its numerator. Raster order.
     """
 
     info = MethodInfo(

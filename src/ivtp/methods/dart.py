@@ -27,10 +27,11 @@ class Options:
 class Dart(Method):
     """Keeps pivots, and for each of them the visual tokens that are least similar to it.
 
-    Behind decoder layer K, the pivots are the visual tokens, and the question's tokens, with the largest L1 norm of
-    their keys. One pivot after the other, visual ones first, takes an equal part of what `keep` leaves: of the free
-    tokens those with the lowest cosine of hidden states. Text pivots only choose. Positions stay. Our reading: where
-    the parts are unequal the earlier pivots take one more, and a question shorter than its pivots has fewer.
+    Behind decoder layer K, the pivots are the visual tokens, and the question's tokens, with the largest norm of their
+    keys (L2 over all heads: rotary positions, and so padding, do not change it). One pivot after the other, visual
+    ones first, takes an equal part of what `keep` leaves: of the free tokens those with the lowest cosine of hidden
+    states. Text pivots only choose. Positions stay. Our reading: where the parts are unequal the earlier pivots take
+    one more, and a question shorter than its pivots has fewer.
     """
 
     info = MethodInfo(
@@ -55,7 +56,7 @@ class Dart(Method):
     def score(self, window: Window) -> Tensor:
         """1 for what stays, 0 for what leaves."""
         assert window.text is not None
-        norms = window.taps[-1].key.float().abs().sum(dim=(1, 3))  # (B, T)
+        norms: Tensor = torch.linalg.vector_norm(window.taps[-1].key.float(), dim=(1, 3))  # (B, T)
         budget = on_device([n * window.cut.keep for n in window.images], norms.device)
         kept = least_similar(window.hidden, norms, window.visual, window.text > 0, budget, self.options.pivots)
         return kept.float()

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ivtp.config import Geometry, PruneConfig
-from ivtp.core.schedule import quarters, uniform_ratio
+from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, quarters_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DynamicVit(Method):
     def make_plan(self) -> Plan:
         """Three cuts behind encoder layers."""
         size = self.geometry
-        layers = [layer - 1 for layer in quarters(size.vision_layers)]
+        layers = [layer - 1 for layer in quarters_of(size.vision_layers, "dynamicvit")]
         counts = uniform_ratio(size.num_patches, self.keep, len(layers))
         before = [size.num_patches, *counts[:-1]]
         return Plan(

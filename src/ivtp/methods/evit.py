@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ivtp.core.rollout import attention_row
-from ivtp.core.schedule import linear, quarters, uniform_ratio
+from ivtp.core.schedule import linear, uniform_ratio
 from ivtp.core.select import highest, others
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window, check_choice
+from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window, check_choice, quarters_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Evit(Method):
         layers: tuple[int, ...] = tuple(range(size.vision_layers))
         counts = linear(size.num_patches, self.keep, size.vision_layers)
         if self.options.places == "three":
-            layers = quarters(size.vision_layers)
+            layers = quarters_of(size.vision_layers, "evit")
             counts = uniform_ratio(size.num_patches, self.keep, len(layers))
         return Plan(tuple(Cut("vision", i, k, taps=(i,)) for i, k in zip(layers, counts, strict=True)))
 

@@ -9,9 +9,9 @@ from typing import Literal
 from torch import Tensor
 
 from ivtp.core.rollout import attention_row
-from ivtp.core.schedule import quarters, ratio_of_mean, uniform_ratio
+from ivtp.core.schedule import ratio_of_mean, uniform_ratio
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, check_choice
+from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, check_choice, quarters_of
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,7 @@ class PyramidDrop(Method):
     def make_plan(self) -> Plan:
         """Three cuts behind layers."""
         size = self.geometry
-        if size.text_layers < 4:
-            raise ConfigError(f"PyramidDrop needs at least 4 decoder layers; this model has {size.text_layers}")
-        layers = [layer - 1 for layer in quarters(size.text_layers)]
+        layers = [layer - 1 for layer in quarters_of(size.text_layers, "pyramiddrop")]
         counts = self.explicit_counts(len(layers)) or self._counts(layers)
         return Plan(
             tuple(

@@ -123,7 +123,11 @@ def raters(entry: Tensor, visual: Tensor, text: Tensor, tail: int) -> Tensor:
 
 
 def recycling(before: int, after: int) -> tuple[int, int]:
-    """How many of the dropped tokens are recycled, and into how many clusters, so that `after` of `before` remain."""
+    """How many of the dropped tokens are recycled, and into how many clusters, so that `after` of `before` remain.
+
+    At least as many are recycled as there are clusters; where `after` is so small that clusters alone fill it, nothing
+    else is kept.
+    """
     if after == before:
         return 0, 0
     for kept in range(after - 1, -1, -1):

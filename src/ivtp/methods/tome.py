@@ -72,7 +72,7 @@ def match(metric: Tensor, removed: int) -> tuple[Tensor, Tensor]:
     ToMe's order (B, T - removed): those of the first half, ascending, then the second half.
     """
     batch, tokens, _ = metric.shape
-    unit = nn.functional.normalize(metric, dim=-1)
+    unit = nn.functional.normalize(metric.float(), dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, ceil(T/2), floor(T/2))
     columns = torch.arange(tokens, device=metric.device).expand(batch, -1)
     if removed == 0:

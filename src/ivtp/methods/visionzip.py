@@ -78,7 +78,7 @@ def merge_contextual(hidden: Tensor, metric: Tensor, rest: Tensor, count: int) -
     if count == 0 or left == count:
         merged = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
         return targets, members[:, :0], merged, members[:, :0]
-    unit = nn.functional.normalize(metric, dim=-1)
+    unit = nn.functional.normalize(metric.float(), dim=-1)
     a, b = (unit.gather(1, i.unsqueeze(-1).expand(-1, -1, unit.shape[2])) for i in (members, targets))
     choice = (a @ b.transpose(1, 2)).argmax(dim=2)  # (B, R - count)
     goes = nn.functional.one_hot(choice, count).to(hidden.dtype)  # (B, R - count, count)
