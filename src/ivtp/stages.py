@@ -233,5 +233,5 @@ class DecoderStage(Stage):
 
     def _tokens_before(self, cut: Cut) -> int:
         cuts = self.method.plan.cuts
-        place = cuts.index(cut)
+        place = next(i for i, other in enumerate(cuts) if other is cut)
         return cuts[place - 1].keep if place else self.host.size.num_patches
