@@ -1,11 +1,12 @@
-# Two commands: `make demo` and `make test`. Both set everything up on a machine that has Python 3.11 and make.
+# `make demo` and `make test`, and for speed `make smoke` and `make speed`. Each sets everything up on a machine that has
+# Python 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint smoke speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
@@ -17,6 +18,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# a few runs of the embedded model: shows that the benchmark works, its numbers are worth nothing
+smoke: $(VENV)/.installed
+	mkdir -p out
+	$(BIN)/ivtp bench --repeats 3 --tokens 2 --text 32 --json out/smoke.json
+
+speed: $(VENV)/.installed
+	$(BIN)/python benchmarks/speed_table.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

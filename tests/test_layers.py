@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
     ),
     ("micro", "evaluation", "training", "visualize", "benchmark"),
-    ("cli", "arguments", "console", "server"),
+    ("cli", "bench_cli", "arguments", "console", "server"),
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 ISOLATED = (2, 4)

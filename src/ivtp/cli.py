@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ivtp.arguments import check_asked, parse_keep, parse_options
+from ivtp.bench_cli import bench
 from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
 from ivtp.errors import ConfigError, ImageError, IvtpError
 
@@ -220,6 +221,9 @@ def demo(
     file = output / "demo.png"
     draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model)).save(file)
     out.print(f"\npicture: {file}", markup=False, soft_wrap=True)
+
+
+app.command()(bench)
 
 
 def _compare(model: Any, processor: Any, photo: Any, question: str, keep: int | str) -> tuple[Table, list[Any]]:

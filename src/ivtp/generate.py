@@ -40,7 +40,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     path = MICRO if str(name) == "micro" else name
-    kind = _check_device(device)
+    kind = check_device(device)
     if dtype == "auto" and kind == "cpu":
         dtype = torch.float32
     try:
@@ -54,7 +54,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     return model.to(device).eval(), processor
 
 
-def _check_device(device: str) -> str:
+def check_device(device: str) -> str:
     """The kind of `device`, which is known to work from here on."""
     try:
         return torch.empty(0, device=device).device.type

@@ -54,6 +54,11 @@ class Plan:
     guide_layers: int = 0
     """Decoder layers, from the first, that carry a pseudo CLS token behind the prompt."""
 
+    def entering(self, cut: Cut, geometry: Geometry) -> int:
+        """Visual tokens of one image that come to a cut of this plan."""
+        place = next(i for i, other in enumerate(self.cuts) if other is cut)
+        return self.cuts[place - 1].keep if place else geometry.num_patches
+
     def tokens_per_layer(self, geometry: Geometry) -> TokensPerLayer:
         """Visual tokens of one image that the attention and the MLP of each layer see."""
         current = geometry.num_patches

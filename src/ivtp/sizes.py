@@ -67,11 +67,9 @@ def sizes(model: Any) -> Sizes:
         return Sizes(model, _openai_text_side(model, 1), recommended(model, {}))
     name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
     folder: Path | None = None
-    if name in _STOCK:
-        config = _stock_config(name)
-    elif isinstance(model, str | Path):
-        folder = local_folder(MICRO if model == "micro" else model)
-        config = _local_config(model, folder)
+    if isinstance(model, str | Path):
+        folder = None if name in _STOCK else _folder_of(model)
+        config = model_config(model)
     else:
         config = getattr(model, "config", model)
         folder = local_folder(getattr(model, "name_or_path", None))
@@ -87,6 +85,15 @@ def sizes(model: Any) -> Sizes:
     beside = sidecar(folder)
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
     return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(geometry, beside))
+
+
+def model_config(model: str | Path) -> Any:
+    """The transformers configuration that a name, a folder, a JSON file or a downloaded hub id stands for.
+
+    Raises `LoadError` where there is none on this machine.
+    """
+    name = str(model).removeprefix("llava-hf/").removesuffix("-hf")
+    return _stock_config(name) if name in _STOCK else _local_config(model, _folder_of(model))
 
 
 def local_folder(name: object) -> Path | None:
@@ -131,6 +138,10 @@ def _stock_config(name: str) -> Any:
         ),
         text_config=LlamaConfig(**decoder, num_hidden_layers=layers, num_attention_heads=layers, vocab_size=32064),
     )
+
+
+def _folder_of(model: str | Path) -> Path | None:
+    return local_folder(MICRO if model == "micro" else model)
 
 
 def _local_config(model: str | Path, folder: Path | None) -> Any:

@@ -160,7 +160,7 @@ class EncoderStage(Stage):
             sources=self._sources,
             relevance=self._relevance,
         )
-        others = hidden.shape[1] - self._visual_tokens(cut)
+        others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
         merged = self._merge(window)
         if merged is None:
             scores = self._score(window)
@@ -185,11 +185,6 @@ class EncoderStage(Stage):
             return None
         assert self._sources is not None
         return sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
-
-    def _visual_tokens(self, cut: Cut) -> int:
-        cuts = [c for c in self.method.plan.cuts if c.where == "vision"]
-        place = cuts.index(cut)
-        return cuts[place - 1].keep if place else self.host.size.num_patches
 
     def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         return AttentionTap(query, key, value, scale, causal=False)
@@ -258,7 +253,7 @@ class DecoderStage(Stage):
         drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
         if drops_guide:
             gone, sequence = gone[:, :-1], sequence.without_guide()
-        removed = self._tokens_before(cut) - cut.keep
+        removed = self.method.plan.entering(cut, self.host.size) - cut.keep
         after, index = sequence.drop(gone, [n * removed for n in self.prompts.images])
         sources = self._sources if merged is not None else None
         self.results.append(CutResult(cut, part.sequence.patch, scores, after.patch, sources))
@@ -367,8 +362,3 @@ class DecoderStage(Stage):
             return (query != last) | ~hidden[batch, key]
 
         return visible
-
-    def _tokens_before(self, cut: Cut) -> int:
-        cuts = self.method.plan.cuts
-        place = cuts.index(cut)
-        return cuts[place - 1].keep if place else self.host.size.num_patches

@@ -17,7 +17,7 @@ from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
 from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min
 from ivtp.core.merge import follow, nearest_grid, pool_grid, sizes, take_up_neighbours
-from ivtp.core.rollout import AttentionTap, attention_row, full_width_row
+from ivtp.core.rollout import AttentionTap, attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
 from ivtp.core.select import highest, iqr_outliers, others, ranks
 from ivtp.hosts.llava import HOST

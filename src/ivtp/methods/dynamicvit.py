@@ -64,7 +64,8 @@ class DynamicVit(Method):
     def score(self, window: Window) -> Tensor:
         """Log-probability of being kept."""
         first = self.geometry.vision_cls
-        predictor = self.predictors[self.plan.cuts.index(window.cut)].to(window.hidden.device)
+        place = next(i for i, cut in enumerate(self.plan.cuts) if cut is window.cut)
+        predictor = self.predictors[place].to(window.hidden.device)
         tokens = window.hidden[:, first:].float()
         kept = predictor(tokens, torch.ones_like(tokens[..., :1]))[..., 0]
         return nn.functional.pad(kept, (first, 0))

@@ -86,8 +86,7 @@ class SparseVlm(Method):
 
     def _merge_row(self, hidden: Tensor, into: Tensor, visual: Tensor, scores: Tensor, images: int, cut: Cut) -> None:
         """One prompt, in place: hidden (T, D), the columns (T,) that tokens go into."""
-        cuts = self.plan.cuts
-        before = self.geometry.num_patches if cut is cuts[0] else cuts[cuts.index(cut) - 1].keep
+        before = self.plan.entering(cut, self.geometry)
         columns = (~visual).to(torch.uint8).argsort(stable=True)[: images * before]  # the visual ones, without waiting
         recycled, clusters = recycling(images * before, images * cut.keep)
         kept = highest(scores[columns].unsqueeze(0), images * cut.keep - clusters)

@@ -1,0 +1,70 @@
+"""The contestants: the full model, the oracle, and every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ivtp.benchmark.asked import Asked
+from ivtp.benchmark.models import Subject
+from ivtp.config import Geometry, PruneConfig
+from ivtp.guide import GuideMaker
+from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.plug import Pruner, attach
+from ivtp.registry import method_class
+
+Runs = dict[str, Pruner | None]
+"""By name, all detached; None is the untouched model."""
+
+
+class Oracle(Method):
+    """Cuts where another method cuts, to the same counts, without taps, guide or scores: the first patches stay."""
+
+    info = MethodInfo("Oracle", 2024, "both", guided=False, trainable=False, merges=False, paper="(yardstick)")
+    reads = frozenset(field.name for field in dataclasses.fields(PruneConfig))  # the followed method checks them
+
+    def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
+        self._followed: Method = method_class(config.method)(config, geometry)
+        super().__init__(dataclasses.replace(config, keep=self._followed.keep, options={}), geometry)
+
+    def make_plan(self) -> Plan:
+        """The followed method's cuts, with nothing to read."""
+        return Plan(tuple(Cut(c.where, c.layer, c.keep, place=c.place) for c in self._followed.plan.cuts))
+
+    def score(self, window: Window) -> Tensor:
+        """The lower the patch, the better: fixed beforehand."""
+        return -window.patch.float()
+
+
+def make_runs(subject: Subject, asked: Asked, keep: int | str) -> Runs:
+    """full, the oracle of the first method, and each method."""
+    pruners: dict[str, Pruner] = {}
+    for method in asked.methods:
+        config = config_for(subject, asked, method, keep)
+        with attach(subject.model, subject.processor, config) as pruner:
+            pruners[method] = pruner
+    host, config = subject.host, pruners[asked.methods[0]].config
+    oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
+    return {"full": None, "oracle": oracle, **pruners}
+
+
+def config_for(subject: Subject, asked: Asked, method: str, keep: int | str) -> PruneConfig:
+    """The options of one method: the model's recommendations that it reads, then what was asked."""
+    reads = method_class(method).reads
+    recommended = {name: value for name, value in subject.recommended().items() if name in reads}
+    return PruneConfig.of(**{**recommended, **asked.values_for(method), "method": method, "keep": keep})
+
+
+@contextmanager
+def attached(pruner: Pruner | None) -> Iterator[None]:
+    """The model with the pruner's hooks in; they are out again afterwards, whatever happens."""
+    if pruner:
+        pruner.install()
+    try:
+        yield
+    finally:
+        if pruner:
+            pruner.detach()
