@@ -13,6 +13,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(MAKE) smoke
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -88,7 +88,8 @@ def test_ask_json_is_complete_and_alone(run: Run, photo: Path, checkpoint: Path,
     assert result.code == 0
     document = json.loads(result.out)
     assert list(document) == ASK_KEYS
-    assert document["tokens"] == {"all": NUM_PATCHES, "kept": 8}
+    assert (document["tokens"]["all"], document["tokens"]["kept"]) == (NUM_PATCHES, 8)
+    assert 8 <= document["tokens"]["equivalent"][1] <= document["tokens"]["equivalent"][0] <= NUM_PATCHES
     assert 0 < document["flops"]["pruned"] < document["flops"]["full"]
     assert document["words"][0].keys() == {"text", "score", "used"}
     assert [w["text"] for w in document["words"]][:2] == ["What", "is"]
@@ -118,7 +119,7 @@ def test_brackets_in_a_question_are_no_markup(run: Run, photo: Path, checkpoint:
 
 def test_ask_without_pruning(run: Run, photo: Path, checkpoint: Path) -> None:
     document = json.loads(ask(run, photo, checkpoint, "--json", "--method", "none").out)
-    assert document["tokens"] == {"all": NUM_PATCHES, "kept": NUM_PATCHES}
+    assert document["tokens"] == {"all": NUM_PATCHES, "kept": NUM_PATCHES, "equivalent": [NUM_PATCHES] * 2}
     assert document["flops"]["full"] == document["flops"]["pruned"]
     assert document["stages"] == []
     assert document["words"] == []
@@ -227,6 +228,7 @@ def test_flops_json(run: Run) -> None:
         "model",
         "method",
         "keep",
+        "equivalent",
         "text_tokens",
         "batch",
         "images",

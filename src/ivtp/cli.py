@@ -88,8 +88,9 @@ def ask(
 ) -> None:
     """Answer a question about an image with pruned visual tokens.
 
-    JSON keys: answer, model, method, tokens (all, kept), flops (full, pruned), seconds, stages (where, layer, kept),
-    words (text, score, used), fallback, picture.
+    JSON keys: answer, model, method, tokens (all, kept, equivalent: mean entering and leaving the decoder's layers),
+    flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch), words (text, score,
+    used), fallback, picture.
     """
     from ivtp.generate import ask as answer_question
     from ivtp.images import load_image
@@ -138,8 +139,9 @@ def flops(
 ) -> None:
     """What a prefill costs with all tokens and with a method, part by part.
 
-    JSON keys: model, method, keep, text_tokens, batch, images, full and pruned (vision, projector, llm, head,
-    pruning, total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost).
+    JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
+    batch, images, full and pruned (vision, projector, llm, head, pruning, total; in FLOPs, a multiply-accumulate
+    counted as 2), saving (share of the full cost).
     """
     from ivtp.cost import flops as count
 
@@ -152,7 +154,7 @@ def flops(
         print_flops(full, pruned)
         return
     saving = 1 - pruned.total / full.total
-    result = {"model": full.model, "method": method, "keep": pruned.keep, **asked}
+    result = {"model": full.model, "method": method, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
     print_json({**result, "full": parts(full), "pruned": parts(pruned), "saving": saving})
 
 

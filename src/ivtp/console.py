@@ -78,17 +78,28 @@ def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture:
         "answer": answer.text,
         "model": model,
         "method": method,
-        "tokens": {"all": cost.patches, "kept": cost.kept},
+        "tokens": {"all": cost.patches, "kept": cost.kept, "equivalent": _equivalent(trace, cost)},
         "flops": {"full": cost.full, "pruned": cost.pruned},
         "seconds": answer.seconds,
         "stages": [
-            {"where": stage.where, "layer": stage.layer, "kept": stage.kept[0].tolist()}
+            {
+                "where": stage.where,
+                "layer": stage.layer,
+                "kept": stage.kept[0].tolist(),
+                "sources": None if stage.sources is None else stage.sources[0].tolist(),
+            }
             for stage in (trace.stages if trace else [])
         ],
         "words": [asdict(word) for word in (trace.words[0] if trace and trace.words else [])],
         "fallback": bool(trace and trace.fallback and trace.fallback[0]),
         "picture": None if picture is None else str(picture),
     }
+
+
+def _equivalent(trace: PruneTrace | None, cost: Cost) -> list[float]:
+    """Visual tokens that enter and that leave the decoder's layers, on average."""
+    counted = trace.tokens_per_layer if trace else None
+    return [float(cost.patches)] * 2 if counted is None else list(counted.equivalent)
 
 
 def parts(report: FlopsReport) -> dict[str, float]:
@@ -109,6 +120,9 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
     out.print(f"{full.model}, {full.text_tokens} prompt tokens", markup=False)
     out.print(table)
     printed, exact = totals[1] / totals[0] - 1, pruned.total / full.total - 1
+    entering, leaving = pruned.equivalent
+    if entering != leaving:
+        out.print(f"equivalent tokens: {entering:.1f} enter a layer of the decoder on average, {leaving:.1f} leave it")
     out.print(f"saved: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")
 
 

@@ -36,6 +36,8 @@ class FlopsReport:
     head: float
     pruning: float
     """What choosing the tokens costs: attention rows, the pseudo CLS token, CLIP relevance."""
+    equivalent: tuple[float, float]
+    """Mean visual tokens of one image that enter the decoder's layers, and that leave them."""
 
     @property
     def total(self) -> float:
@@ -140,6 +142,7 @@ def count_flops(
         llm=batch * sum(_text_layer(geometry, a, m) for a, m in decoder),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
+        equivalent=seen.equivalent,
     )
 
 

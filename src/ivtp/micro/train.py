@@ -5,7 +5,7 @@
 ``export`` one after the other; each of these is a command of its own, too. ``unpack`` begins a run from an exported
 folder, ``plot`` draws the logs.
 Every stage can be stopped at any moment and continued with ``--resume``; ``torchrun --nproc_per_node N -m
-ivtp.micro.train ...`` splits all but ``vision`` and ``decoder`` over N processes.
+ivtp.micro.train ...`` splits all but ``vision`` over N processes.
 """
 
 from __future__ import annotations
