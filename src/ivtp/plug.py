@@ -155,6 +155,10 @@ class Pruner:
         self._trace: PruneTrace | None = None
         self._changes = Changes()
         self._step_changes = Changes()
+        self._probes = [
+            AttentionProbe(host.attention_of(where, tap), functools.partial(self._see, where, tap))
+            for where, tap in sorted({(cut.where, tap) for cut in method.plan.cuts for tap in cut.taps})
+        ]
         self._lock = threading.RLock()
 
     @property
@@ -231,8 +235,8 @@ class Pruner:
             if not cut.is_after_encoder(host.size):
                 layer = (host.vision_layers if cut.where == "vision" else host.text_layers)[cut.layer]
                 changes.set(layer, forward_slot(layer), cut_layer(host, layer, cut, lambda: self._running))
-        for where, tap in sorted({(cut.where, tap) for cut in plan.cuts for tap in cut.taps}):
-            probe = AttentionProbe(host.attention_of(where, tap), functools.partial(self._see, where, tap))
+        for probe in self._probes:
+            probe.insert()
             changes.add(probe.remove)
         for text_layer in host.text_layers:
             changes.add(text_layer.register_forward_pre_hook(self._layer_inputs, with_kwargs=True).remove)

@@ -21,16 +21,22 @@ class AttentionProbe:
 
     Transformers' attention modules choose their kernel by `self.config`; the probe puts a copy of that config there
     which names a passing-through kernel. Rotary positions, adapters and quantised projections are thereby included.
-    SDPA, FlashAttention and eager all stay what they were, and `remove` puts the original object back.
+    SDPA, FlashAttention and eager all stay what they were. `insert` puts the probe in, `remove` the original back.
     """
 
     def __init__(self, module: nn.Module, sink: Sink) -> None:
         self.module = cast(Any, module)
         self.sink: Sink = sink
-        self.original: Any = self.module.config
-        self.tapped: Any = copy.copy(self.original)
-        self.tapped._attn_implementation = _NAME
-        self.tapped.ivtp_probe = self
+        self.original: Any = None
+        self.tapped: Any = None
+
+    def insert(self) -> None:
+        """Put the copy in; it is made once, as long as the module keeps its config."""
+        if self.original is not self.module.config:
+            self.original = self.module.config
+            self.tapped = copy.copy(self.original)
+            self.tapped._attn_implementation = _NAME
+            self.tapped.ivtp_probe = self
         self.module.config = self.tapped
 
     def remove(self) -> None:

@@ -29,6 +29,7 @@ from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.hiprune import anchors_and_registers, received
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
+from ivtp.methods.spatial import local_similarity
 from ivtp.methods.tome import ToMe, match
 from ivtp.methods.visionzip import contextual_count, merge_contextual
 from ivtp.methods.vispruner import important_and_distinct
@@ -990,3 +991,17 @@ def test_ratio_of_mean(tokens: int, spans: list[int], data: st.DataObject) -> No
         low = max(low, (max(0, count - 1) / tokens) ** (1 / step))
         high = min(high, ((count + 1) / tokens) ** (1 / step))
     assert low <= high
+
+
+@pytest.mark.parametrize("side", [(1, 1), (1, 5), (4, 3), (6, 6)])
+def test_local_similarity_is_the_mean_over_the_neighbours(side: tuple[int, int]) -> None:
+    rows, columns = side
+    patches = torch.randn(2, rows * columns, 5, generator=torch.Generator().manual_seed(0))
+    found = local_similarity(patches, side)
+    for sample, own in zip(plain(patches), plain(found), strict=True):
+        for r in range(rows):
+            for c in range(columns):
+                near = [(r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)]
+                near = [(i, j) for i, j in near if 0 <= i < rows and 0 <= j < columns]
+                cosines = [naive.cosine(sample[r * columns + c], sample[i * columns + j]) for i, j in near]
+                assert own[r * columns + c] == pytest.approx(sum(cosines) / max(len(cosines), 1), abs=1e-5)

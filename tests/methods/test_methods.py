@@ -242,3 +242,11 @@ def test_topk_by_cosine_ranks_by_similarity_with_cls(tiny: Tiny, model: torch.nn
 def test_bad_option_values_are_refused(model: torch.nn.Module, method: str, option: str) -> None:
     with pytest.raises(ConfigError, match=option):
         ivtp.attach(model, None, method=method, keep=4, **{option: "sideways"})
+
+
+@pytest.mark.parametrize("keep", [7, 20])
+def test_spatial_can_drop_what_is_like_its_neighbours(tiny: Tiny, model: torch.nn.Module, keep: int) -> None:
+    with torch.no_grad(), tiny.attach(model, method="spatial", keep=keep, how="drop") as pruner:
+        model(**prompt(tiny))
+    scores = pruner.trace.stages[0].scores[0]
+    assert pruner.trace.kept()[0].tolist() == sorted(scores.argsort(descending=True)[:keep].tolist())
