@@ -45,6 +45,18 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return out.to(matrices.dtype)
 
 
+def orthogonalise_together(matrices: Tensor) -> Tensor:
+    """`orthogonalise`, each process of ``torchrun`` doing its share; all of them get everything."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return orthogonalise(matrices)
+    processes, share = torch.distributed.get_world_size(), -(-len(matrices) // torch.distributed.get_world_size())
+    padded = nn.functional.pad(matrices, (0, 0, 0, 0, 0, share * processes - len(matrices)))
+    mine = orthogonalise(padded.split(share)[torch.distributed.get_rank()])  # type: ignore[no-untyped-call]
+    parts = [torch.empty_like(mine) for _ in range(processes)]
+    torch.distributed.all_gather(parts, mine.contiguous())
+    return torch.cat(parts)[: len(matrices)]
+
+
 class Muon(Optimizer):
     """Momentum whose updates are orthogonalised (Jordan et al., 2024); for matrices only.
 
@@ -82,7 +94,7 @@ class Muon(Optimizer):
             buffer.lerp_(gradient, 1 - momentum)
             updates.append(torch.lerp(gradient, buffer, momentum))
         scale = lr * math.sqrt(max(1.0, rows / columns))
-        for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+        for parameter, update in zip(parameters, orthogonalise_together(torch.stack(updates)), strict=True):
             parameter.add_(update, alpha=-scale)
 
 
