@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is on no disk is refused at once
+
 import pytest
 import torch
 from hypothesis import settings

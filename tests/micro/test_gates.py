@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ivtp.generate import prompt_for
+from ivtp.generate import ask, prompt_for
 from ivtp.micro import gates, world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.units import by_format, collect
@@ -76,8 +77,15 @@ def test_figures_are_the_benchmarks_own() -> None:
     assert rows["mean"]["all"] == pytest.approx((11 + 0.25) / 12)
 
 
-def test_the_command_measures_all_gates(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_measures_all_gates(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     target = tmp_path / "gates.json"
+    # random weights never end an answer by themselves
+    monkeypatch.setattr(gates, "answer_about", partial(answer_about, longest=2))
+    monkeypatch.setattr(gates, "ask", partial(ask, max_new_tokens=2))
     result = CliRunner().invoke(gates.app, ["--model", str(folder), "--questions", "1", "--json", str(target)])
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]

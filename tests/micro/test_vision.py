@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, PreTraine
 from ivtp.micro.position import place_accuracy, reserve_position, residual_states
 from ivtp.micro.vision import Recipe, Stage, Trainer
 from ivtp.micro.vision_data import IGNORE, KEYWORDS, keyword_table, make_batch
+from ivtp.micro.vision_eval import roc_auc
 from ivtp.micro.vision_model import (
     WEIGHTS,
     Heads,
@@ -215,3 +216,10 @@ def test_a_tower_is_given_a_code_of_position(tmp_path: Path) -> None:
     after = residual_states(trainer)
     assert place_accuracy(after[-1], 8) > max(0.3, 2 * before)
     assert F.cosine_similarity(after[-1], states[-1]).mean() > 0.8  # the rest of the tower goes on as before
+
+
+def test_roc_auc_counts_pairs() -> None:
+    draw = torch.Generator().manual_seed(0)
+    high, low = (torch.randint(0, 6, (n,), generator=draw).float() for n in (40, 30))
+    pairs = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
+    assert roc_auc(high, low) == pytest.approx(pairs.mean().item())

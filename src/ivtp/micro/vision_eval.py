@@ -109,8 +109,9 @@ def word_scores(
 
 def roc_auc(high: Tensor, low: Tensor) -> float:
     """The chance that one of ``high`` is above one of ``low``; equals count half."""
-    above = (high[:, None] > low[None]).float().mean() + 0.5 * (high[:, None] == low[None]).float().mean()
-    return above.item()
+    ordered = low.sort().values
+    below, upto = (torch.searchsorted(ordered, high, right=right) for right in (False, True))
+    return float((below + upto).double().mean() / (2 * len(low)))
 
 
 def _words(
