@@ -10,12 +10,26 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ivtp.config import Geometry, PruneConfig
-from ivtp.core.rollout import AttentionTap
+from ivtp.core.merge import take_up_neighbours
+from ivtp.core.rollout import AttentionTap, full_width_row
 from ivtp.core.schedule import linear, quarters
 from ivtp.errors import ConfigError
 from ivtp.plan import Cut, Plan
 
-__all__ = ["Cut", "Merged", "Method", "MethodInfo", "NoOptions", "Plan", "Window", "check_choice", "vision_only_plan"]
+__all__ = [
+    "Cut",
+    "Merged",
+    "Method",
+    "MethodInfo",
+    "NoOptions",
+    "OutlierMerging",
+    "Plan",
+    "Window",
+    "check_choice",
+    "check_layer",
+    "quarters_of",
+    "vision_only_plan",
+]
 
 _FOR_ALL = frozenset({"method", "keep", "positions", "cache", "seed", "options"})
 """Fields of `PruneConfig` that no method refuses."""
@@ -163,6 +177,34 @@ class Method:
         return self.Options(**given)
 
 
+class OutlierMerging(Method):
+    """Keeps some patches by their similarity to CLS, and merges the others into them (PruMerge and PruMerge+).
+
+    Similarity is softmax(q k^T) over the full width, not head by head, in the encoder's last layer; features are those
+    that the projector reads. One of `keep` is an extra token that takes up all dropped ones.
+    """
+
+    keeps_all = False
+
+    def choose(self, similarity: Tensor, count: int) -> Tensor:
+        """Indices (B, count) of the patches that stay, in their order, by `similarity` (B, N) to CLS."""
+        raise NotImplementedError
+
+    def make_plan(self) -> Plan:
+        """One cut behind the encoder."""
+        size = self.geometry
+        flops = 2.0 * (self.keep - 1) * (size.num_patches - self.keep + 1) * size.vision_hidden
+        last = size.vision_depth - 1  # also where the projector reads an earlier layer
+        return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(last,), flops=flops),))
+
+    def merge(self, window: Window) -> Merged:
+        """Kept tokens with their neighbours, and the extra one."""
+        tap = window.taps[-1]
+        similarity = full_width_row(tap, 0)[:, 1:]
+        kept = self.choose(similarity, window.cut.keep - 1)
+        return Merged(*take_up_neighbours(window.hidden, tap.key, similarity, kept))
+
+
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
     """Raise `ConfigError` unless `value` is one of `accepted`."""
     if value not in accepted:
@@ -181,11 +223,6 @@ def quarters_of(layers: int, name: str) -> tuple[int, ...]:
     if layers < 4:
         raise ConfigError(f"method {name!r} cuts three times and needs at least 4 layers; this model has {layers}")
     return quarters(layers)
-
-
-def last_vision_layer(size: Geometry) -> int:
-    """The encoder's last layer, also where the projector reads an earlier one."""
-    return size.vision_depth - 1
 
 
 def vision_only_plan(size: Geometry, keep: int, *, every_layer: bool, tapped: bool) -> Plan:

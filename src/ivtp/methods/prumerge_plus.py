@@ -1,17 +1,15 @@
-"""PruMerge+: PruMerge with uniformly spaced tokens beside the outliers (Shang et al., ICCV 2025, arXiv 2403.15388)."""
+"""PruMerge+: evenly spaced samples beside PruMerge's outliers (Shang et al., ICCV 2025, arXiv 2403.15388)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ivtp.core.merge import take_up_neighbours
-from ivtp.core.rollout import full_width_row
 from ivtp.core.select import highest, others
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window, last_vision_layer
+from ivtp.methods.base import MethodInfo, OutlierMerging
 
 
-class PruMergePlus(Method):
+class PruMergePlus(OutlierMerging):
     """PruMerge in which spatial samples join the patches that are most similar to CLS.
 
     A quarter of the kept tokens are the most similar ones (the paper samples three times as many as it finds outliers),
@@ -28,20 +26,10 @@ class PruMergePlus(Method):
         merges=True,
         paper="https://arxiv.org/abs/2403.15388",
     )
-    keeps_all = False
 
-    def make_plan(self) -> Plan:
-        """One cut behind the encoder."""
-        size = self.geometry
-        tap = last_vision_layer(size)
-        flops = 2.0 * (self.keep - 1) * (size.num_patches - self.keep + 1) * size.vision_hidden
-        return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(tap,), flops=flops),))
-
-    def merge(self, window: Window) -> Merged:
-        """Kept tokens with their neighbours, and the extra one."""
-        attention = full_width_row(window.taps[-1], 0)[:, 1:]
-        kept = with_samples(attention, window.cut.keep - 1)
-        return Merged(*take_up_neighbours(window.hidden, window.taps[-1].key, attention, kept))
+    def choose(self, similarity: Tensor, count: int) -> Tensor:
+        """A quarter by similarity, three quarters by place."""
+        return with_samples(similarity, count)
 
 
 def with_samples(attention: Tensor, count: int) -> Tensor:
