@@ -51,8 +51,9 @@ class VisPruner(Method):
         """One cut behind the encoder."""
         size = self.geometry
         layer = size.vision_layers - 1
-        flops, left = 0.0, size.num_patches - int(self.keep * self.options.important)
-        while left > self.keep - int(self.keep * self.options.important):
+        important = self._important(self.keep)
+        flops, left = 0.0, size.num_patches - important
+        while left > self.keep - important:
             flops += 2.0 * (left / 2) ** 2 * size.vision_hidden
             left -= self.options.step
         return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,), flops=flops),))
@@ -65,10 +66,13 @@ class VisPruner(Method):
             window.hidden[:, first:],
             attention,
             window.cut.keep,
-            int(window.cut.keep * self.options.important),
+            self._important(window.cut.keep),
             self.options.step,
         )
         return ranks(chosen + first, window.hidden.shape[1])
+
+    def _important(self, keep: int) -> int:
+        return int(keep * self.options.important)
 
 
 def important_and_distinct(features: Tensor, attention: Tensor, keep: int, important: int, step: int) -> Tensor:

@@ -29,8 +29,8 @@ from ivtp.generate import ask, load
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.formats.base import Example
-from ivtp.micro.scoring import Table, bootstrap, wilson, write_json
-from ivtp.micro.units import Unit, by_format, collect, gap, interval
+from ivtp.micro.scoring import Table, bootstrap, interval, wilson, write_json
+from ivtp.micro.units import Unit, by_format, collect, gap
 from ivtp.micro.vision_data import keyword_table, make_batch
 from ivtp.micro.vision_eval import retrieved, roc_auc, word_scores
 from ivtp.micro.vision_model import encode_windows

@@ -13,7 +13,7 @@ from ivtp.errors import ConfigError
 from ivtp.micro import world
 from ivtp.micro.world.photo import Photo, take_photo
 
-_RESAMPLES = 1000
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,27 @@ def mean_interval(groups: list[list[bool]], *, seed: int = 0) -> tuple[float, fl
     def mean(parts: list[list[bool]]) -> float:
         return sum(sum(part) / len(part) for part in parts) / len(parts)
 
-    draws = sorted(mean([rng.choices(group, k=len(group)) for group in groups]) for _ in range(_RESAMPLES))
-    return mean(groups), draws[round(0.025 * _RESAMPLES)], draws[round(0.975 * _RESAMPLES) - 1]
+    draws = [mean([rng.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES)]
+    return mean(groups), *percentiles(draws)
+
+
+def percentiles(draws: Sequence[float]) -> tuple[float, float]:
+    """The bounds of the middle 95% of bootstrap draws."""
+    ordered = sorted(draws)
+    return ordered[round(0.025 * len(ordered))], ordered[round(0.975 * len(ordered)) - 1]
+
+
+def interval(label: str, value: float, draws: Sequence[float]) -> dict[str, float]:
+    """Columns of a value and the 95% interval of its bootstrap draws."""
+    low, high = percentiles(draws)
+    return {label: value, f"{label} low": low, f"{label} high": high}
 
 
 def bootstrap(label: str, samples: Sequence[Any], statistic: Callable[[list[Any]], float]) -> dict[str, float]:
     """Columns of a statistic of the samples and its 95% bootstrap interval."""
     rng = random.Random(0)
-    draws = sorted(statistic(rng.choices(samples, k=len(samples))) for _ in range(_RESAMPLES))
-    low, high = draws[round(0.025 * _RESAMPLES)], draws[round(0.975 * _RESAMPLES) - 1]
-    return {label: statistic(list(samples)), f"{label} low": low, f"{label} high": high}
+    draws = [statistic(rng.choices(samples, k=len(samples))) for _ in range(RESAMPLES)]
+    return interval(label, statistic(list(samples)), draws)
 
 
 def accuracy_row(items: list[Item], answers: list[str], kind: str, label: str) -> dict[str, Any]:

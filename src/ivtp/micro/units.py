@@ -10,9 +10,8 @@ from typing import Any
 
 from ivtp.errors import ConfigError
 from ivtp.micro.formats.base import Example, Format
+from ivtp.micro.scoring import RESAMPLES, interval
 from ivtp.registry import format_class, list_formats
-
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def by_format(scored: list[tuple[Unit, list[float]]], label: str) -> dict[str, d
     for title, mine in sorted(forms.items()):
         draws.append([_total(rng.choices(mine, k=len(mine))) for _ in range(RESAMPLES)])
         asked = sum(len(scores) for _, scores in mine)
-        rows[title] = {"questions": asked} | interval(label, _total(mine), sorted(draws[-1]))
-    means = sorted(statistics.fmean(values) for values in zip(*draws, strict=True))
+        rows[title] = {"questions": asked} | interval(label, _total(mine), draws[-1])
+    means = [statistics.fmean(values) for values in zip(*draws, strict=True)]
     rows["mean"] = {"questions": sum(row["questions"] for row in rows.values())} | interval(
         label, statistics.fmean(row[label] for row in rows.values()), means
     )
@@ -79,14 +78,8 @@ def _total(scored: Sequence[tuple[Unit, list[float]]]) -> float:
     return scored[0][0].form.total(examples, [score for _, scores in scored for score in scores])
 
 
-def interval(label: str, value: float, ordered: list[float]) -> dict[str, float]:
-    """Columns of a value with the 95% interval of its ordered bootstrap draws."""
-    low, high = ordered[round(0.025 * RESAMPLES)], ordered[round(0.975 * RESAMPLES) - 1]
-    return {label: value, f"{label} low": low, f"{label} high": high}
-
-
 def gap(first: list[tuple[Unit, list[float]]], second: list[tuple[Unit, list[float]]]) -> tuple[float, list[float]]:
-    """Difference of two means over the formats for the same units, and its ordered bootstrap draws (paired)."""
+    """Difference of two means over the formats for the same units, and its bootstrap draws (paired)."""
     forms: dict[str, list[int]] = {}
     for place, (unit, _) in enumerate(first):
         forms.setdefault(unit.form.title, []).append(place)
@@ -96,4 +89,4 @@ def gap(first: list[tuple[Unit, list[float]]], second: list[tuple[Unit, list[flo
         return statistics.fmean(_total([first[i] for i in p]) - _total([second[i] for i in p]) for p in places)
 
     draws = [mean([rng.choices(places, k=len(places)) for places in forms.values()]) for _ in range(RESAMPLES)]
-    return mean(list(forms.values())), sorted(draws)
+    return mean(list(forms.values())), draws
