@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
 
 test: $(VENV)/.installed-dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(MAKE) smoke
 
 lint: $(VENV)/.installed-dev

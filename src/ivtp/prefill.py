@@ -11,11 +11,13 @@ from transformers.cache_utils import Cache
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, enter_decoder, prune_cache
+from ivtp.decoder_stage import DecoderStage
+from ivtp.encoder_stage import Encoded, EncoderStage
 from ivtp.guide import Guide, GuideMaker
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method
 from ivtp.prompt import PromptBatch
-from ivtp.stages import CutResult, DecoderStage, Encoded, EncoderStage
+from ivtp.stage import CutResult
 
 
 class Stopwatch:

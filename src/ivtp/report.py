@@ -12,7 +12,7 @@ from ivtp.core.sequence import join_images, offset_images
 from ivtp.cost import count_flops
 from ivtp.prefill import Prefill
 from ivtp.sizes import Relevance
-from ivtp.stages import CutResult
+from ivtp.stage import CutResult
 from ivtp.trace import PruneTrace, StageTrace
 
 
