@@ -22,6 +22,7 @@ from ivtp.micro.model import assemble, build_decoder, build_processor, save_asse
 from ivtp.micro.stages import Projector
 from ivtp.micro.threshold import best_split, visible_words, word_relevance
 from ivtp.micro.tokenizer import build_tokenizer
+from ivtp.sizes import MICRO
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,12 @@ def test_the_saved_folder_is_a_stock_checkpoint(tokenizer, tmp_path: Path) -> No
     for key, value in again.vision_model.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, clip.vision_model.state_dict()[key].to(value.dtype))
+
+
+def test_the_shipped_model_is_small() -> None:
+    sizes = [file.stat().st_size for file in MICRO.rglob("*") if file.is_file()]
+    assert max(sizes) < 16e6
+    assert sum(sizes) <= 40e6
 
 
 def test_the_threshold_parts_the_scores() -> None:

@@ -238,7 +238,8 @@ def recipe_followed(tmp_path_factory) -> Path:
     lines = text.split("```sh small\n")[1].split("```")[0].strip().splitlines()
     assert len(lines) == 3
     for line in lines:
-        command = [sys.executable, *line.split()[1:]]
+        tool, *rest = line.split()  # python or torchrun, those of this environment
+        command = [str(Path(sys.executable).parent / tool), *rest]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
         assert done.returncode == 0, done.stderr
     return folder / "runs" / "small"

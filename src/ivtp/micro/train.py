@@ -288,8 +288,9 @@ def llava(
             if begun and load_checkpoint(checkpoint).get("finished"):
                 continue
             stage(out, minutes=length[0], steps=length[1], resume=begun, scenes=scenes, threads=threads, device=device)
-        if rank() == 0:
-            export(out, asset=asset, threads=threads)
+        first = rank() == 0
+    if first:  # behind the block: the others do not wait for it
+        export(out, asset=asset, threads=threads)
 
 
 @app.command()
