@@ -81,18 +81,22 @@ def greedy(
 ) -> list[str]:
     """Decodes greedily from the first step's ``input_ids`` or ``inputs_embeds`` (Q, L) behind what the cache holds."""
     ends, inputs = model.generation_config.eos_token_id, first
-    tokens: list[Tensor] = []
-    running = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+    answers: list[list[int]] = [[] for _ in mask]
+    rows = torch.arange(len(mask), device=mask.device)  # the questions whose answers have not ended
     for _ in range(longest):
         states = model.model.language_model(
             **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache
         ).last_hidden_state
-        new = model.lm_head(states[:, -1:]).argmax(-1)  # (Q, 1)
-        tokens.append(torch.where(running[:, None], new, ends))
-        running &= new[:, 0] != ends
-        if not running.any():
+        new = model.lm_head(states[:, -1]).argmax(-1)
+        for row, token in zip(rows.tolist(), new.tolist(), strict=True):
+            answers[row].append(token)
+        left = (new != ends).nonzero().squeeze(1)
+        if not len(left):
             break
-        inputs, positions = {"input_ids": new}, positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    answers = processor.batch_decode(torch.cat(tokens, dim=1), skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+        positions, mask = positions[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        if len(left) < len(rows):  # one long answer does not make the short ones wait
+            cache.batch_select_indices(left)
+            rows, new, positions, mask = rows[left], new[left], positions[left], mask[left]
+        inputs = {"input_ids": new[:, None]}
+    texts = processor.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
