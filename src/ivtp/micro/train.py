@@ -261,7 +261,7 @@ def export(out: Out = RUNS, weights: Weights = None, asset: Asset = ASSET, threa
     model = assemble(recipe.decoder_from(checkpoint, tokenizer), clip, tokenizer, projector)
     threshold = choose_threshold(clip, clip_tokenizer, images_of)
     save_asset(asset, model, build_processor(tokenizer, images_of), clip, clip_tokenizer, threshold=threshold)
-    console.print(f"{asset}: threshold {threshold:.3f}")
+    console.print(f"{asset}: threshold {threshold:.3f}", soft_wrap=True)
 
 
 @app.command()
@@ -301,7 +301,8 @@ def unpack(out: Out = RUNS, asset: Asset = ASSET, seed: Seed = 0) -> None:
         new = recipe.unpack(asset, out)
     except ConfigError as error:
         raise typer.BadParameter(str(error)) from None
-    console.print(f"{out}: {new} new tokens; go on with features, then stage2 --weights {out / 'stage2.pt'}")
+    way = f"go on with features, then stage2 --weights {out / 'stage2.pt'}"
+    console.print(f"{out}: {new} new tokens; {way}", soft_wrap=True)
 
 
 @app.command()
@@ -313,7 +314,7 @@ def plot(out: Out = RUNS) -> None:
     if not logs:
         raise typer.BadParameter(f"no logs (*.csv) in {out}")
     for log in logs:
-        console.print(plot_log(log))
+        console.print(plot_log(log), soft_wrap=True)
 
 
 if __name__ == "__main__":
