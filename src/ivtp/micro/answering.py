@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from ivtp.generate import prompt_for
 
@@ -73,19 +73,19 @@ def _continue(
         mask[row, width - len(text) :] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0) + start
     mask = torch.cat([mask.new_ones(count, cache.get_seq_length()), mask], dim=1)
-    return greedy(model, processor, {"input_ids": ids}, mask, positions, cache, longest)
+    return _greedy(model, processor, ids, mask, positions, cache, longest)
 
 
-def greedy(
-    model: Any, processor: Any, first: dict[str, Tensor], mask: Tensor, positions: Tensor, cache: Cache, longest: int
+def _greedy(
+    model: Any, processor: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, longest: int
 ) -> list[str]:
-    """Decodes greedily from the first step's ``input_ids`` or ``inputs_embeds`` (Q, L) behind what the cache holds."""
-    ends, inputs = model.generation_config.eos_token_id, first
+    """Decodes greedily from the token ids (Q, L) behind what the cache holds."""
+    ends = model.generation_config.eos_token_id
     answers: list[list[int]] = [[] for _ in mask]
     rows = torch.arange(len(mask), device=mask.device)  # the questions whose answers have not ended
     for _ in range(longest):
         states = model.model.language_model(
-            **inputs, attention_mask=mask, position_ids=positions, past_key_values=cache
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
         ).last_hidden_state
         new = model.lm_head(states[:, -1]).argmax(-1)
         for row, token in zip(rows.tolist(), new.tolist(), strict=True):
@@ -97,6 +97,6 @@ def greedy(
         if len(left) < len(rows):  # one long answer does not make the short ones wait
             cache.batch_select_indices(left)
             rows, new, positions, mask = rows[left], new[left], positions[left], mask[left]
-        inputs = {"input_ids": new[:, None]}
+        ids = new[:, None]
     texts = processor.batch_decode(answers, skip_special_tokens=True)
     return [text.strip() for text in texts]

@@ -202,5 +202,5 @@ def save_asset(
         "clip": "clip",
     }
     (folder / "ivtp.json").write_text(json.dumps(options, indent=2) + "\n")
-    for file in folder.rglob("tokenizer.json"):  # two thirds of it are indentation, and the asset is to stay small
+    for file in folder.rglob("tokenizer.json"):  # more than half of it is indentation, and the asset is to stay small
         file.write_text(json.dumps(json.loads(file.read_text()), ensure_ascii=False, separators=(",", ":")))
