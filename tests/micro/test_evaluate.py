@@ -12,8 +12,8 @@ from ivtp.errors import ConfigError
 from ivtp.micro import evaluate, world
 from ivtp.micro.corpus import corpus
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
+from ivtp.micro.projector import Projector
 from ivtp.micro.scoring import Table, accuracy_row, exact, mean_interval, sample_items, wilson
-from ivtp.micro.stages import Projector
 from ivtp.micro.tokenizer import build_tokenizer
 from tests.micro.test_model import tiny_clip
 

@@ -19,7 +19,7 @@ from transformers import (
 from ivtp.micro import world
 from ivtp.micro.corpus import corpus
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
-from ivtp.micro.stages import Projector
+from ivtp.micro.projector import Projector
 from ivtp.micro.threshold import best_split, visible_words, word_relevance
 from ivtp.micro.tokenizer import build_tokenizer
 from ivtp.sizes import MICRO

@@ -1,6 +1,7 @@
 """Every stage of the recipe runs, learns something, and continues after a kill as if never stopped."""
 
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,9 @@ from ivtp.micro.features import FeatureStore, build_store, patch_features, photo
 from ivtp.micro.loop import Budget, KindTracker, LoopOptions, load_checkpoint, rng_for
 from ivtp.micro.model import build_decoder, carry_over, start_alike
 from ivtp.micro.optim import Muon, orthogonalise, trapezoid
-from ivtp.micro.recipe import tokenizer_in
-from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
+from ivtp.micro.projector import Projector
+from ivtp.micro.recipe import projector_from, tokenizer_in
+from ivtp.micro.stages import StageOptions, align_projector, train_stage
 from ivtp.micro.tasks import LONG, TASKS, ask_many
 from ivtp.micro.tokenizer import build_tokenizer
 from ivtp.micro.world.photo import take_photo
@@ -201,11 +203,30 @@ def test_pixels_equal_the_image_processor(run: Path) -> None:
     )
 
 
-def test_alignment_folds_the_standardisation_into_the_projector(run: Path) -> None:
+def test_alignment_starts_from_standardised_features(run: Path) -> None:
     torch.manual_seed(0)
     projector = Projector(32, 64)
     error = align_projector(projector, SymbolicImage(64), FeatureStore(run / "features"), images=6, steps=60)
     assert error < 1.1  # an untrained tower knows positions only
+
+
+def test_training_keeps_the_scale_of_the_projected_patches(run: Path, tokenizer, tmp_path: Path) -> None:
+    """A tower's features may be a hundred times larger than the embeddings that they become."""
+    folder = tmp_path / "features"
+    shutil.copytree(run / "features", folder)
+    data = np.memmap(folder / "features.bin", dtype=np.int16, mode="r+")
+    data[:] = (100 * torch.from_numpy(np.array(data)).view(torch.bfloat16)).view(torch.int16).numpy()
+    store = FeatureStore(folder)
+    torch.manual_seed(0)
+    stock = Projector(32, 64).stock()
+    projector = Projector.from_stock({**stock, "linear_1.weight": stock["linear_1.weight"] / 100})
+    before = projector(store[[0, 1]].float()).square().mean().sqrt()
+    loop = LoopOptions(steps=6, muon_lr=0.0, adam_lr=1e-3)
+    decoder = small_decoder(tokenizer)[0].requires_grad_(False)
+    options = StageOptions(scenes=2, captions_only=True)
+    train_stage(projector, decoder, tokenizer, store, options, loop, tmp_path / "stage1.pt")
+    after = projector(store[[0, 1]].float()).square().mean().sqrt()
+    assert 0.5 < after / before < 2
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -304,11 +325,14 @@ def test_an_asset_is_unpacked_and_trained_on(recipe_followed: Path, tmp_path: Pa
     result = CliRunner().invoke(train.app, ["unpack", "--out", str(tmp_path), "--asset", asset])
     assert result.exit_code == 0, result.output
     assert "0 new tokens" in result.output
-    before, after = load_checkpoint(recipe_followed / "stage2.pt"), load_checkpoint(tmp_path / "stage2.pt")
-    for part in ("projector", "decoder"):
-        assert before[part].keys() == after[part].keys()
-        for key, value in after[part].items():
-            assert torch.equal(value, before[part][key].to(torch.bfloat16).float()), key
+    before, after = recipe_followed / "stage2.pt", tmp_path / "stage2.pt"
+    for old, new in (
+        (load_checkpoint(before)["decoder"], load_checkpoint(after)["decoder"]),
+        (projector_from(before).stock(), projector_from(after).stock()),
+    ):
+        assert old.keys() == new.keys()
+        for key, value in new.items():
+            assert torch.equal(value, old[key].to(torch.bfloat16).float()), key
     assert CliRunner().invoke(train.app, ["unpack", "--out", str(tmp_path), "--asset", asset]).exit_code == 2
     clip = str(tmp_path / "vision" / "clip")
     weights = str(tmp_path / "stage2.pt")

@@ -166,7 +166,7 @@ LEVELS = (
     Level(3, (12, 36), 0.1),
     Level(5, (20, 56), 0.5),
     Level(8, (24, 90), 0.7),
-    Level(12, (24, 140), 9.0),
+    Level(12, (24, 220), 9.0),
 )
 MASTERED = 0.92
 
@@ -226,7 +226,7 @@ def _batch(
     torch.manual_seed(rng.getrandbits(31))
     level = LEVELS[tracker.level]
     count = rng.randint(*level.tokens)
-    weights = tracker.weights(0.15, formats=0.25)  # their prompts are three times as long, their skills the same
+    weights = tracker.weights(0.15, formats=0.5)  # their prompts are three times as long
     symbols, patches, asked = [], [], []
     for _ in range(options.scenes):
         index = rng.getrandbits(39)

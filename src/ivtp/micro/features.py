@@ -50,6 +50,11 @@ class FeatureStore:
         """Features of several photos: (B, 576, C) bfloat16."""
         return torch.from_numpy(np.stack([self._data[row] for row in rows])).view(torch.bfloat16)
 
+    def statistics(self, photos: int = 64) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each feature over photos spread through the store: (C,) float32 each."""
+        features = self[list(range(0, self.count, max(1, self.count // photos)))].float().flatten(0, 1)
+        return features.mean(0), features.std(0) + 1e-4
+
 
 def fingerprint(tower: CLIPVisionModel, count: int) -> str:
     """What a store is made of: the tower's weights, the photos and their number."""

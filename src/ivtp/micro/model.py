@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from ivtp.micro import world
+from ivtp.micro.projector import Projector
 from ivtp.micro.tokenizer import IMAGE
 from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH, POSITIONS_ZH
 from ivtp.micro.world.vocabulary import plural
@@ -132,7 +133,7 @@ def _match_alike(attention: Any) -> None:
 
 
 def assemble(
-    decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: nn.Module
+    decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: Projector
 ) -> LlavaForConditionalGeneration:
     """A stock LLaVA-1.5 of the decoder, CLIP's vision tower (its second-to-last layer is read) and the projector."""
     vision = clip.config.vision_config
@@ -152,7 +153,7 @@ def assemble(
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
-    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    model.model.multi_modal_projector.load_state_dict(projector.stock())
     _load_tower(model.model.vision_tower, clip)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))

@@ -21,7 +21,7 @@ from ivtp.micro.corpus import corpus
 from ivtp.micro.decoder import SymbolicImage
 from ivtp.micro.loop import is_distributed, load_checkpoint, rank, save_checkpoint
 from ivtp.micro.model import build_decoder, carry_over, start_alike
-from ivtp.micro.stages import Projector
+from ivtp.micro.projector import Projector
 from ivtp.micro.tokenizer import build_tokenizer
 from ivtp.micro.vision_model import build_tokenizer as build_clip_tokenizer
 from ivtp.micro.world.chinese import CHINESE_WORDS
@@ -103,8 +103,8 @@ def unpack(asset: Path, out: Path) -> int:
     start_alike(words, tokenizer, unknown)
     state["model.embed_tokens.weight"] = words
     state["lm_head.weight"], _ = carry_over(model.lm_head.weight, old, 0.1 * words, tokenizer)
-    projector_state = model.model.multi_modal_projector.state_dict()
-    save_checkpoint(out / "stage2.pt", {"projector": projector_state, "decoder": state})
+    projector = Projector.from_stock(model.model.multi_modal_projector.state_dict())
+    save_checkpoint(out / "stage2.pt", {"projector": projector.state_dict(), "decoder": state})
     return len(unknown)
 
 

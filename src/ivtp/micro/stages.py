@@ -18,24 +18,8 @@ from ivtp.micro.features import FeatureStore, photo_of
 from ivtp.micro.instruct import PATCHES, Template, answer_loss
 from ivtp.micro.loop import BatchResult, KindTracker, LoopOptions, rank, rng_for, train_loop
 from ivtp.micro.optim import Optimisers, compute_dtype, split_parameters
+from ivtp.micro.projector import Projector
 from ivtp.micro.tasks import LONG, ask_many, ask_task
-
-
-class Projector(nn.Module):
-    """LLaVA's two-layer GELU projector with its parameter names; weights are cast to the features' type."""
-
-    def __init__(self, features: int, width: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(features, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., features) -> (..., width)."""
-        for index, linear in enumerate((self.linear_1, self.linear_2)):
-            x = nn.functional.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-            if index == 0:
-                x = nn.functional.gelu(x)
-        return x
 
 
 def align_projector(
@@ -50,9 +34,8 @@ def align_projector(
 ) -> float:
     """Regresses projected patch features onto the symbolic embeddings of the same patches.
 
-    The features' mean and scale are folded into the first layer: without that the regression fails. All object
-    patches and as many background patches take part. Returns the relative squared error on the last tenth of the
-    images.
+    All object patches and as many background patches take part. Returns the relative squared error on the last
+    tenth of the images.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -60,11 +43,11 @@ def align_projector(
     held = max(1, images // 10)
     parts = [_pairs(store, list(rows), symbolic, rng) for rows in (range(images - held), range(images - held, images))]
     (x, y), (test_x, test_y) = parts
-    mean, std = x.mean(0), x.std(0) + 1e-4
-    x, test_x = (x - mean) / std, (test_x - mean) / std
     for linear in (projector.linear_1, projector.linear_2):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.zeros_(linear.bias)
+    projector.mean.copy_(x.mean(0))
+    projector.scale.copy_(x.std(0) + 1e-4)
     projector.linear_2.bias.data.copy_(y.mean(0))
     optimiser = torch.optim.AdamW(projector.parameters(), lr=4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps, pct_start=0.1)
@@ -78,9 +61,6 @@ def align_projector(
         report((step + 1) / steps, f"loss {float(loss.detach()):.3f}")
     with torch.no_grad():
         error = (projector(test_x) - test_y).square().mean() / (test_y - y.mean(0)).square().mean()
-        first = projector.linear_1
-        first.weight.div_(std)
-        first.bias.sub_(first.weight @ mean)
     return float(error)
 
 
@@ -128,6 +108,7 @@ def train_stage(
     every kind of question. Returns the running exact match by kind.
     """
     decoder.train()
+    projector.standardise(*(part.to(projector.mean.device) for part in store.statistics()))
     matrices, others = split_parameters(decoder)
     others += list(projector.parameters())
     optimisers = Optimisers(matrices, others, muon_lr=loop.muon_lr, adam_lr=loop.adam_lr)

@@ -29,8 +29,9 @@ from ivtp.micro.features import FeatureStore, build_store
 from ivtp.micro.loop import LoopOptions, is_distributed, load_checkpoint, rank, save_checkpoint
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
 from ivtp.micro.optim import compute_dtype
+from ivtp.micro.projector import Projector
 from ivtp.micro.recipe import SIZES
-from ivtp.micro.stages import Projector, StageOptions, align_projector, train_stage
+from ivtp.micro.stages import StageOptions, align_projector, train_stage
 from ivtp.micro.threshold import choose_threshold
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
