@@ -1,4 +1,4 @@
-"""The method once more, slowly: float64, one sample at a time, full attention matrices, straight from the equations.
+"""The method once more, slowly: one sample at a time, full attention matrices in float64, straight from the equations.
 
 Nothing is shared with the library but `PruneConfig`. Left padding does not exist here: each sample runs alone and
 unpadded, so a comparison also checks that padding changes nothing.
@@ -93,11 +93,19 @@ def prompt_of_ids(ids: Tensor, pixels: Tensor, image_id: int) -> Prompt:
 
 
 class Reference:
-    """IVTP on a LLaVA. `clip` is (CLIPModel, tokenizer)."""
+    """IVTP on a LLaVA. `clip` is (CLIPModel, tokenizer); weights and hidden states are `dtype`, all else float64."""
 
-    def __init__(self, model: nn.Module, clip: tuple[Any, Any], config: PruneConfig, trainable: bool = False) -> None:
-        self.model = copy.deepcopy(model).double().requires_grad_(trainable)
-        self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).double().requires_grad_(False), clip[1]
+    def __init__(
+        self,
+        model: nn.Module,
+        clip: tuple[Any, Any],
+        config: PruneConfig,
+        trainable: bool = False,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self.dtype = dtype
+        self.model = copy.deepcopy(model).to(dtype).requires_grad_(trainable)
+        self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).to(dtype).requires_grad_(False), clip[1]
         self.config = config
         self.tower = self.model.model.vision_tower
         self.decoder = self.model.model.language_model
@@ -149,7 +157,7 @@ class Reference:
     def _encode(self, pixels: Tensor) -> _Image:
         """One image through the tower, pruned group by group."""
         tower = self.tower
-        x = tower.pre_layrnorm(tower.embeddings(pixels[None].double()))[0]  # (1 + N, D)
+        x = tower.pre_layrnorm(tower.embeddings(pixels[None].to(self.dtype)))[0]  # (1 + N, D)
         patches = list(range(self.num_patches))
         cuts: list[Cut] = []
         maps: list[Tensor] = []
@@ -342,9 +350,9 @@ class Reference:
             own = slice(head * size, (head + 1) * size)
             shared = slice(head // share * size, (head // share + 1) * size)
             query, key = self._rotate(q[:, own], positions), self._rotate(k[:, shared], positions)
-            logits = (query @ key.T / size**0.5).masked_fill(~allowed, float("-inf"))
+            logits = (query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
             maps.append(logits.softmax(-1))
-            outputs.append(maps[-1] @ v[:, shared])
+            outputs.append((maps[-1] @ v[:, shared].double()).to(x.dtype))
         return x + attention.o_proj(torch.cat(outputs, -1)), torch.stack(maps).mean(0), v
 
     def _rotate(self, x: Tensor, positions: list[int]) -> Tensor:
@@ -354,12 +362,14 @@ class Reference:
         speed = theta ** (-torch.arange(half, dtype=torch.float64) / half)
         angle = torch.tensor(positions, dtype=torch.float64)[:, None] * speed
         a, b = x[:, :half], x[:, half:]
-        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).to(x.dtype)
 
     @staticmethod
     def _norm(norm: nn.Module, x: Tensor) -> Tensor:
         """Root-mean-square norm in float64 (the stock module computes in float32)."""
-        return norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        exact = x.double()
+        normed = exact / (exact.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        return norm.weight * normed.to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -401,7 +411,7 @@ def rollout(maps: list[Tensor], aggregation: str) -> Tensor:
 
 def importance(row: Tensor, values: Tensor) -> Tensor:
     """Eq. 4: the reference token's row over the visual tokens, and their values."""
-    weighted = row * values.norm(dim=-1)
+    weighted = row * values.double().norm(dim=-1)
     return weighted / weighted.sum()
 
 
@@ -453,9 +463,9 @@ def _vision_attention(layer: nn.Module, x: Tensor, causal: bool = False) -> tupl
     outputs, maps = [], []
     for head in range(attention.num_heads):
         own = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        logits = q[:, own] @ k[:, own].T / attention.head_dim**0.5
+        logits = q[:, own].double() @ k[:, own].double().T / attention.head_dim**0.5
         if hidden is not None:
             logits = logits.masked_fill(hidden, float("-inf"))
         maps.append(logits.softmax(-1))
-        outputs.append(maps[-1] @ v[:, own])
+        outputs.append((maps[-1] @ v[:, own].double()).to(x.dtype))
     return x + attention.out_proj(torch.cat(outputs, -1)), torch.stack(maps).mean(0), v
