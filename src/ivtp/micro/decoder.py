@@ -200,8 +200,9 @@ def train_decoder(
     template, tracker = Template(tokenizer), KindTracker(level=options.level)
 
     def batch(step: int) -> BatchResult:
+        tokens = rng_for(loop.seed, step).randint(*LEVELS[tracker.level].tokens)  # the processes wait for one another
         rng = rng_for(loop.seed, step, rank())
-        return _batch(decoder, symbolic, template, options, tracker, rng)
+        return _batch(decoder, symbolic, template, options, tracker, tokens, rng)
 
     def advance(fraction: float) -> None:
         level = tracker.level
@@ -219,20 +220,20 @@ def _batch(
     template: Template,
     options: DecoderOptions,
     tracker: KindTracker,
+    tokens: int,
     rng: random.Random,
 ) -> BatchResult:
-    """Forward and backward of one batch of fresh scenes."""
+    """Forward and backward of one batch of fresh scenes, each of ``tokens`` pseudo visual tokens."""
     device = decoder.lm_head.weight.device
     torch.manual_seed(rng.getrandbits(31))
     level = LEVELS[tracker.level]
-    count = rng.randint(*level.tokens)
     weights = tracker.weights(0.15, formats=0.5)  # their prompts are three times as long
     symbols, patches, asked = [], [], []
     for _ in range(options.scenes):
         index = rng.getrandbits(39)
         photo = take_photo("train", index, most=level.objects, bad=rng.random() < 1 / 8)
         grid = photo_symbols(photo)
-        chosen = choose_patches(grid, len(photo.scene.objects), rng, count)
+        chosen = choose_patches(grid, len(photo.scene.objects), rng, tokens)
         symbols.append(grid[chosen])
         patches.append(chosen)
         asked.append(ask_many(photo, rng, options.questions, weights))
