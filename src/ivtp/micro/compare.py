@@ -2,16 +2,21 @@
 
 The questions are those of the twelve formats, in equal numbers; accuracy is the mean of the formats' own figures, from
 stock ``generate`` in left-padded batches. Milliseconds are of a prefill and one token at batch 1, all methods
-interleaved. Finished methods are saved as they come; ``--resume`` goes on behind them.
+interleaved. Methods are shared out among processes (small models make poor use of more than one thread); finished ones
+are saved as they come, and ``--resume`` goes on behind them.
 """
 
 from __future__ import annotations
 
 import json as json_module
+import multiprocessing
 import platform
 import statistics
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,37 +24,66 @@ import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import track
 
 from ivtp.cost import flops
 from ivtp.generate import load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Table, write_json
-from ivtp.micro.units import Unit, by_format, collect
+from ivtp.micro.units import by_format, collect
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
 
 LONGEST_ANSWER = 64  # tokens
 Row = dict[str, Any]
+Run = tuple[str, int]
+"""A method and how many visual tokens it keeps."""
 
 
-def measure(
-    model: Any, processor: Any, units: list[Unit], method: str, keep: int, positions: str, batch: int, progress: Any
-) -> Row:
+class Bench:
+    """A model and the questions of every format, each photo drawn once: what `measure` is asked with."""
+
+    def __init__(self, model: str, questions: int, batch: int) -> None:
+        self.model: Any
+        self.processor: Any
+        self.model, self.processor = load(model)
+        each = -(-questions // len(list_formats()))
+        self.units = sorted((u for group in collect("test", each) for u in group), key=lambda u: u.form.title)
+        self.examples = [example for unit in self.units for example in unit.examples]
+        self._batch = batch
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """The inputs of all questions."""
+        starts = range(0, len(self.examples), self._batch)
+        return [self.inputs(self.examples[start : start + self._batch]) for start in starts]
+
+    def inputs(self, examples: list[Example]) -> Any:
+        """The model's inputs, left-padded."""
+        prompts = [prompt_for(self.processor, example.prompt) for example in examples]
+        images = [example.photo.picture() for example in examples]
+        inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
+        return inputs.to(self.model.device, self.model.dtype)
+
+    def attach(self, method: str, keep: int, positions: str) -> Pruner | None:
+        """The pruner of a run; none for the full model."""
+        if method == "none":
+            return None
+        return attach(self.model, self.processor, method=method, keep=keep, positions=positions)
+
+
+def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
     """Accuracy of one method, by format too, and the tokens and FLOPs of its prefills."""
-    examples = [example for unit in units for example in unit.examples]
-    pruner = _pruner(model, processor, method, keep, positions)
+    pruner = bench.attach(method, keep, positions)
     costs: list[float] = []
     answers: list[str] = []
     with pruner or nullcontext():
-        for start in range(0, len(examples), batch):
-            part = examples[start : start + batch]
-            answers += _answer(model, processor, part)
-            costs += [_cost(model, processor, e) for e in part] if pruner is None else [pruner.trace.flops]  # type: ignore[union-attr]
-            progress.advance(len(part))
+        for inputs in bench.batches:
+            answers += _answer(bench, inputs)
+            costs += _full_cost(bench, inputs) if pruner is None else [pruner.trace.flops]  # type: ignore[union-attr]
     said = iter(answers)
-    scored = [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in units]
+    scored = [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in bench.units]
     figures = by_format(scored, "accuracy")
     entering, leaving = (float(world.GRID**2),) * 2
     if pruner is not None:
@@ -60,45 +94,65 @@ def measure(
         **figures["mean"],
         "equivalent tokens, before cuts": entering,
         "behind cuts": leaving,
-        "TFLOPs": sum(costs) / len(examples) / 1e12,
+        "TFLOPs": sum(costs) / len(bench.examples) / 1e12,
         "by format": {title: row["accuracy"] for title, row in figures.items() if title != "mean"},
     }
 
 
-def _pruner(model: Any, processor: Any, method: str, keep: int, positions: str) -> Pruner | None:
-    if method == "none":
-        return None
-    return attach(model, processor, method=method, keep=keep, positions=positions)
-
-
-def _answer(model: Any, processor: Any, examples: list[Example]) -> list[str]:
-    prompts = [prompt_for(processor, example.prompt) for example in examples]
-    images = [example.photo.picture() for example in examples]
-    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device, model.dtype)
+def _answer(bench: Bench, inputs: Any) -> list[str]:
     with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
+        out = bench.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
     new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return [text.strip() for text in bench.processor.batch_decode(new, skip_special_tokens=True)]
 
 
-def _cost(model: Any, processor: Any, example: Example) -> float:
-    text = len(processor.tokenizer(prompt_for(processor, example.prompt)).input_ids)
-    return flops(model, method="none", text_tokens=text).total
+def _full_cost(bench: Bench, inputs: Any) -> list[float]:
+    """FLOPs of the full model for each prompt of a batch."""
+    texts = inputs["attention_mask"].sum(1) - world.GRID**2 + 1
+    return [flops(bench.model, method="none", text_tokens=int(text)).total for text in texts]
 
 
-def time_prefills(
-    model: Any, processor: Any, runs: list[tuple[str, int]], examples: list[Example], positions: str
-) -> dict[tuple[str, int], float]:
+_bench: Bench
+
+
+def _begin(model: str, questions: int, batch: int) -> None:
+    global _bench
+    _set_up(threads=1)
+    _bench = Bench(model, questions, batch)
+
+
+def _set_up(threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+
+
+def _job(method: str, keep: int, positions: str) -> Row:
+    return measure(_bench, method, keep, positions)
+
+
+def measure_all(runs: list[Run], positions: str, workers: int, model: str, questions: int, batch: int) -> Iterator[Row]:
+    """Rows of all runs as processes finish them."""
+    spawn = multiprocessing.get_context("spawn")
+    start = (model, questions, batch)
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=start) as pool:
+        jobs = [pool.submit(_job, method, keep, positions) for method, keep in runs]
+        try:
+            for job in as_completed(jobs):
+                yield job.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def time_prefills(bench: Bench, runs: list[Run], positions: str) -> dict[Run, float]:
     """Median milliseconds of a prefill and one token at batch 1, all runs in turn for every example."""
-    times: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
+    times: dict[Run, list[float]] = {run: [] for run in runs}
+    examples = bench.examples[:: max(1, len(bench.examples) // 9)]
     for example in [examples[0], *examples]:
-        prompt = prompt_for(processor, example.prompt)
-        inputs = processor(images=example.photo.picture(), text=prompt, return_tensors="pt")
-        inputs = inputs.to(model.device, model.dtype)
+        inputs = bench.inputs([example])
         for method, keep in runs:
-            with _pruner(model, processor, method, keep, positions) or nullcontext(), torch.inference_mode():
+            with bench.attach(method, keep, positions) or nullcontext(), torch.inference_mode():
                 began = time.perf_counter()
-                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+                bench.model.generate(**inputs, max_new_tokens=1, do_sample=False)
                 times[method, keep].append(1000 * (time.perf_counter() - began))
     return {run: statistics.median(values[1:]) for run, values in times.items()}
 
@@ -126,7 +180,8 @@ def main(
     questions: Annotated[int, typer.Option(help="test questions, a multiple of 12 is taken")] = 1000,
     positions: Annotated[str, typer.Option(help="original or compact")] = "original",
     batch: Annotated[int, typer.Option(help="questions a batch")] = 16,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    workers: Annotated[int, typer.Option(help="processes that share the methods, one CPU thread each")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads while milliseconds are measured")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on behind what the JSON file holds")] = False,
     json: Annotated[Path | None, typer.Option(help="file for all numbers, rewritten after every method")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
@@ -134,27 +189,25 @@ def main(
     names = method or [*list_methods()]
     for name in names:
         method_class(name)  # refuses what is no method
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    lvlm, processor = load(model)
-    each = -(-questions // len(list_formats()))
-    units = sorted((u for group in collect("test", each) for u in group), key=lambda u: u.form.title)
-    count = sum(len(unit.examples) for unit in units)
+    _set_up(threads)
+    bench = Bench(model, questions, batch)
+    count = len(bench.examples)
     about = {"model": model, "questions": count, "positions": positions, "torch": torch.__version__}
     about["machine"] = f"{platform.machine()}, {threads} CPU threads"
     rows = _finished(json, about) if resume and json else []
-    runs = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]
-    left = [run for run in runs if run not in {(row["method"], row["keep"]) for row in rows}]
-    with _Bar(len(left) * count) as progress:
-        for name, k in left:
-            progress.name(f"{name}, {k}")
-            rows.append(measure(lvlm, processor, units, name, k, positions, batch, progress))
-            if json is not None:
-                write_json(json, [Table("methods", rows)], about)
-    examples = [unit.examples[0] for unit in units][:: max(1, len(units) // 9)]
+    done = [(row["method"], row["keep"]) for row in rows]
+    asked = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]
+    runs = list(dict.fromkeys([*asked, *done]))
+    left = [run for run in runs if run not in done]
+    found = measure_all(left, positions, workers, model, questions, batch) if left else ()
+    for row in track(found, "methods", total=len(left), console=console):
+        rows.append(row)
+        if json is not None:
+            write_json(json, [Table("methods", rows)], about)
+    rows.sort(key=lambda row: runs.index((row["method"], row["keep"])))
     for row in rows:
         row["ms a prefill"] = None
-    for run, milliseconds in time_prefills(lvlm, processor, runs, examples, positions).items():
+    for run, milliseconds in time_prefills(bench, runs, positions).items():
         next(row for row in rows if (row["method"], row["keep"]) == run)["ms a prefill"] = milliseconds
     text = "\n".join(table.markdown() for table in tables(rows, count, positions))
     console.print(Markdown(text))
@@ -174,30 +227,6 @@ def _finished(json: Path, about: dict[str, Any]) -> list[Row]:
         raise typer.BadParameter(f"{json} was measured with {found['about']}; give another --json, or no --resume")
     rows: list[Row] = found["tables"][0]["rows"]
     return rows
-
-
-class _Bar:
-    """A progress bar over questions."""
-
-    def __init__(self, total: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def name(self, text: str) -> None:
-        """What runs now."""
-        self._progress.update(self._task, description=text)
-
-    def advance(self, done: int) -> None:
-        """So many questions more."""
-        self._progress.advance(self._task, done)
 
 
 if __name__ == "__main__":
