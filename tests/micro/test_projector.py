@@ -22,7 +22,7 @@ def test_standardising_changes_nothing_that_is_computed(seed: int, size: float) 
         projector.standardise(x.mean(0), x.std(0))
         torch.testing.assert_close(projector(x), before)
         torch.testing.assert_close(stock_output(projector.stock(), x), before)
-    torch.testing.assert_close(Projector.from_stock(projector.stock()).double()(x), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Projector.from_weights(projector.stock()).double()(x), before, rtol=1e-5, atol=1e-5)
 
 
 def test_a_standardised_projector_reads_features_of_unit_size() -> None:

@@ -219,7 +219,7 @@ def test_training_keeps_the_scale_of_the_projected_patches(run: Path, tokenizer,
     store = FeatureStore(folder)
     torch.manual_seed(0)
     stock = Projector(32, 64).stock()
-    projector = Projector.from_stock({**stock, "linear_1.weight": stock["linear_1.weight"] / 100})
+    projector = Projector.from_weights({**stock, "linear_1.weight": stock["linear_1.weight"] / 100})
     before = projector(store[[0, 1]].float()).square().mean().sqrt()
     loop = LoopOptions(steps=6, muon_lr=0.0, adam_lr=1e-3)
     decoder = small_decoder(tokenizer)[0].requires_grad_(False)

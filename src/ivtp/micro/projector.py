@@ -50,9 +50,9 @@ class Projector(nn.Module):
         return {"linear_1.weight": weight, "linear_1.bias": bias, **second}
 
     @classmethod
-    def from_stock(cls, weights: dict[str, Tensor]) -> Projector:
-        """A projector that computes what a stock one does."""
+    def from_weights(cls, weights: dict[str, Tensor]) -> Projector:
+        """A projector of these weights: its own, or a stock one's, which stand for no standardisation."""
         width, features = weights["linear_1.weight"].shape
         projector = cls(features, width)
-        projector.load_state_dict({**weights, "mean": projector.mean, "scale": projector.scale})
+        projector.load_state_dict({"mean": projector.mean, "scale": projector.scale, **weights})
         return projector

@@ -70,11 +70,7 @@ def decoder_from(checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> LlamaF
 
 def projector_from(checkpoint: Path) -> Projector:
     """The projector that a checkpoint holds."""
-    weights = load_checkpoint(checkpoint)["projector"]
-    width, features = weights["linear_1.weight"].shape
-    projector = Projector(features, width)
-    projector.load_state_dict(weights)
-    return projector
+    return Projector.from_weights(load_checkpoint(checkpoint)["projector"])
 
 
 def symbolic_from(checkpoint: Path) -> SymbolicImage:
@@ -103,7 +99,7 @@ def unpack(asset: Path, out: Path) -> int:
     start_alike(words, tokenizer, unknown)
     state["model.embed_tokens.weight"] = words
     state["lm_head.weight"], _ = carry_over(model.lm_head.weight, old, 0.1 * words, tokenizer)
-    projector = Projector.from_stock(model.model.multi_modal_projector.state_dict())
+    projector = Projector.from_weights(model.model.multi_modal_projector.state_dict())
     save_checkpoint(out / "stage2.pt", {"projector": projector.state_dict(), "decoder": state})
     return len(unknown)
 
