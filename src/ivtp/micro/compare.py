@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
-from ivtp.cost import flops
+from ivtp.cost import flops, prompt_tokens
 from ivtp.generate import load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
@@ -34,6 +34,7 @@ from ivtp.micro.scoring import Table, write_json
 from ivtp.micro.units import by_format, collect
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
+from ivtp.sizes import sizes
 
 LONGEST_ANSWER = 64  # tokens
 Row = dict[str, Any]
@@ -108,8 +109,9 @@ def _answer(bench: Bench, inputs: Any) -> list[str]:
 
 def _full_cost(bench: Bench, inputs: Any) -> list[float]:
     """FLOPs of the full model for each prompt of a batch."""
-    texts = inputs["attention_mask"].sum(1) - world.GRID**2 + 1
-    return [flops(bench.model, method="none", text_tokens=int(text)).total for text in texts]
+    geometry = sizes(bench.model).geometry
+    texts = [prompt_tokens(columns, geometry) for columns in inputs["attention_mask"].sum(1).tolist()]
+    return [flops(bench.model, method="none", text_tokens=text).total for text in texts]
 
 
 _bench: Bench
@@ -205,10 +207,9 @@ def main(
         if json is not None:
             write_json(json, [Table("methods", rows)], about)
     rows.sort(key=lambda row: runs.index((row["method"], row["keep"])))
+    times = time_prefills(bench, runs, positions)
     for row in rows:
-        row["ms a prefill"] = None
-    for run, milliseconds in time_prefills(bench, runs, positions).items():
-        next(row for row in rows if (row["method"], row["keep"]) == run)["ms a prefill"] = milliseconds
+        row["ms a prefill"] = times[row["method"], row["keep"]]
     text = "\n".join(table.markdown() for table in tables(rows, count, positions))
     console.print(Markdown(text))
     if json is not None:
