@@ -103,9 +103,14 @@ def ask(
         inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
         inputs = inputs.to(any_model.device, any_model.dtype)
         began = time.perf_counter()
-        with torch.inference_mode():
-            generated = any_model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        (text,) = complete(model, processor, inputs, max_new_tokens)
         seconds = time.perf_counter() - began
-        new = generated[0, inputs["input_ids"].shape[1] :]
-        text = processor.decode(new, skip_special_tokens=True).strip()
         return Answer(text, pruner.trace if pruner else None, seconds)
+
+
+def complete(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+    """What the model says, greedily, behind each prompt of `inputs` (the processor's, left-padded)."""
+    with torch.inference_mode():
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = generated[:, inputs["input_ids"].shape[1] :]
+    return [str(text).strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

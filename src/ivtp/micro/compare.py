@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json as json_module
 import multiprocessing
+import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,7 +29,7 @@ from rich.markdown import Markdown
 from rich.progress import track
 
 from ivtp.cost import flops, prompt_tokens
-from ivtp.generate import load, prompt_for
+from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Table, write_json
@@ -37,6 +39,7 @@ from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
 
 LONGEST_ANSWER = 64  # tokens
+TIMED, ROUNDS = 4, 4  # examples whose prefills are timed, and how often
 Row = dict[str, Any]
 Run = tuple[str, int]
 """A method and how many visual tokens it keeps."""
@@ -81,7 +84,7 @@ def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
     answers: list[str] = []
     with pruner or nullcontext():
         for inputs in bench.batches:
-            answers += _answer(bench, inputs)
+            answers += complete(bench.model, bench.processor, inputs, LONGEST_ANSWER)
             costs += _full_cost(bench, inputs) if pruner is None else [pruner.trace.flops]  # type: ignore[union-attr]
     said = iter(answers)
     scored = [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in bench.units]
@@ -100,13 +103,6 @@ def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
     }
 
 
-def _answer(bench: Bench, inputs: Any) -> list[str]:
-    with torch.inference_mode():
-        out = bench.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-    new = out[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in bench.processor.batch_decode(new, skip_special_tokens=True)]
-
-
 def _full_cost(bench: Bench, inputs: Any) -> list[float]:
     """FLOPs of the full model for each prompt of a batch."""
     geometry = sizes(bench.model).geometry
@@ -119,8 +115,17 @@ _bench: Bench
 
 def _begin(model: str, questions: int, batch: int) -> None:
     global _bench
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_up(threads=1)
     _bench = Bench(model, questions, batch)
+
+
+def _end_with_parent() -> None:
+    """A pool's processes outlive a main process that was killed, and wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _set_up(threads: int) -> None:
@@ -146,28 +151,55 @@ def measure_all(runs: list[Run], positions: str, workers: int, model: str, quest
 
 
 def time_prefills(bench: Bench, runs: list[Run], positions: str) -> dict[Run, float]:
-    """Median milliseconds of a prefill and one token at batch 1, all runs in turn for every example."""
+    """Median milliseconds of a prefill and one token at batch 1: all runs in turn, in rounds over the same examples."""
     times: dict[Run, list[float]] = {run: [] for run in runs}
-    examples = bench.examples[:: max(1, len(bench.examples) // 9)]
-    for example in [examples[0], *examples]:
-        inputs = bench.inputs([example])
+    prompts = [bench.inputs([example]) for example in bench.examples[:: -(-len(bench.examples) // TIMED)]]
+    for _ in track(range(ROUNDS), "milliseconds", console=console):
         for method, keep in runs:
-            with bench.attach(method, keep, positions) or nullcontext(), torch.inference_mode():
-                began = time.perf_counter()
-                bench.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-                times[method, keep].append(1000 * (time.perf_counter() - began))
-    return {run: statistics.median(values[1:]) for run, values in times.items()}
+            with bench.attach(method, keep, positions) or nullcontext():
+                _prefill_ms(bench, prompts[0])  # warms up
+                times[method, keep] += [_prefill_ms(bench, inputs) for inputs in prompts]
+    return {run: statistics.median(values) for run, values in times.items()}
+
+
+def _prefill_ms(bench: Bench, inputs: Any) -> float:
+    began = time.perf_counter()
+    complete(bench.model, bench.processor, inputs, max_new_tokens=1)
+    return 1000 * (time.perf_counter() - began)
 
 
 def tables(rows: list[Row], questions: int, positions: str) -> list[Table]:
-    """One table for each keep; the best accuracy first, the full model on top."""
+    """All keeps side by side, then one table for each; the full model on top, then the best accuracy."""
     full = [row for row in rows if row["method"] == "none"]
-    made = []
-    for keep in sorted({row["keep"] for row in rows} - {world.GRID**2}):
+    keeps = sorted({row["keep"] for row in rows} - {world.GRID**2})
+    asked = f"{questions} questions, {positions} positions"
+    made = [
+        Table(f"Tokens kept of {world.GRID**2}: accuracy, GFLOPs and ms a prefill; {asked}", _overview(rows, keeps))
+    ]
+    for keep in keeps:
         mine = sorted((r for r in rows if r["keep"] == keep), key=lambda r: -r["accuracy"])
         shown = [{k: v for k, v in row.items() if k not in ("keep", "by format")} for row in full + mine]
-        made.append(Table(f"{keep} of {world.GRID**2} tokens, {questions} questions, {positions} positions", shown))
+        made.append(Table(f"{keep} of {world.GRID**2} tokens, {asked}", shown))
     return made
+
+
+def _overview(rows: list[Row], keeps: list[int]) -> list[Row]:
+    """One row a method, best mean accuracy first; the full model's figures stand under every keep."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        for keep in keeps if row["method"] == "none" else [row["keep"]]:
+            found.setdefault(row["method"], {})[keep] = row
+    whole = {name: by_keep for name, by_keep in found.items() if by_keep.keys() == set(keeps)}
+    ordered = sorted(whole.items(), key=lambda item: -sum(row["accuracy"] for row in item[1].values()))
+    return [{"method": name} | _columns(by_keep, keeps) for name, by_keep in ordered]
+
+
+def _columns(by_keep: dict[int, Row], keeps: list[int]) -> Row:
+    found: Row = {}
+    for keep in keeps:
+        found |= {f"{keep}{end}": by_keep[keep][f"accuracy{end}"] for end in ("", " low", " high")}
+    found |= {f"GFLOPs at {keep}": round(1000 * by_keep[keep]["TFLOPs"], 2) for keep in keeps}
+    return found | {f"ms at {keep}": round(by_keep[keep]["ms a prefill"], 1) for keep in keeps}
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ivtp.generate import load, prompt_for
+from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.scoring import Item, Table, accuracy_row, mean_interval, sample_items, write_json
 from ivtp.plug import attach
@@ -48,10 +48,7 @@ def answer_all(
         prompts = [prompt_for(processor, item.question.text, images=int(image != "none")) for item in part]
         inputs = processor(images=_images(part, image), text=prompts, padding=True, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)
-        with torch.inference_mode():
-            out = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        new = out[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+        answers += complete(model, processor, inputs, LONGEST_ANSWER)
         after(part)
         report(len(part))
     return answers
