@@ -191,6 +191,28 @@ def test_pruned_model_costs_what_a_counter_sees(tiny: Tiny, images: int, changes
     assert trace.flops == pytest.approx(report.total, rel=1e-9)
 
 
+@pytest.mark.parametrize("method", ivtp.list_methods())
+def test_every_method_costs_what_a_counter_sees(tiny: Tiny, method: str) -> None:
+    model, clip_model = tiny.model(attention="eager"), copy.deepcopy(tiny.clip[0])
+    clip_model.set_attn_implementation("eager")
+    geometry = sizes(model).geometry
+    inputs, side = tiny.inputs(tiny.sample()), (clip_model, tiny.clip[1])
+    with ivtp.attach(model, tiny.processor, tiny.config(method=method), clip=side) as pruner:
+        found, trace = counted(model, inputs), pruner.trace
+        reads_clip, read = (
+            pruner.guide_maker.clip is not None,
+            {tap for cut in pruner.method.plan.cuts for tap in cut.taps},
+        )
+    assert trace is not None
+    tower = next(n.removesuffix(".layers.0.mlp") for n in found if "vision" in n and n.endswith(".layers.0.mlp"))
+    unread = 0.0
+    for layer in range(geometry.vision_layers, geometry.vision_depth):
+        used = ("q_proj", "k_proj") if layer in read else ()
+        unread += layers(found, tower, range(layer, layer + 1))
+        unread -= sum(found[f"{tower}.layers.{layer}.self_attn.{name}"] for name in used)
+    assert trace.flops == pytest.approx(found[""] - (0 if reads_clip else unread), rel=0.01)
+
+
 # ---- how cost behaves ---------------------------------------------------------------------------------------------
 
 keeps = st.integers(1, 36)

@@ -69,8 +69,8 @@ def flops(
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     known = sizes(model)
-    geometry, clip = known.geometry, known.clip
-    plan, reads_clip = _plan(known, {**config, "method": method, "keep": keep})
+    geometry = known.geometry
+    plan, clip = _plan(known, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
     report = count_flops(
@@ -79,7 +79,7 @@ def flops(
         text_tokens=text_tokens - images,
         batch=batch,
         images=images,
-        relevance=clip if reads_clip else None,
+        relevance=clip,
         instruction_tokens=instruction_tokens or 0,
         method=method,
     )
@@ -91,15 +91,18 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, bool]:
-    """The plan of a method, which takes of the checkpoint's recommendation what it reads, and whether CLIP reads."""
+def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None]:
+    """The plan of a method, which takes of the checkpoint's recommendation what it reads, and what CLIP does for it."""
     if config["method"] == "none":
         PruneConfig.of(**config)  # refuses what is no option
-        return Plan(), False
+        return Plan(), None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**{**{k: v for k, v in known.recommended.items() if k in kind.reads}, **config})
     method = kind(asked, known.geometry)
-    return method.plan, kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
+    reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
+    if known.clip is None or not reads_clip:
+        return method.plan, None
+    return method.plan, dataclasses.replace(known.clip, compared=known.geometry.num_patches if kind.reads_clip else 1)
 
 
 def count_flops(
@@ -211,6 +214,12 @@ def _relevance(g: Geometry, relevance: Relevance, tokens: int, kept: int, images
     count, length = relevance.windows(tokens)
     layer = _encoder_layer(relevance.text_hidden, relevance.text_mlp, length, length)
     text = count * (relevance.text_layers * layer + 2.0 * length * relevance.text_hidden * relevance.projection)
-    cosines = 2.0 * tokens * relevance.projection
-    vision = relevance.vision_layers * _vision_layer(g, kept + g.vision_cls, kept + g.vision_cls)
-    return text + images * (vision + 2.0 * g.vision_hidden * relevance.projection + cosines)
+    words = tokens if relevance.compared == 1 else 1  # all patches are compared with the text as a whole
+    cosines = 2.0 * words * relevance.compared * relevance.projection
+    shared = 2.0 * relevance.compared * g.vision_hidden * relevance.projection
+    return text + images * (relevance.vision_layers * encoder_layer(g, kept) + shared + cosines)
+
+
+def encoder_layer(g: Geometry, patches: int) -> float:
+    """FLOPs of one vision layer over the patches of one image and CLS."""
+    return _vision_layer(g, patches + g.vision_cls, patches + g.vision_cls)

@@ -68,6 +68,7 @@ def _relevance(prefill: Prefill) -> Relevance | None:
         projection=clip.visual_projection.out_features,
         context=clip.context,
         vision_layers=len(prefill.host.vision_layers) - prefill.host.size.vision_layers,
+        compared=prefill.host.size.num_patches if prefill.method.reads_clip else 1,
     )
 
 

@@ -31,6 +31,8 @@ class Relevance:
     """Positions of the text encoder, BOS and EOS included; longer instructions are encoded in windows."""
     vision_layers: int = 1
     """Encoder layers between the one that feeds the projector and CLIP's output (LLaVA-1.5 skips one)."""
+    compared: int = 1
+    """Vision tokens of an image in the shared space: the pooled CLS, or every patch."""
 
     def windows(self, tokens: int) -> tuple[int, int]:
         """Number and length of the encoded windows for `tokens` CLIP tokens without BOS and EOS."""

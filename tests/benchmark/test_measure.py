@@ -27,7 +27,7 @@ from ivtp.benchmark.models import Subject, load_subject
 from ivtp.benchmark.parts import PARTS, time_parts
 from ivtp.benchmark.prompts import make_prompt
 from ivtp.benchmark.results import paired, result_of
-from ivtp.benchmark.runs import Oracle, Runs, make_runs
+from ivtp.benchmark.runs import Oracle, Runs, make_runs, oracle_of
 from ivtp.config import PruneConfig
 from ivtp.registry import method_class
 
@@ -47,9 +47,12 @@ class Ticks(Clock):
         return float(next(self._count))
 
 
+NAMES = ["full", "oracle", "ivtp", "oracle topk", "topk"]
+
+
 @pytest.fixture
 def runs(subject: Subject, ask: Any) -> Runs:
-    """full, oracle, ivtp and topk at 6 tokens."""
+    """full, and ivtp and topk at 6 tokens, each behind its oracle."""
     return make_runs(subject, ask(methods=("ivtp", "topk")), 6)
 
 
@@ -70,7 +73,7 @@ def test_the_oracle_has_the_counts_and_reads_nothing(subject: Subject) -> None:
 
 def test_methods_that_read_other_options_share_one_table(subject: Subject, ask: Any) -> None:
     runs = make_runs(subject, ask(methods=("topk", "random", "spatial"), options={}), 4)
-    assert list(runs) == ["full", "oracle", "topk", "random", "spatial"]
+    assert list(runs) == ["full", "oracle", "topk", "oracle random", "random", "oracle spatial", "spatial"]
     assert clean(subject)
 
 
@@ -82,7 +85,8 @@ def test_runs_are_interleaved_and_the_warm_up_is_dropped(subject: Subject, runs:
         calls.append((name, "_ivtp_pruner" in subject.model.__dict__))
         return len(calls)
 
-    found = interleave(runs, work, 2, lambda: ended.append(len(calls)))
+    three = {name: runs[name] for name in ("full", "oracle", "ivtp", "topk")}
+    found = interleave(three, work, 2, lambda: ended.append(len(calls)))
     assert calls == [("full", False), ("oracle", True), ("ivtp", True), ("topk", True)] * 3
     assert ended == [4, 8, 12]
     assert found == {"full": [5, 9], "oracle": [6, 10], "ivtp": [7, 11], "topk": [8, 12]}
@@ -108,8 +112,8 @@ def test_everything_is_measured(subject: Subject, runs: Runs) -> None:
     prompt = make_prompt(subject, POINT, seed=0)
     told: list[str] = []
     found = measure(subject, prompt, runs, tokens=3, repeats=2, report=told.append, clock=Ticks())
-    assert list(found.probes) == list(found.parts) == ["full", "oracle", "ivtp", "topk"]
-    assert list(found.times) == ["full", "oracle", "ivtp", "topk", "stock at 19"]
+    assert list(found.probes) == list(found.parts) == NAMES
+    assert list(found.times) == [*NAMES, "stock at 19"]
     assert {len(times) for times in found.times.values()} == {2}
     assert all(len(t.decode) == 3 for times in found.times.values() for t in times)
     assert all(t.prefill == t.first_token == 1.0 for t in found.times["ivtp"])
@@ -118,10 +122,11 @@ def test_everything_is_measured(subject: Subject, runs: Runs) -> None:
     assert len(told) == rounds_of(2)
     layer_bytes = 2 * 2 * 2 * 12 * 4  # keys and values, batch, heads, width, float32
     tokens = {name: probe.cache_tokens for name, probe in found.probes.items()}
-    assert tokens == {"full": 49, "oracle": 19, "ivtp": 19, "topk": 19}
+    assert tokens == {name: 49 if name == "full" else 19 for name in NAMES}
     assert all(probe.cache_bytes == probe.cache_tokens * 8 * layer_bytes for probe in found.probes.values())
     flops = {name: probe.flops for name, probe in found.probes.items()}
     assert flops["oracle"] < flops["ivtp"] < flops["full"]
+    assert flops["oracle"] != flops["oracle topk"] < flops["topk"]  # each method has an oracle of its own counts
     assert clean(subject)
 
 
@@ -180,6 +185,10 @@ def test_peak_memory_is_that_of_the_storages_alive() -> None:
     _, peak = peak_of(call, CPU)
     assert 8000 <= peak <= 8016
     assert peak_of(lambda: given.t().view(-1), CPU)[1] == 0
+
+
+def test_a_method_is_compared_with_its_own_oracle() -> None:
+    assert [oracle_of(run, NAMES) for run in NAMES] == ["oracle"] * 3 + ["oracle topk"] * 2
 
 
 def test_ratios_are_of_the_pairs_of_one_round() -> None:

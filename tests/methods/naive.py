@@ -375,7 +375,7 @@ def match(metric: Matrix, removed: int, gaps: Gaps = None) -> tuple[list[int], l
         edges.append((likeness[best], i, second[best]))
     for place in descending([e[0] for e in edges], gaps, removed):
         into[edges[place][1]] = edges[place][2]
-    return into, [i for i in first if into[i] == i] + second
+    return into, [i for i in first if into[i] == i] + second if removed else list(into)
 
 
 def merge_by_size(tokens: Matrix, size: Vector, into: Sequence[int]) -> dict[int, list[float]]:

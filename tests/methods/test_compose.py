@@ -28,6 +28,21 @@ def test_every_pair_keeps_its_two_budgets(tiny: Tiny, first: str, second: str) -
     assert all(set(row) - {-1} <= set(before) for row, before in within)
 
 
+@pytest.mark.parametrize("second", LLM)
+@pytest.mark.parametrize(("between", "final"), [(7, 6), (13, 6), (11, 9)])
+def test_the_decoder_is_told_what_pooling_leaves(tiny: Tiny, second: str, between: int, final: int) -> None:
+    model = tiny.model()  # 6 x 6 patches: 11 and 13 are no grid, 12 is the nearest
+    with torch.no_grad(), tiny.attach(model, method=f"spatial+{second}", keep=f"{between}+{final}") as pruner:
+        model(**tiny.inputs(*samples(tiny, "one")))
+    assert pruner.trace.kept().shape == (1, final)
+    assert pruner.trace.tokens_per_layer.llm_attention[0] == pruner.trace.kept("vision").shape[1]
+
+
+def test_pooling_to_fewer_than_the_decoder_is_to_keep_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match="less than the decoder"):
+        tiny.attach(tiny.model(), method="spatial+fastv", keep="7+7")
+
+
 @pytest.mark.parametrize("method", ["topk+fastv", "evit+sparsevlm", "divprune+pyramiddrop"])
 def test_keeping_all_is_the_stock_model(tiny: Tiny, method: str) -> None:
     model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))

@@ -72,13 +72,14 @@ def test_sources_say_which_token_stands_for_every_patch(
             assert all(sources[patch] == patch for patch in kept)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("method", [m for m in METHODS if method_class(m).keeps_all])
-def test_keeping_all_is_the_stock_model(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+def test_keeping_all_is_the_stock_model(tiny: Tiny, model: torch.nn.Module, method: str, positions: str) -> None:
     inputs = tiny.inputs(*samples(tiny, "mixed"))
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
         stock = model(**inputs).logits
-        with tiny.attach(model, method=method, keep=PATCHES):
+        with tiny.attach(model, method=method, keep=PATCHES, positions=positions):
             torch.testing.assert_close(model(**inputs).logits[real], stock[real], atol=1e-4, rtol=0)
 
 

@@ -26,7 +26,7 @@ def test_the_command_compares_resumes_and_writes_files(folder: Path, tmp_path: P
     saved = json.loads(target.read_text())
     rows = saved["tables"][0]["rows"]
     assert [(row["method"], row["keep"]) for row in rows] == [("none", 576), ("topk", 16)]
-    assert rows[1]["TFLOPs"] < rows[0]["TFLOPs"]
+    assert rows[1]["GFLOPs"] < rows[0]["GFLOPs"]
     assert all(len(row["by format"]) == 12 and row["ms a prefill"] > 0 for row in rows)
     assert page.read_text().count("###") == 2  # all keeps side by side, and the one keep
     rows[1]["accuracy"] = 12.5  # what is finished is not measured again

@@ -16,6 +16,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 FOR_ALL = frozenset({"positions", "cache", "seed"})
 """Common options that every method takes, beside those that it says it reads."""
 
+_TEMPLATE = 3
+"""Tokens that a chat template spends on an image, about: a placeholder and line breaks."""
 _GRID = {"texts": (64,), "images": (1,), "batches": (1,), "tokens": 16}
 _GROWTH = {
     "texts": (32, 128, 512, 1024, 2048, 4096),
@@ -65,7 +67,7 @@ class Asked:
     seed: int = 0
     compile: bool = False
     growth: bool = False
-    """Each axis by itself, from the smallest size of the others, in place of every combination."""
+    """Each axis by itself, in place of every combination: at one image, one prompt and, beside these, `base_text`."""
 
     def __post_init__(self) -> None:
         for name, default in (_GROWTH if self.growth else _GRID).items():
@@ -79,11 +81,12 @@ class Asked:
             raise ConfigError(f"--method {' '.join(self.methods)} names a method twice; name each once")
         if self.growth and len(self.keeps) > 1:
             raise ConfigError("--growth varies text, images and batch; give one --keep")
-        if min(self.texts) < max(self.images) + 2:
-            raise ConfigError(
-                f"--text {min(self.texts)} leaves no text beside {max(self.images)} image placeholder(s); "
-                f"use {max(self.images) + 2} or more"
-            )
+        for point in self.points():
+            if point.text < point.images + 2:
+                raise ConfigError(
+                    f"--text {point.text} leaves no text beside {point.images} image placeholder(s); "
+                    f"use {point.images + 2} or more"
+                )
         self._check_options()
 
     @property
@@ -97,12 +100,18 @@ class Asked:
         if not self.growth:
             grid = (Point(k, t, m, b) for k in self.keeps for t in texts for m in images for b in batches)
             return list(dict.fromkeys(grid))
-        base = Point(self.keeps[0], min(texts), min(images), min(batches))
+        base = Point(self.keeps[0], self.base_text, min(images), min(batches))
         axes = {"text": texts, "images": images, "batch": batches}
         varied = (
             dataclasses.replace(base, **{name: size}) for name, sizes in axes.items() for size in sorted(set(sizes))
         )
         return list(dict.fromkeys(varied))
+
+    @property
+    def base_text(self) -> int:
+        """The text beside which images and batch grow: the smallest with room for a chat template of all images."""
+        room = _TEMPLATE * max(self.images)
+        return min((text for text in self.texts if text >= room), default=max(self.texts))
 
     def header(self) -> dict[str, Any]:
         """What all configurations of one result file have in common, as JSON holds it."""

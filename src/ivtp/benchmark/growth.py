@@ -19,11 +19,13 @@ class Step:
 
 
 def steps(document: Document, axis: str) -> list[Step]:
-    """The finished configurations of one axis in order of size; the other axes are at their smallest."""
+    """The finished configurations of one axis in order of size; the others are where the largest one has them."""
     done = [result for result in document["results"] if "rows" in result]
     others = [name for name in AXES if name != axis]
-    base = {name: min((result[name] for result in done), default=0) for name in others}
-    chosen = [result for result in done if all(result[name] == base[name] for name in others)]
+    if not done:
+        return []
+    largest = max(done, key=lambda result: int(result[axis]))
+    chosen = [result for result in done if all(result[name] == largest[name] for name in others)]
     found = [Step(result[axis], {row["run"]: row for row in result["rows"]}) for result in chosen]
     return sorted(found, key=lambda step: step.size)
 

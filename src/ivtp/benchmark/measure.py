@@ -15,7 +15,7 @@ from ivtp.benchmark.models import Subject
 from ivtp.benchmark.parts import time_parts
 from ivtp.benchmark.prompts import Prompt, text_ids
 from ivtp.benchmark.runs import Runs, attached
-from ivtp.cost import flops
+from ivtp.cost import encoder_layer, flops
 from ivtp.plug import Pruner
 
 PART_ROUNDS = 3
@@ -178,7 +178,8 @@ def _probe(subject: Subject, prompt: Prompt, runs: Runs, report: Report) -> dict
 
 
 def flops_of(subject: Subject, prompt: Prompt, pruner: Pruner | None) -> float:
-    """FLOPs of the prefill as it is timed: those that `ivtp.flops` counts, with the head over the last position alone.
+    """FLOPs of the prefill as it is timed: those that `ivtp.flops` counts, with the head over the last position alone,
+    and with the encoder layers whose output nobody reads.
 
     `pruner` is that of the prefill that ran last; None is the untouched model.
     """
@@ -187,9 +188,13 @@ def flops_of(subject: Subject, prompt: Prompt, pruner: Pruner | None) -> float:
     if pruner is None:
         final = size.num_patches
         counted = flops(size, method="none", text_tokens=prompt.text_tokens, batch=batch, images=images).total
+        behind = size.num_patches
     else:
         assert pruner.trace is not None
         assert pruner.trace.tokens_per_layer is not None
         final, counted = pruner.trace.tokens_per_layer.final, pruner.trace.flops
+        behind = pruner.trace.tokens_per_layer.projector
+    if pruner is None or pruner.guide_maker.clip is None:  # transformers runs these for nothing
+        counted += batch * images * (size.vision_depth - size.vision_layers) * encoder_layer(size, behind)
     positions = images * final + prompt.text_tokens - images
     return counted - 2.0 * batch * (positions - 1) * size.text_hidden * size.vocab_size

@@ -17,8 +17,9 @@ import torch
 import transformers
 
 from ivtp.benchmark.asked import Asked, Point
-from ivtp.benchmark.measure import Measured, Probe, Times, stock_name
+from ivtp.benchmark.measure import Measured, Times, stock_name
 from ivtp.benchmark.parts import PARTS
+from ivtp.benchmark.runs import oracle_of
 from ivtp.errors import ConfigError, short_reason
 
 Document = dict[str, Any]
@@ -103,7 +104,8 @@ def result_of(point: Point, text_tokens: int, measured: Measured) -> Row:
 def _row(name: str, measured: Measured) -> Row:
     """Medians over the rounds; ratios and differences are taken within each round first."""
     probe, times, parts = measured.probes[name], measured.times[name], measured.parts[name]
-    prefill, full, oracle = (_prefills(measured.times[run]) for run in (name, "full", "oracle"))
+    runs = (name, "full", oracle_of(name, measured.probes))
+    prefill, full, oracle = (_prefills(measured.times[run]) for run in runs)
     clock = paired(full, prefill, lambda a, b: a / b)
     promised = measured.probes["full"].flops / probe.flops
     return {
@@ -120,12 +122,12 @@ def _row(name: str, measured: Measured) -> Row:
         "peak_bytes": probe.peak_bytes,
         "cache_bytes": probe.cache_bytes,
         "cache_tokens": probe.cache_tokens,
-        **_decoding(times, measured.times.get(stock_name(probe)), probe),
+        **_decoding(times, measured.times.get(stock_name(probe))),
         "all": {"times": [asdict(t) for t in times], "parts": parts},
     }
 
 
-def _decoding(times: list[Times], stock: list[Times] | None, probe: Probe) -> Row:
+def _decoding(times: list[Times], stock: list[Times] | None) -> Row:
     """`first_token_ms` and milliseconds a token, of this run and of the stock model with a cache of its length."""
     if not times[0].decode:
         return {}

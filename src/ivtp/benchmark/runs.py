@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -40,15 +40,21 @@ class Oracle(Method):
 
 
 def make_runs(subject: Subject, asked: Asked, keep: int | str) -> Runs:
-    """full, the oracle of the first method, and each method."""
-    pruners: dict[str, Pruner] = {}
+    """full, then each method behind an oracle of its own: that of the first is "oracle"."""
+    runs: Runs = {"full": None}
     for method in asked.methods:
-        config = config_for(subject, asked, method, keep)
+        config, host = config_for(subject, asked, method, keep), subject.host
+        oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
+        runs[f"oracle {method}" if "oracle" in runs else "oracle"] = oracle
         with attach(subject.model, subject.processor, config) as pruner:
-            pruners[method] = pruner
-    host, config = subject.host, pruners[asked.methods[0]].config
-    oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
-    return {"full": None, "oracle": oracle, **pruners}
+            runs[method] = pruner
+    return runs
+
+
+def oracle_of(run: str, runs: Iterable[str]) -> str:
+    """The run that is handed the token counts of `run` for free; the full model is compared with the first one."""
+    own = f"oracle {run}"
+    return run if run.startswith("oracle") else own if own in runs else "oracle"
 
 
 def config_for(subject: Subject, asked: Asked, method: str, keep: int | str) -> PruneConfig:

@@ -68,8 +68,9 @@ def _check(subject: Subject, asked: Asked, todo: list[Point]) -> None:
     for point in todo:
         for method in asked.methods:
             method_class(method)(config_for(subject, asked, method, point.keep), subject.host.size)
-    shortest = min(todo, key=lambda point: point.text - point.images)
-    make_prompt(subject, dataclasses.replace(shortest, batch=1), asked.seed)
+    for images in {point.images for point in todo}:
+        shortest = min((point for point in todo if point.images == images), key=lambda point: point.text)
+        make_prompt(subject, dataclasses.replace(shortest, batch=1), asked.seed)
 
 
 def _measure(subject: Subject, asked: Asked, point: Point, runs: Runs, report: Report) -> Row:

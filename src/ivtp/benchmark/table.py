@@ -74,6 +74,7 @@ COMPILED: tuple[Column, ...] = (
     ("graphs", "graphs", str),
     ("graph breaks", "graph_breaks", str),
     ("prefill ms, compiled", "prefill_ms", number),
+    ("compiled / eager", "over_eager", ratio),
     ("", "error", lambda value: value or ""),
 )
 
@@ -96,10 +97,13 @@ def grids(document: Document) -> list[Grid]:
 def summary(document: Document) -> Grid:
     """One table of all configurations, with what a reader compares."""
     columns = (*PREFILL, *(c for c in DECODING if c[1] != "stock_decode_ms"), *COST[:2])
+    if any("compiled" in row for result in document["results"] for row in result.get("rows", [])):
+        columns += tuple((title, f"compiled {key}", write) for title, key, write in COMPILED[1:-1])
     places = ("keep", "text", "images", "batch")
     lines = []
     for result in document["results"]:
         rows = result.get("rows") or [{"run": result["error"]}]
+        rows = [row | {f"compiled {k}": v for k, v in row.get("compiled", {}).items()} for row in rows]
         place = tuple(str(result[name]) for name in places)
         lines += [(*place, *line) for line in _grid(columns, rows, complete=True).rows]
     return Grid("", (*places, "run", *(title for title, _, _ in columns)), lines)

@@ -87,7 +87,7 @@ def take_up_neighbours(
     unit = nn.functional.normalize(key.float().transpose(1, 2).flatten(2)[:, 1:], dim=-1)  # (B, N, H * d)
     rest = others(kept, patches.shape[1])  # (B, R)
     similarity = take(unit, kept) @ take(unit, rest).transpose(1, 2)  # (B, K, R)
-    near = similarity.topk(min(neighbours, rest.shape[1]), dim=2).indices
+    near = similarity.argsort(dim=2, descending=True, stable=True)[..., :neighbours]
     weight = attention.gather(1, rest).to(hidden.dtype)  # (B, R)
     goes = torch.zeros_like(similarity, dtype=hidden.dtype).scatter(2, near, 1) * weight.unsqueeze(1)
     dropped = take(patches, rest)  # (B, R, D)

@@ -62,13 +62,12 @@ class Composed(Method):
         budgets = config.budgets(geometry.num_patches)
         self.keep = budgets[-1]
         between = budgets[0] if len(budgets) == 2 else round((geometry.num_patches * self.keep) ** 0.5)
-        if between < self.keep:
+        vision, llm = self.parts
+        self.vision = vision(self._config_of(vision, between), geometry)
+        handed_on = self.vision.plan.cuts[-1].keep  # pooling keeps the nearest grid
+        if handed_on < self.keep:
             raise ConfigError(f"keep={config.keep!r} gives the encoder less than the decoder; give it at least as much")
-        sizes = (geometry, dataclasses.replace(geometry, num_patches=between))
-        self.vision, self.llm = (
-            part(self._config_of(part, keep), size)
-            for part, keep, size in zip(self.parts, (between, self.keep), sizes, strict=True)
-        )
+        self.llm = llm(self._config_of(llm, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
         self.options = (self.vision.options, self.llm.options)
         self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
 

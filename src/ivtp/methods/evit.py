@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -52,7 +53,10 @@ class Evit(Method):
         if self.options.places == "three":
             layers = quarters_of(size.vision_layers, "evit")
             counts = uniform_ratio(size.num_patches, self.keep, len(layers))
-        return Plan(tuple(Cut("vision", i, k, taps=(i,)) for i, k in zip(layers, counts, strict=True)))
+        fused = [2.0 * (n - k + 1) * size.vision_hidden * (k < n) for n, k in pairwise([size.num_patches, *counts])]
+        return Plan(
+            tuple(Cut("vision", i, k, taps=(i,), flops=f) for i, k, f in zip(layers, counts, fused, strict=True))
+        )
 
     def merge(self, window: Window) -> Merged:
         """The kept tokens in the order of their scores, then the fused one."""

@@ -69,14 +69,15 @@ def match(metric: Tensor, removed: int) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching of tokens by `metric` (B, T, d); the first token is CLS.
 
     Returns the column (B, T) that every token goes into, its own where it stays, and the columns that stay, in
-    ToMe's order (B, T - removed): those of the first half, ascending, then the second half.
+    ToMe's order (B, T - removed): those of the first half, ascending, then the second half; as they were where none
+    is removed.
     """
     batch, tokens, _ = metric.shape
     unit = nn.functional.normalize(metric.float(), dim=-1)
     scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, ceil(T/2), floor(T/2))
     columns = torch.arange(tokens, device=metric.device).expand(batch, -1)
     if removed == 0:
-        return columns, torch.cat([columns[:, ::2], columns[:, 1::2]], dim=1)
+        return columns, columns
     best, partner = scores.max(dim=2)
     best[:, 0] = float("-inf")  # CLS
     ranked = best.argsort(dim=1, descending=True, stable=True)

@@ -36,7 +36,8 @@ class VisionZip(Method):
         """One cut behind the encoder."""
         size = self.geometry
         layer, left = size.vision_layers - 1, size.num_patches - self.keep
-        flops = 2.0 * left * contextual_count(self.keep) * size.vision_hidden / size.vision_heads
+        keys = size.vision_hidden / size.vision_heads
+        flops = 2.0 * left * contextual_count(self.keep) * (keys + size.vision_hidden)  # who goes where, and their sums
         return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,), flops=flops),))
 
     def merge(self, window: Window) -> Merged:

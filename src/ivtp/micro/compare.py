@@ -1,13 +1,15 @@
 """Every method on the same test questions: ``python -m ivtp.micro.compare``.
 
 The questions are those of the twelve formats, in equal numbers; accuracy is the mean of the formats' own figures, from
-stock ``generate`` in left-padded batches. Milliseconds are of a prefill and one token at batch 1, all methods
-interleaved. Methods are shared out among processes (small models make poor use of more than one thread); finished ones
-are saved as they come, and ``--resume`` goes on behind them.
+stock ``generate`` in left-padded batches. GFLOPs and milliseconds are of prefills at batch 1, one question of each
+format, all methods interleaved; the clock also sees what ``generate`` does around a prefill. Methods are shared out
+among processes (small models make poor use of more than one thread); finished ones are saved as they come, and
+``--resume`` goes on behind them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json as json_module
 import multiprocessing
 import os
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -39,7 +42,7 @@ from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
 
 LONGEST_ANSWER = 64  # tokens
-TIMED, ROUNDS = 4, 4  # examples whose prefills are timed, and how often
+ROUNDS = 2  # in which the prefills are timed
 Row = dict[str, Any]
 Run = tuple[str, int]
 """A method and how many visual tokens it keeps."""
@@ -63,6 +66,10 @@ class Bench:
         starts = range(0, len(self.examples), self._batch)
         return [self.inputs(self.examples[start : start + self._batch]) for start in starts]
 
+    def one_each(self) -> list[Any]:
+        """The first unit of every format."""
+        return list({unit.form.title: unit for unit in reversed(self.units)}.values())
+
     def inputs(self, examples: list[Example]) -> Any:
         """The model's inputs, left-padded."""
         prompts = [prompt_for(self.processor, example.prompt) for example in examples]
@@ -78,14 +85,12 @@ class Bench:
 
 
 def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
-    """Accuracy of one method, by format too, and the tokens and FLOPs of its prefills."""
+    """Accuracy of one method, by format too, and the tokens that it keeps."""
     pruner = bench.attach(method, keep, positions)
-    costs: list[float] = []
     answers: list[str] = []
     with pruner or nullcontext():
         for inputs in bench.batches:
             answers += complete(bench.model, bench.processor, inputs, LONGEST_ANSWER)
-            costs += _full_cost(bench, inputs) if pruner is None else [pruner.trace.flops]  # type: ignore[union-attr]
     said = iter(answers)
     scored = [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in bench.units]
     figures = by_format(scored, "accuracy")
@@ -98,16 +103,8 @@ def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
         **figures["mean"],
         "equivalent tokens, before cuts": entering,
         "behind cuts": leaving,
-        "TFLOPs": sum(costs) / len(bench.examples) / 1e12,
         "by format": {title: row["accuracy"] for title, row in figures.items() if title != "mean"},
     }
-
-
-def _full_cost(bench: Bench, inputs: Any) -> list[float]:
-    """FLOPs of the full model for each prompt of a batch."""
-    geometry = sizes(bench.model).geometry
-    texts = [prompt_tokens(columns, geometry) for columns in inputs["attention_mask"].sum(1).tolist()]
-    return [flops(bench.model, method="none", text_tokens=text).total for text in texts]
 
 
 _bench: Bench
@@ -150,22 +147,37 @@ def measure_all(runs: list[Run], positions: str, workers: int, model: str, quest
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def time_prefills(bench: Bench, runs: list[Run], positions: str) -> dict[Run, float]:
-    """Median milliseconds of a prefill and one token at batch 1: all runs in turn, in rounds over the same examples."""
+def time_prefills(bench: Bench, runs: list[Run], positions: str) -> dict[Run, Row]:
+    """Mean GFLOPs and median milliseconds of a prefill at batch 1: all runs in turn over the same prompts."""
     times: dict[Run, list[float]] = {run: [] for run in runs}
-    prompts = [bench.inputs([example]) for example in bench.examples[:: -(-len(bench.examples) // TIMED)]]
+    costs: dict[Run, list[float]] = {run: [] for run in runs}
+    prompts = [bench.inputs(list(unit.examples[:1])) for unit in bench.one_each()]
     for _ in track(range(ROUNDS), "milliseconds", console=console):
         for method, keep in runs:
-            with bench.attach(method, keep, positions) or nullcontext():
+            pruner = bench.attach(method, keep, positions)
+            with pruner or nullcontext():
                 _prefill_ms(bench, prompts[0])  # warms up
-                times[method, keep] += [_prefill_ms(bench, inputs) for inputs in prompts]
-    return {run: statistics.median(values) for run, values in times.items()}
+                for inputs in prompts:
+                    times[method, keep].append(_prefill_ms(bench, inputs))
+                    costs[method, keep].append(_flops(bench, pruner, inputs))
+    return {
+        run: {"GFLOPs": statistics.mean(costs[run]) / 1e9, "ms a prefill": statistics.median(times[run])}
+        for run in runs
+    }
 
 
 def _prefill_ms(bench: Bench, inputs: Any) -> float:
     began = time.perf_counter()
     complete(bench.model, bench.processor, inputs, max_new_tokens=1)
     return 1000 * (time.perf_counter() - began)
+
+
+def _flops(bench: Bench, pruner: Pruner | None, inputs: Any) -> float:
+    """Of the last prefill."""
+    if pruner is not None and pruner.trace is not None:
+        return pruner.trace.flops
+    text = prompt_tokens(inputs["input_ids"].shape[1], sizes(bench.model).geometry)
+    return flops(bench.model, method="none", text_tokens=text).total
 
 
 def tables(rows: list[Row], questions: int, positions: str) -> list[Table]:
@@ -178,7 +190,10 @@ def tables(rows: list[Row], questions: int, positions: str) -> list[Table]:
     ]
     for keep in keeps:
         mine = sorted((r for r in rows if r["keep"] == keep), key=lambda r: -r["accuracy"])
-        shown = [{k: v for k, v in row.items() if k not in ("keep", "by format")} for row in full + mine]
+        shown = [
+            {k: v for k, v in row.items() if k not in ("keep", "by format")} | {"method": _label(row["method"])}
+            for row in full + mine
+        ]
         made.append(Table(f"{keep} of {world.GRID**2} tokens, {asked}", shown))
     return made
 
@@ -191,14 +206,20 @@ def _overview(rows: list[Row], keeps: list[int]) -> list[Row]:
             found.setdefault(row["method"], {})[keep] = row
     whole = {name: by_keep for name, by_keep in found.items() if by_keep.keys() == set(keeps)}
     ordered = sorted(whole.items(), key=lambda item: -sum(row["accuracy"] for row in item[1].values()))
-    return [{"method": name} | _columns(by_keep, keeps) for name, by_keep in ordered]
+    return [{"method": _label(name)} | _columns(by_keep, keeps) for name, by_keep in ordered]
+
+
+def _label(method: str) -> str:
+    """A name that says where a method that has to be trained is not."""
+    untrained = method != "none" and method_class(method).info.trainable
+    return f"{method} (untrained)" if untrained else method
 
 
 def _columns(by_keep: dict[int, Row], keeps: list[int]) -> Row:
     found: Row = {}
     for keep in keeps:
         found |= {f"{keep}{end}": by_keep[keep][f"accuracy{end}"] for end in ("", " low", " high")}
-    found |= {f"GFLOPs at {keep}": round(1000 * by_keep[keep]["TFLOPs"], 2) for keep in keeps}
+    found |= {f"GFLOPs at {keep}": round(by_keep[keep]["GFLOPs"], 2) for keep in keeps}
     return found | {f"ms at {keep}": round(by_keep[keep]["ms a prefill"], 1) for keep in keeps}
 
 
@@ -226,7 +247,8 @@ def main(
     _set_up(threads)
     bench = Bench(model, questions, batch)
     count = len(bench.examples)
-    about = {"model": model, "questions": count, "positions": positions, "torch": torch.__version__}
+    about = {"model": model, "questions": count, "positions": positions}
+    about |= {"torch": torch.__version__, "transformers": transformers.__version__, "weights": _digest(bench.model)}
     about["machine"] = f"{platform.machine()}, {threads} CPU threads"
     rows = _finished(json, about) if resume and json else []
     done = [(row["method"], row["keep"]) for row in rows]
@@ -241,7 +263,7 @@ def main(
     rows.sort(key=lambda row: runs.index((row["method"], row["keep"])))
     times = time_prefills(bench, runs, positions)
     for row in rows:
-        row["ms a prefill"] = times[row["method"], row["keep"]]
+        row |= times[row["method"], row["keep"]]
     text = "\n".join(table.markdown() for table in tables(rows, count, positions))
     console.print(Markdown(text))
     if json is not None:
@@ -249,6 +271,14 @@ def main(
     if markdown is not None:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         markdown.write_text(text)
+
+
+def _digest(model: Any) -> str:
+    """Tells weights apart."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _finished(json: Path, about: dict[str, Any]) -> list[Row]:

@@ -14,7 +14,6 @@ from ivtp.trace import Word
 
 INK = (31, 36, 48)
 MUTED = (116, 124, 138)
-LINE = (222, 226, 233)
 USED = (228, 96, 34)
 UNUSED = (186, 193, 204)
 
