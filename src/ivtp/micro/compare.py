@@ -42,7 +42,6 @@ from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
 
 LONGEST_ANSWER = 64  # tokens
-ROUNDS = 2  # in which the prefills are timed
 Row = dict[str, Any]
 Run = tuple[str, int]
 """A method and how many visual tokens it keeps."""
@@ -148,18 +147,17 @@ def measure_all(runs: list[Run], positions: str, workers: int, model: str, quest
 
 
 def time_prefills(bench: Bench, runs: list[Run], positions: str) -> dict[Run, Row]:
-    """Mean GFLOPs and median milliseconds of a prefill at batch 1: all runs in turn over the same prompts."""
+    """Mean GFLOPs and median milliseconds of a prefill at batch 1: all runs in turn, prompt by prompt."""
     times: dict[Run, list[float]] = {run: [] for run in runs}
     costs: dict[Run, list[float]] = {run: [] for run in runs}
     prompts = [bench.inputs(list(unit.examples[:1])) for unit in bench.one_each()]
-    for _ in track(range(ROUNDS), "milliseconds", console=console):
+    for inputs in track(prompts, "milliseconds", console=console):
         for method, keep in runs:
             pruner = bench.attach(method, keep, positions)
             with pruner or nullcontext():
-                _prefill_ms(bench, prompts[0])  # warms up
-                for inputs in prompts:
-                    times[method, keep].append(_prefill_ms(bench, inputs))
-                    costs[method, keep].append(_flops(bench, pruner, inputs))
+                _prefill_ms(bench, inputs)  # warms up
+                times[method, keep].append(_prefill_ms(bench, inputs))
+                costs[method, keep].append(_flops(bench, pruner, inputs))
     return {
         run: {"GFLOPs": statistics.mean(costs[run]) / 1e9, "ms a prefill": statistics.median(times[run])}
         for run in runs
