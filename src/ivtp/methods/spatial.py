@@ -27,8 +27,9 @@ class Spatial(Method):
     """Averages the encoder's patch grid (24 x 24) to the grid whose size is nearest to `keep` (8 x 8 for 64).
 
     Each pooled token takes the place of the patch at the centre of its cell. Where `keep` is no product of two sides
-    of at most the grid's, the nearest product is kept; the trace states the number. A small prime is pooled to strips. `how="drop"` keeps `keep` patches
-    instead: those with the lowest mean cosine to their up to four neighbours, in raster order.
+    of at most the grid's, the nearest product is kept; the trace states the number. A small prime is pooled to strips.
+    `how="drop"` keeps `keep` patches instead: those with the lowest mean cosine to their up to four neighbours, in
+    raster order.
     """
 
     info = MethodInfo(
