@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ivtp.benchmark.asked import Point
 from ivtp.benchmark.compiled import time_compiled
@@ -16,6 +17,7 @@ from ivtp.benchmark.measure import (
     Measured,
     Probe,
     Times,
+    flops_of,
     interleave,
     measure,
     rounds_of,
@@ -27,7 +29,7 @@ from ivtp.benchmark.models import Subject, load_subject
 from ivtp.benchmark.parts import PARTS, time_parts
 from ivtp.benchmark.prompts import make_prompt
 from ivtp.benchmark.results import paired, result_of
-from ivtp.benchmark.runs import Oracle, Runs, make_runs, oracle_of
+from ivtp.benchmark.runs import Oracle, Runs, attached, make_runs, oracle_of
 from ivtp.config import PruneConfig
 from ivtp.registry import method_class
 
@@ -185,6 +187,16 @@ def test_peak_memory_is_that_of_the_storages_alive() -> None:
     _, peak = peak_of(call, CPU)
     assert 8000 <= peak <= 8016
     assert peak_of(lambda: given.t().view(-1), CPU)[1] == 0
+
+
+@pytest.mark.parametrize("method", ["topk", "random", "evit", "divprune"])
+def test_flops_are_those_of_the_prefill_that_is_timed(subject: Subject, ask: Any, method: str) -> None:
+    prompt = make_prompt(subject, POINT, seed=0)
+    subject.model.set_attn_implementation("eager")
+    pruner = make_runs(subject, ask(methods=(method,), options={}), 6)[method]
+    with attached(pruner), FlopCounterMode(display=False) as counter:
+        run_prefill(subject.model, prompt.inputs)
+    assert flops_of(subject, prompt, pruner) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_a_method_is_compared_with_its_own_oracle() -> None:

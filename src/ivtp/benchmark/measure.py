@@ -193,7 +193,7 @@ def flops_of(subject: Subject, prompt: Prompt, pruner: Pruner | None) -> float:
         assert pruner.trace is not None
         assert pruner.trace.tokens_per_layer is not None
         final, counted = pruner.trace.tokens_per_layer.final, pruner.trace.flops
-        behind = pruner.trace.tokens_per_layer.projector
+        behind = pruner.trace.tokens_per_layer.vision_mlp[-1]  # a cut behind the encoder leaves them whole
     if pruner is None or pruner.guide_maker.clip is None:  # transformers runs these for nothing
         counted += batch * images * (size.vision_depth - size.vision_layers) * encoder_layer(size, behind)
     positions = images * final + prompt.text_tokens - images

@@ -36,7 +36,7 @@ from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Table, write_json
-from ivtp.micro.units import by_format, collect
+from ivtp.micro.units import Unit, by_format, collect
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
@@ -65,7 +65,7 @@ class Bench:
         starts = range(0, len(self.examples), self._batch)
         return [self.inputs(self.examples[start : start + self._batch]) for start in starts]
 
-    def one_each(self) -> list[Any]:
+    def one_each(self) -> list[Unit]:
         """The first unit of every format."""
         return list({unit.form.title: unit for unit in reversed(self.units)}.values())
 
