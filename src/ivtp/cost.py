@@ -203,6 +203,8 @@ def _choice(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, 
             heads, width, sequences = g.text_heads, g.text_heads * g.text_head_dim, 1
             tokens = seen.llm_mlp[cut.layer] if cut.peek else seen.llm_attention[layer]
             length = tokens * images + text + (layer < plan.guide_layers)
+        if cut.where == "vision" and layer >= g.vision_layers:  # read for this alone
+            cost += images * _query_key(g, length)
         rows = length if layer in cut.full_rows else text if cut.text_rows else 1
         one = 2.0 * length * width if not cut.keys_only else 0.0
         cost += sequences * (one if rows == 1 else 2.0 * rows * length * (width + heads))
@@ -217,9 +219,23 @@ def _relevance(g: Geometry, relevance: Relevance, tokens: int, kept: int, images
     words = tokens if relevance.compared == 1 else 1  # all patches are compared with the text as a whole
     cosines = 2.0 * words * relevance.compared * relevance.projection
     shared = 2.0 * relevance.compared * g.vision_hidden * relevance.projection
-    return text + images * (relevance.vision_layers * encoder_layer(g, kept) + shared + cosines)
+    return text + images * (relevance.vision_layers * _whole_layer(g, kept) + shared + cosines)
 
 
-def encoder_layer(g: Geometry, patches: int) -> float:
+def unread_encoder(g: Geometry, plan: Plan, patches: int) -> float:
+    """FLOPs of the vision layers that transformers runs though nothing reads their output, for one image.
+
+    Queries and keys that a cut of `plan` reads there are counted with the cut.
+    """
+    read = {layer for cut in plan.cuts if cut.where == "vision" for layer in cut.taps if layer >= g.vision_layers}
+    whole = (g.vision_depth - g.vision_layers) * _whole_layer(g, patches)
+    return whole - len(read) * _query_key(g, patches + g.vision_cls)
+
+
+def _query_key(g: Geometry, tokens: int) -> float:
+    return 2.0 * 2 * tokens * g.vision_hidden**2
+
+
+def _whole_layer(g: Geometry, patches: int) -> float:
     """FLOPs of one vision layer over the patches of one image and CLS."""
     return _vision_layer(g, patches + g.vision_cls, patches + g.vision_cls)

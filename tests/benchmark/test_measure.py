@@ -189,7 +189,7 @@ def test_peak_memory_is_that_of_the_storages_alive() -> None:
     assert peak_of(lambda: given.t().view(-1), CPU)[1] == 0
 
 
-@pytest.mark.parametrize("method", ["topk", "random", "evit", "divprune"])
+@pytest.mark.parametrize("method", ["topk", "random", "evit", "divprune", "prumerge", "prumerge+"])
 def test_flops_are_those_of_the_prefill_that_is_timed(subject: Subject, ask: Any, method: str) -> None:
     prompt = make_prompt(subject, POINT, seed=0)
     subject.model.set_attn_implementation("eager")

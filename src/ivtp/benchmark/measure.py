@@ -15,7 +15,8 @@ from ivtp.benchmark.models import Subject
 from ivtp.benchmark.parts import time_parts
 from ivtp.benchmark.prompts import Prompt, text_ids
 from ivtp.benchmark.runs import Runs, attached
-from ivtp.cost import encoder_layer, flops
+from ivtp.cost import flops, unread_encoder
+from ivtp.plan import Plan
 from ivtp.plug import Pruner
 
 PART_ROUNDS = 3
@@ -195,6 +196,7 @@ def flops_of(subject: Subject, prompt: Prompt, pruner: Pruner | None) -> float:
         final, counted = pruner.trace.tokens_per_layer.final, pruner.trace.flops
         behind = pruner.trace.tokens_per_layer.vision_mlp[-1]  # a cut behind the encoder leaves them whole
     if pruner is None or pruner.guide_maker.clip is None:  # transformers runs these for nothing
-        counted += batch * images * (size.vision_depth - size.vision_layers) * encoder_layer(size, behind)
+        plan = pruner.method.plan if pruner else Plan()
+        counted += batch * images * unread_encoder(size, plan, behind)
     positions = images * final + prompt.text_tokens - images
     return counted - 2.0 * batch * (positions - 1) * size.text_hidden * size.vocab_size

@@ -196,8 +196,6 @@ class OutlierMerging(Method):
         kept, width = self.keep - 1, size.vision_hidden
         flops = 2.0 * (2 * kept + 1) * (size.num_patches - kept) * width  # similarity of keys, and the weighted sums
         last = size.vision_depth - 1  # also where the projector reads an earlier layer
-        if last >= size.vision_layers:  # its queries and keys are needed for this alone
-            flops += 2.0 * 2 * (size.num_patches + size.vision_cls) * width**2
         return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(last,), flops=flops),))
 
     def merge(self, window: Window) -> Merged:
