@@ -93,3 +93,9 @@ def test_the_command_measures_all_gates(
         *("Speed", "Formats", "Patches", "Differences", "CLIP", "CLS")
     ]
     assert CliRunner().invoke(gates.app, ["--gate", "6"]).exit_code == 2
+    assert CliRunner().invoke(gates.app, ["--dtype", "int4"]).exit_code == 2
+
+
+def test_speed_is_measured_in_the_dtype_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(gates, "ask", partial(ask, max_new_tokens=1))
+    assert [row["dtype"] for row in gates.speed(str(folder), "bfloat16").rows] == ["torch.bfloat16"]

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
-from ivtp.micro.scoring import Item, Table, accuracy_row, mean_interval, sample_items, write_json
+from ivtp.micro.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
 from ivtp.plug import attach
 
 LONGEST_ANSWER = 48  # tokens
@@ -126,7 +126,7 @@ def main(
     seed: Annotated[int, typer.Option(help="which questions")] = 0,
     batch: Annotated[int, typer.Option(help="questions a batch")] = 8,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or auto")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
     json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
@@ -134,7 +134,7 @@ def main(
         raise typer.BadParameter("nothing to measure; give --by-type or --coverage N")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    lvlm, processor = load(model, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+    lvlm, processor = load(model, dtype=dtype)
     items = sample_items(questions, split=split, seed=seed)
     covered = sample_items(coverage, split=split, seed=seed + 1, kinds=OBJECT_KINDS)
     answers = 3 * len(items) * by_type_ + 2 * coverage

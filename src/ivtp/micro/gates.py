@@ -29,7 +29,7 @@ from ivtp.generate import ask, load
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.formats.base import Example
-from ivtp.micro.scoring import Table, bootstrap, interval, wilson, write_json
+from ivtp.micro.scoring import Dtype, Table, bootstrap, interval, wilson, write_json
 from ivtp.micro.units import Unit, by_format, collect, gap
 from ivtp.micro.vision_data import keyword_table, make_batch
 from ivtp.micro.vision_eval import retrieved, roc_auc, word_scores
@@ -141,19 +141,19 @@ def _auc(scores: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     return roc_auc(*(torch.cat(part) for part in zip(*scores, strict=True)))
 
 
-def speed(name: str) -> Table:
+def speed(name: str, dtype: str) -> Table:
     """Seconds to load, and milliseconds of an answer with all tokens: medians of 3 and of 20, and their ranges."""
     loading, answering = [], []
     for _ in range(3):
         began = time.perf_counter()
-        model, processor = load(name)
+        model, processor = load(name, dtype=dtype)
         loading.append(time.perf_counter() - began)
     for index in range(21):
         picture = take_photo("test", index).picture()
         began = time.perf_counter()
         ask(model, processor, picture, "Is there a dog in the image?", method="none")
         answering.append(1000 * (time.perf_counter() - began))
-    row: dict[str, Any] = {}
+    row: dict[str, Any] = {"dtype": str(model.dtype)}
     for label, values, digits in (("loading, s", loading, 2), ("answer, ms", answering[1:], 0)):
         row[label] = statistics.median(values)
         row[f"{label.split(',')[0]} from - to"] = f"{min(values):.{digits}f} - {max(values):.{digits}f}"
@@ -170,6 +170,7 @@ def main(
     questions: Annotated[int, typer.Option(help="questions of every format")] = 300,
     gate: Annotated[list[int] | None, typer.Option(help="gates to measure (repeat); default: all")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
     json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
@@ -178,8 +179,8 @@ def main(
         raise typer.BadParameter(f"no gate {unknown[0]}; use 1 to 5")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    tables = [speed(model)] if 5 in gates else []
-    lvlm, processor = load(model)
+    tables = [speed(model, dtype)] if 5 in gates else []
+    lvlm, processor = load(model, dtype=dtype)
     columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
@@ -197,7 +198,7 @@ def main(
             tables.append(cls_coverage(lvlm, processor, min(questions, 200), report))
     text = "\n".join(table.markdown() for table in tables)
     console.print(Markdown(text))
-    about = {"model": model, "questions": questions, "torch": torch.__version__}
+    about = {"model": model, "questions": questions, "dtype": str(lvlm.dtype), "torch": torch.__version__}
     about["machine"] = f"{platform.machine()}, {threads} CPU threads"
     if json is not None:
         write_json(json, tables, about)

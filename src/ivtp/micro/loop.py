@@ -108,7 +108,7 @@ class KindTracker:
         ``long`` and ``formats`` are what a task with long answers and one of the benchmark formats weigh.
         """
         return [
-            (0.3 + 1 - exact) * (long if task in LONG else 1.0) * (1.0 if task in KINDS else formats)
+            (0.15 + 1 - exact) * (long if task in LONG else 1.0) * (1.0 if task in KINDS else formats)
             for task, exact in zip(TASKS, self.exact, strict=True)
         ]
 

@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ivtp.errors import ConfigError
 from ivtp.micro import world
 from ivtp.micro.world.photo import Photo, take_photo
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 RESAMPLES = 1000
 
 
