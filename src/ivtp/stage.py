@@ -64,8 +64,6 @@ class Stage:
         self._taps.clear()
         self._sources = None
 
-    # eager where the model is compiled: Inductor gives up the memory that blocks of attention share, at twice the time
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _score(self, window: Window) -> Tensor:
         """The choice of tokens is not differentiated; gradients flow through the tokens that stay."""

@@ -141,3 +141,21 @@ def test_importance_is_a_share_among_visual_tokens() -> None:
     value[0, 0, 0, 0] = 99.0  # CLS does not count
     visual = torch.tensor([[False, True, True, False]])
     torch.testing.assert_close(importance(row, value, visual), torch.tensor([[0.0, 1 / 3, 2 / 3, 0.0]]))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_compiled_graph_holds_the_column_sum_uncompiled(padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 70, 8).unbind()
+    valid = torch.arange(70) >= torch.tensor([[0], [9]]) if padded else None
+    tap, weights = AttentionTap(query, key, value, 8**-0.5, causal=True, valid=valid), torch.rand(2, 70)
+    expected, compiling = column_sum_in_blocks(tap, weights), []
+
+    def watched(*arguments: Any, **options: Any) -> Tensor:
+        compiling.append(torch.compiler.is_compiling())
+        return column_sum_in_blocks(*arguments, **options)
+
+    monkeypatch.setattr(rollout, "column_sum_in_blocks", watched)
+    compiled = torch.compile(weighted_column_sum, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tap, weights), expected)
+    assert compiling == [False]

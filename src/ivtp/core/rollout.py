@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,13 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
     Rows before `first` have the weight 0 and may be left out.
     """
     fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
-    return fused(tap, weights) if fused else column_sum_in_blocks(tap, weights, first=first)
+    if fused:
+        return fused(tap, weights)
+    if torch.compiler.is_compiling():
+        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
+        return uncompiled
+    return column_sum_in_blocks(tap, weights, first=first)
 
 
 @torch.no_grad()
@@ -86,6 +93,30 @@ def column_sum_in_blocks(tap: AttentionTap, weights: Tensor, block: int | None =
         row = weights[:, None, None, start:stop] @ attention  # (B, H, 1, seen)
         total[:, : row.shape[3]] += row.squeeze(2).mean(dim=1)
     return total
+
+
+@torch.library.custom_op("ivtp::column_sum", mutates_args=())
+def _uncompiled_column_sum(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    causal: bool,
+    valid: Tensor | None,
+    hidden_from_last: Tensor | None,
+    weights: Tensor,
+    first: int,
+) -> Tensor:
+    """`column_sum_in_blocks` as one operator of a compiled graph.
+
+    Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
+    """
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last)
+    return column_sum_in_blocks(tap, weights, first=first)
+
+
+@_uncompiled_column_sum.register_fake
+def _(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[-2])
 
 
 def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor, aggregation: str = "residual") -> Tensor:

@@ -1,0 +1,29 @@
+"""A compiled model with a pruner attached decides and answers as before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny import Tiny, samples
+
+# Dynamo explains its graph breaks in warnings
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("batch", ["one", "batch"])
+def test_a_compiled_model_keeps_the_same_tokens_and_gives_the_same_logits(tiny: Tiny, batch: str) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, batch))
+    with torch.no_grad(), tiny.attach(model) as pruner:
+        eager, kept = model(**inputs).logits, pruner.trace.kept()
+        compiled = torch.compile(model, backend="eager")(**inputs).logits
+        assert torch.equal(pruner.trace.kept(), kept)
+    torch.testing.assert_close(compiled, eager)
