@@ -29,6 +29,7 @@ def test_the_command_compares_resumes_and_writes_files(folder: Path, tmp_path: P
     assert rows[1]["GFLOPs"] < rows[0]["GFLOPs"]
     assert all(len(row["by format"]) == 12 and row["ms a prefill"] > 0 for row in rows)
     assert page.read_text().count("###") == 2  # all keeps side by side, and the one keep
+    assert page.read_text().count("original positions, float32") == 2
     rows[1]["accuracy"] = 12.5  # what is finished is not measured again
     target.write_text(json.dumps(saved))
     again = CliRunner().invoke(compare.app, [*command, "--method", "fastv", "--resume"])
@@ -36,7 +37,8 @@ def test_the_command_compares_resumes_and_writes_files(folder: Path, tmp_path: P
     rows = json.loads(target.read_text())["tables"][0]["rows"]
     assert [row["method"] for row in rows] == ["none", "topk", "fastv"]
     assert rows[1]["accuracy"] == 12.5
-    assert CliRunner().invoke(compare.app, [*command, "--positions", "compact", "--resume"]).exit_code == 2
+    for other in (["--positions", "compact"], ["--dtype", "bfloat16"]):
+        assert CliRunner().invoke(compare.app, [*command, *other, "--resume"]).exit_code == 2
 
 
 def test_a_killed_comparison_leaves_no_process_behind(folder: Path) -> None:  # noqa: F811

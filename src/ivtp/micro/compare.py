@@ -35,7 +35,7 @@ from ivtp.cost import flops, prompt_tokens
 from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
-from ivtp.micro.scoring import Table, write_json
+from ivtp.micro.scoring import Dtype, Table, write_json
 from ivtp.micro.units import Unit, by_format, collect
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
@@ -50,10 +50,10 @@ Run = tuple[str, int]
 class Bench:
     """A model and the questions of every format, each photo drawn once: what `measure` is asked with."""
 
-    def __init__(self, model: str, questions: int, batch: int) -> None:
+    def __init__(self, model: str, questions: int, batch: int, dtype: str) -> None:
         self.model: Any
         self.processor: Any
-        self.model, self.processor = load(model)
+        self.model, self.processor = load(model, dtype=dtype)
         each = -(-questions // len(list_formats()))
         self.units = sorted((u for group in collect("test", each) for u in group), key=lambda u: u.form.title)
         self.examples = [example for unit in self.units for example in unit.examples]
@@ -109,11 +109,11 @@ def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
 _bench: Bench
 
 
-def _begin(model: str, questions: int, batch: int) -> None:
+def _begin(*bench: Any) -> None:
     global _bench
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _set_up(threads=1)
-    _bench = Bench(model, questions, batch)
+    _bench = Bench(*bench)
 
 
 def _end_with_parent() -> None:
@@ -133,11 +133,10 @@ def _job(method: str, keep: int, positions: str) -> Row:
     return measure(_bench, method, keep, positions)
 
 
-def measure_all(runs: list[Run], positions: str, workers: int, model: str, questions: int, batch: int) -> Iterator[Row]:
-    """Rows of all runs as processes finish them."""
+def measure_all(runs: list[Run], positions: str, workers: int, bench: tuple[Any, ...]) -> Iterator[Row]:
+    """Rows of all runs as processes finish them, each process with a `Bench` of its own."""
     spawn = multiprocessing.get_context("spawn")
-    start = (model, questions, batch)
-    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=start) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=bench) as pool:
         jobs = [pool.submit(_job, method, keep, positions) for method, keep in runs]
         try:
             for job in as_completed(jobs):
@@ -178,11 +177,13 @@ def _flops(bench: Bench, pruner: Pruner | None, inputs: Any) -> float:
     return flops(bench.model, method="none", text_tokens=text).total
 
 
-def tables(rows: list[Row], questions: int, positions: str) -> list[Table]:
-    """All keeps side by side, then one table for each; the full model on top, then the best accuracy."""
+def tables(rows: list[Row], asked: str) -> list[Table]:
+    """All keeps side by side, then one table for each; the full model on top, then the best accuracy.
+
+    ``asked`` says in every title how it was measured.
+    """
     full = [row for row in rows if row["method"] == "none"]
     keeps = sorted({row["keep"] for row in rows} - {world.GRID**2})
-    asked = f"{questions} questions, {positions} positions"
     made = [
         Table(f"Tokens kept of {world.GRID**2}: accuracy, GFLOPs and ms a prefill; {asked}", _overview(rows, keeps))
     ]
@@ -233,6 +234,7 @@ def main(
     questions: Annotated[int, typer.Option(help="test questions, a multiple of 12 is taken")] = 1000,
     positions: Annotated[str, typer.Option(help="original or compact")] = "original",
     batch: Annotated[int, typer.Option(help="questions a batch")] = 16,
+    dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
     workers: Annotated[int, typer.Option(help="processes that share the methods, one CPU thread each")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads while milliseconds are measured")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="go on behind what the JSON file holds")] = False,
@@ -243,17 +245,18 @@ def main(
     for name in names:
         method_class(name)  # refuses what is no method
     _set_up(threads)
-    bench = Bench(model, questions, batch)
+    start = (model, questions, batch, dtype)
+    bench = Bench(*start)
     count = len(bench.examples)
-    about = {"model": model, "questions": count, "positions": positions}
+    about = {"model": model, "questions": count, "positions": positions, "dtype": str(bench.model.dtype)}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "weights": _digest(bench.model)}
     about["machine"] = f"{platform.machine()}, {threads} CPU threads"
     rows = _finished(json, about) if resume and json else []
     done = [(row["method"], row["keep"]) for row in rows]
-    asked = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]
-    runs = list(dict.fromkeys([*asked, *done]))
+    wanted = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]
+    runs = list(dict.fromkeys([*wanted, *done]))
     left = [run for run in runs if run not in done]
-    found = measure_all(left, positions, workers, model, questions, batch) if left else ()
+    found = measure_all(left, positions, workers, start) if left else ()
     for row in track(found, "methods", total=len(left), console=console):
         rows.append(row)
         if json is not None:
@@ -262,7 +265,8 @@ def main(
     times = time_prefills(bench, runs, positions)
     for row in rows:
         row |= times[row["method"], row["keep"]]
-    text = "\n".join(table.markdown() for table in tables(rows, count, positions))
+    asked = f"{count} questions, {positions} positions, {str(bench.model.dtype).removeprefix('torch.')}"
+    text = "\n".join(table.markdown() for table in tables(rows, asked))
     console.print(Markdown(text))
     if json is not None:
         write_json(json, [Table("methods", rows)], about)
