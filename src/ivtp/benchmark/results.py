@@ -21,6 +21,7 @@ from ivtp.benchmark.measure import Measured, Times, stock_name
 from ivtp.benchmark.parts import PARTS
 from ivtp.benchmark.runs import oracle_of
 from ivtp.errors import ConfigError, short_reason
+from ivtp.machine import processor_name
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ def describe_machine(device: str, threads: int | None) -> dict[str, Any]:
     """What the times depend on beside the model."""
     kind = torch.device(device)
     described = {
-        "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(kind) if kind.type == "cuda" else processor_name(),
         "cores": os.cpu_count(),
         "threads": threads or torch.get_num_threads(),
         "python": platform.python_version(),
@@ -153,14 +154,6 @@ def _prefills(times: list[Times]) -> list[float]:
 
 def _lasting(machine: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in machine.items() if name not in _CHANGING}
-
-
-def _processor() -> str:
-    """The processor's name, which `platform` does not know on Linux."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _load() -> float | None:

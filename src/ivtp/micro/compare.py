@@ -13,7 +13,6 @@ import hashlib
 import json as json_module
 import multiprocessing
 import os
-import platform
 import statistics
 import threading
 import time
@@ -33,6 +32,7 @@ from rich.progress import track
 
 from ivtp.cost import flops, prompt_tokens
 from ivtp.generate import complete, load, prompt_for
+from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Dtype, Table, write_json
@@ -250,7 +250,7 @@ def main(
     count = len(bench.examples)
     about = {"model": model, "questions": count, "positions": positions, "dtype": str(bench.model.dtype)}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "weights": _digest(bench.model)}
-    about["machine"] = f"{platform.machine()}, {threads} CPU threads"
+    about["machine"] = f"{processor_name()}, {threads} CPU threads"
     rows = _finished(json, about) if resume and json else []
     done = [(row["method"], row["keep"]) for row in rows]
     wanted = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]

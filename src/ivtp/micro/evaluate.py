@@ -5,7 +5,6 @@ Every number comes from stock ``generate`` (greedy, left-padded batches). An ans
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ivtp.generate import complete, load, prompt_for
+from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
 from ivtp.plug import attach
@@ -157,7 +157,7 @@ def main(
         "questions": questions,
         "batch": batch,
         "dtype": str(next(lvlm.parameters()).dtype),
-        "machine": f"{platform.machine()}, {threads} CPU threads",
+        "machine": f"{processor_name()}, {threads} CPU threads",
         "torch": torch.__version__,
     }
     text = "\n".join(table.markdown() for table in tables)

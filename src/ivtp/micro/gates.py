@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import platform
 import random
 import statistics
 import time
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, CLIPModel
 
 from ivtp.generate import ask, load
+from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.formats.base import Example
@@ -199,7 +199,7 @@ def main(
     text = "\n".join(table.markdown() for table in tables)
     console.print(Markdown(text))
     about = {"model": model, "questions": questions, "dtype": str(lvlm.dtype), "torch": torch.__version__}
-    about["machine"] = f"{platform.machine()}, {threads} CPU threads"
+    about["machine"] = f"{processor_name()}, {threads} CPU threads"
     if json is not None:
         write_json(json, tables, about)
     if markdown is not None:
