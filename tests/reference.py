@@ -106,7 +106,7 @@ class Reference:
         self.dtype = dtype
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(trainable)
         self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).to(dtype).requires_grad_(False), clip[1]
-        self.config = config
+        self.config = config = config.filled(("group_layers", "llm_layers", "threshold"))
         self.tower = self.model.model.vision_tower
         self.decoder = self.model.model.language_model
         self.num_patches = (self.tower.config.image_size // self.tower.config.patch_size) ** 2

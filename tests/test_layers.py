@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("methods", "hosts", "compressors"),
     (
         "plug",
-        "standins",
+        "layers",
         "generate",
         "images",
         "instruction",

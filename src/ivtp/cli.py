@@ -264,10 +264,10 @@ def _load(model: str) -> tuple[Any, Any]:
 
 
 def _threshold(model: Any, given: float | None) -> float:
-    from ivtp.config import PruneConfig
+    from ivtp.config import PAPER
     from ivtp.plug import find_host
 
-    return float(find_host(model).recommended().get("threshold", PruneConfig.threshold) if given is None else given)
+    return float(find_host(model).recommended().get("threshold", PAPER["threshold"]) if given is None else given)
 
 
 def _square(model: Any) -> int:

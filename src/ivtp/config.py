@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from ivtp.errors import ConfigError
@@ -17,7 +18,10 @@ Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
 Stages = Literal["both", "vision", "llm"]
 Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
+Logits = Literal["full", "kept"]
 
+PAPER: dict[str, Any] = {"group_layers": 3, "llm_layers": 12, "threshold": 0.2}
+"""The paper's values of what a checkpoint may recommend otherwise."""
 READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
 """Guides that read the instruction with CLIP's text side."""
 
@@ -26,17 +30,17 @@ READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
 class PruneConfig:
     """How to prune. Immutable and valid once it exists; `ConfigError` otherwise."""
 
-    method: str = "ivtp"
-    """A registered method, see `ivtp.list_methods()`."""
+    method: str | type[Any] = "ivtp"
+    """A registered method, see `ivtp.list_methods()`, or a `Method` class of your own."""
     keep: int | str = 64
     """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%". For two
     methods in one "192+64" is a budget for each."""
-    group_layers: int = 3
-    """G: consecutive layers that share one token set and one rollout (Eq. 3)."""
-    llm_layers: int = 12
-    """W: decoder layers that take part in stage 2."""
-    threshold: float = 0.2
-    """tau: words with a relevance above it make the pseudo CLS token (Eq. 7)."""
+    group_layers: int | None = None
+    """G: consecutive layers that share one token set and one rollout (Eq. 3). None: the checkpoint's own, or 3."""
+    llm_layers: int | None = None
+    """W: decoder layers that take part in stage 2. None: the checkpoint's own, or 12 if there are so many."""
+    threshold: float | None = None
+    """tau: words with a relevance above it make the pseudo CLS token (Eq. 7). None: the checkpoint's own, or 0.2."""
     aggregation: Aggregation = "residual"
     """How a group's attention maps become one (Eq. 3 and its ablations)."""
     guide: Guide = "instruction"
@@ -50,6 +54,9 @@ class PruneConfig:
     """Surviving tokens keep their position ids, or are renumbered after stage 1."""
     cache: CacheMode = "evict"
     """After the prefill every layer's cache holds the final tokens, or each layer what it saw."""
+    logits: Logits = "full"
+    """A forward gives logits for every column of the prompt, as losses and metrics of trainers expect (a pruned token's
+    column repeats the one before it), or for the tokens that are left. `generate` reads the last column alone."""
     seed: int = 0
     """Seed of the methods that draw at random."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -61,11 +68,11 @@ class PruneConfig:
         _check_keep(self.keep)
         for name, low in (("group_layers", 1), ("llm_layers", 1)):
             value = getattr(self, name)
-            if not _is_int(value) or value < low:
+            if value is not None and (not _is_int(value) or value < low):
                 raise ConfigError(f"{name}={value!r} is not a number of layers; use a whole number from {low} up")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up")
-        if not isinstance(self.threshold, int | float) or not -1.0 <= self.threshold <= 1.0:
+        if self.threshold is not None and not _is_cosine(self.threshold):
             raise ConfigError(f"threshold={self.threshold!r} is not a cosine; use a number from -1 to 1 (default 0.2)")
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
@@ -80,6 +87,11 @@ class PruneConfig:
         names = {f.name for f in dataclasses.fields(cls)}
         options = _check_options(values.pop("options", {})) | {k: v for k, v in values.items() if k not in names}
         return cls(**{k: v for k, v in values.items() if k in names}, options=options)
+
+    def filled(self, reads: Collection[str], recommended: Mapping[str, Any] = MappingProxyType({})) -> PruneConfig:
+        """What was not said, as the checkpoint recommends it or else as the paper has it; of what a method `reads`."""
+        unsaid = [name for name in PAPER if name in reads and getattr(self, name) is None]
+        return dataclasses.replace(self, **{name: recommended.get(name, PAPER[name]) for name in unsaid})
 
     def tokens(self, num_patches: int) -> int:
         """`keep` as a number of tokens of an image with `num_patches` patches. Raises `ConfigError` above N."""
@@ -107,9 +119,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "stages": get_args(Stages),
     "positions": get_args(Positions),
     "cache": get_args(CacheMode),
+    "logits": get_args(Logits),
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")
+
+
+def _is_cosine(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1.0 <= value <= 1.0
 
 
 def _is_int(value: object) -> bool:

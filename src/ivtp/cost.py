@@ -97,8 +97,8 @@ def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None]
         PruneConfig.of(**config)  # refuses what is no option
         return Plan(), None
     kind = method_class(config["method"])
-    asked = PruneConfig.of(**{**{k: v for k, v in known.recommended.items() if k in kind.reads}, **config})
-    method = kind(asked, known.geometry)
+    asked = PruneConfig.of(**config)
+    method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
     reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
     if known.clip is None or not reads_clip:
         return method.plan, None

@@ -65,7 +65,7 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
         return {}  # one new token without padding sees every key: no mask
     masks: dict[int, Any] = {}
     made: dict[int, Any] = {}
-    hidden = torch.empty(*tokens.shape[:2], 0, dtype=layers[0].dtype, device=tokens.device)
+    hidden = torch.empty(*tokens.shape[:2], 0, dtype=layers[0].keys.dtype, device=tokens.device)
     for number, layer in enumerate(layers):
         if layer.part not in made:
             valid = _logical_mask(given, layer, tokens) if layer.prompt_valid is not None else given

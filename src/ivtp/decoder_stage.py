@@ -11,7 +11,7 @@ from torch import Tensor
 from ivtp.core.rollout import AttentionTap
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.core.sequence import Seen, TokenSequence, join_images, offset_images
-from ivtp.hosts.base import Host
+from ivtp.hosts.base import CACHE_NAMES, Host
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prompt import PromptBatch
 from ivtp.stage import CutResult, Stage
@@ -93,10 +93,10 @@ class DecoderStage(Stage):
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut would compute of all tokens (B, T, D); nothing is written to the cache."""
         layer = self.host.text_layers[cut.taps[-1]]
-        arguments = {k: v for k, v in arguments.items() if k not in ("past_key_values", "past_key_value", "use_cache")}
+        arguments = {k: v for k, v in arguments.items() if k not in (*CACHE_NAMES, "use_cache")}
         self._peeking = True
         try:
-            self.host.attend("llm", layer, hidden, past_key_values=None, **arguments)
+            self.host.attend("llm", layer, hidden, **arguments)
         except Peeked:
             pass
         finally:

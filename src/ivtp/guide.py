@@ -95,7 +95,9 @@ class GuideMaker:
         """Weights of Eq. 7: 0/1 by the threshold, or the relevance itself where it is positive."""
         if self.config.guide == "weighted":
             return scores.nan_to_num().clamp_min(0)
-        return (scores > self.config.threshold).float()
+        threshold = self.config.threshold
+        assert threshold is not None  # a method fills what was not said
+        return (scores > threshold).float()
 
     def _mean_of_text(self, text: TextTokens, embeddings: Tensor, visual: Tensor) -> Guide:
         """The mean of all instruction embeddings; without a processor, of all text behind the last image."""

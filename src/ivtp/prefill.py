@@ -156,6 +156,25 @@ class Prefill:
         shortened = labels.to(sequence.source.device).gather(1, sequence.source.clamp_min(0))
         return shortened.masked_fill(sequence.visual | ~sequence.valid | (sequence.source < 0), -100)
 
+    def columns(self) -> Tensor:
+        """(B, T): for every column of the prompt the last one that is left at or before it.
+
+        Logits that are gathered by it stand where those of the stock model do, and a column behind a pruned token is
+        predicted by what the pruned model saw before it.
+        """
+        sequence = self.sequence
+        left = torch.arange(sequence.length, device=sequence.source.device)
+        filled = left >= on_device(sequence.slack, left.device).unsqueeze(1)
+        source = sequence.source.masked_fill(~filled, -1)
+        wanted = torch.arange(self.prompts.length, device=left.device).expand(source.shape[0], -1)
+        return (torch.searchsorted(source, wanted.contiguous(), right=True) - 1).clamp_min(0)
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """What is left behind the last cut so far."""
+        assert self._decoder is not None
+        return self._decoder.sequence
+
     def _stage(self, where: str) -> EncoderStage | DecoderStage:
         if where == "vision":
             return self._encoder

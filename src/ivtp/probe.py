@@ -22,6 +22,7 @@ class AttentionProbe:
     Transformers' attention modules choose their kernel by `self.config`; the probe puts a copy of that config there
     which names a passing-through kernel. Rotary positions, adapters and quantised projections are thereby included.
     SDPA, FlashAttention and eager all stay what they were. `insert` puts the probe in, `remove` the original back.
+    Kernels run on a view of the module that has its own config, so that threads which share the module do not meet.
     """
 
     def __init__(self, module: nn.Module, sink: Sink) -> None:
@@ -29,36 +30,36 @@ class AttentionProbe:
         self.sink: Sink = sink
         self.original: Any = None
         self.tapped: Any = None
+        self.view: Any = None
 
     def insert(self) -> None:
-        """Put the copy in; it is made once, as long as the module keeps its config."""
+        """Put the copy in; it is made once, as long as the module keeps its config. In twice it is in once."""
+        if self.module.config is self.tapped:
+            return
         if self.original is not self.module.config:
             self.original = self.module.config
             self.tapped = copy.copy(self.original)
             self.tapped._attn_implementation = _NAME
             self.tapped.ivtp_probe = self
+        self.view = copy.copy(self.module)  # some kernels read their own name from the module's config
         self.module.config = self.tapped
 
     def remove(self) -> None:
-        """Put the module's own config back."""
-        self.module.config = self.original
-
-    def run_kernel(self, *args: Any, **kwargs: Any) -> Any:
-        """The kernel that the model's config names at this moment."""
-        eager = sys.modules[type(self.module).__module__].__dict__.get("eager_attention_forward")
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self.original._attn_implementation, eager)
-        attributes = self.module.__dict__  # past nn.Module's own __setattr__, which is slow
-        attributes["config"] = self.original  # some kernels read their own name from it
-        try:
-            return kernel(self.module, *args, **kwargs)
-        finally:
-            attributes["config"] = self.tapped
+        """Put the module's own config back; does nothing where it is."""
+        if self.module.config is self.tapped:
+            self.module.config = self.original
+            self.view = None
 
 
 def _pass_through(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    probe: AttentionProbe = module.config.ivtp_probe
-    probe.sink(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-    return probe.run_kernel(query, key, value, attention_mask, **kwargs)
+    config = module.config
+    probe: AttentionProbe | None = getattr(config, "ivtp_probe", None)  # None: removed while another thread was here
+    if probe is not None:
+        probe.sink(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        config, module = probe.original, probe.view or module
+    eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    return kernel(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_NAME, _pass_through)

@@ -102,6 +102,7 @@ def read_prompts(
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
+    finite = inputs["pixel_values"].isfinite().all()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
@@ -111,8 +112,10 @@ def read_prompts(
         None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
     )
     assert ids is not None
+    if not finite:  # known by now: the ids were waited for
+        raise InputError("pixel_values hold NaN or infinite numbers; check the image and what prepares it")
     slots = _find_slots(ids, host, images, repeats)
-    tokens = _describe(ids, mask, position)
+    tokens = _describe(ids, mask, position, slots.mask)
     if prompt_length is not None and ids.shape[1] > prompt_length:
         answer: Tensor | None = tokens.source >= prompt_length
     else:
@@ -130,9 +133,10 @@ def _check_cache(cache: Any) -> None:
         )
     fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
     if fixed or getattr(cache, "offloading", False):
+        kind = "offloaded" if getattr(cache, "offloading", False) else type(cache).__name__
         raise InputError(
-            f"a {type(cache).__name__} with fixed, transformed or offloaded layers cannot shrink; "
-            'use the default dynamic cache (no cache_implementation="static")'
+            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
+            "a DynamicCache that is not offloaded"
         )
 
 
@@ -159,11 +163,13 @@ def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:
     return found
 
 
-def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None) -> TokenSequence:
+def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor) -> TokenSequence:
+    """The prompt's columns. Only padding before the first slot may go: a hidden slot still holds its patch's place."""
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     rows: list[list[bool]] = valid.tolist()
-    slack = tuple(row.index(True) if True in row else len(row) for row in rows)
+    needed: list[list[bool]] = (valid | slots).tolist()
+    slack = tuple(row.index(True) if True in row else len(row) for row in needed)
     holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
     position = columns if position is None else position.expand_as(ids)
     return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)

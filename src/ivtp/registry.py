@@ -36,8 +36,15 @@ def list_formats() -> list[str]:
     return list(_names("micro.formats"))
 
 
-def method_class(name: str) -> Any:
-    """The `Method` subclass called `name`, or "first+second" for two. Raises `ConfigError` with the nearest names."""
+def method_class(name: str | type[Any]) -> Any:
+    """The `Method` subclass called `name`, or "first+second" for two; a class of the user's own is itself.
+
+    Raises `ConfigError` with the nearest names.
+    """
+    if isinstance(name, type):
+        if not issubclass(name, importlib.import_module("ivtp.methods.base").Method):
+            raise ConfigError(f"{name.__name__} is no pruning method; subclass ivtp.methods.base.Method")
+        return name
     known = _names("methods")
     for place, sign in enumerate(str(name)):
         first, second = str(name)[:place], str(name)[place + 1 :]

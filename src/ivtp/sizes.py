@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ivtp.config import Geometry, PruneConfig
+from ivtp.config import PAPER, Geometry
 from ivtp.errors import LoadError, UnsupportedModelError, short_reason
 from ivtp.registry import host_class, list_hosts
 
@@ -115,7 +115,7 @@ def sidecar(folder: Path | None) -> dict[str, Any]:
 def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """Options for a checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
     named = {k: v for k, v in sidecar.items() if k in ("llm_layers", "group_layers", "threshold")}
-    return {"llm_layers": min(PruneConfig.llm_layers, geometry.text_layers), **named}
+    return {"llm_layers": min(PAPER["llm_layers"], geometry.text_layers), **named}
 
 
 def openai_clip(geometry: Geometry, layers: int) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ivtp
-from ivtp.config import PruneConfig
+from ivtp.config import PAPER
 from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
@@ -77,7 +77,7 @@ def test_a_broken_sidecar_says_so(tmp_path: Path, content: str) -> None:
 def test_cost_and_pruner_follow_the_same_recommendation(name: str, tmp_path: Path) -> None:
     model, _ = host_class(name).tiny()
     assert sizes(model).recommended == find_host(model).recommended()
-    assert find_host(model).recommended()["llm_layers"] == find_host(model).size.text_layers < PruneConfig.llm_layers
+    assert find_host(model).recommended()["llm_layers"] == find_host(model).size.text_layers < PAPER["llm_layers"]
     model.save_pretrained(tmp_path)
     (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "clip": "clip", "unknown": 1}))
     loaded = type(model).from_pretrained(tmp_path)

@@ -59,9 +59,9 @@ def oracle_of(run: str, runs: Iterable[str]) -> str:
 
 def config_for(subject: Subject, asked: Asked, method: str, keep: int | str) -> PruneConfig:
     """The options of one method: the model's recommendations that it reads, then what was asked."""
-    reads = method_class(method).reads
-    recommended = {name: value for name, value in subject.recommended().items() if name in reads}
-    return PruneConfig.of(**{**recommended, **asked.values_for(method), "method": method, "keep": keep})
+    reads, told = method_class(method).reads, subject.recommended()
+    told = {name: value for name, value in told.items() if name in reads}
+    return PruneConfig.of(**{**told, **asked.values_for(method), "method": method, "keep": keep}).filled(reads)
 
 
 @contextmanager

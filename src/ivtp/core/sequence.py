@@ -122,16 +122,19 @@ def enter_decoder(
     gone = slots.mask & (within >= kept_slots)
     removed = slots.num_patches - kept_slots
     sequence, index = prompt.drop(gone, [n * removed for n in slots.images])
-    visual = (slots.mask & ~gone).gather(1, index) & sequence.valid
+    filled = torch.arange(index.shape[1], device=index.device) >= on_device(sequence.slack, index.device).unsqueeze(1)
+    visual = (slots.mask & ~gone).gather(1, index) & filled
     image = ordinal.gather(1, index) // slots.num_patches
     local = torch.zeros_like(index).masked_scatter(visual, patches)  # (B, T') patch within its image
+    start = index - within.gather(1, index)  # the column of the image's first slot
+    own = torch.where(visual, start + local, index)  # where each token stands in the prompt
     if compact:
-        placed = sequence.position - gone.cumsum(dim=1).gather(1, index)
+        placed, source = sequence.position - gone.cumsum(dim=1).gather(1, index), index
     else:
-        start = index - within.gather(1, index)  # the column of the image's first slot
-        placed = prompt.position.gather(1, torch.where(visual, start + local, index))
+        placed, source = prompt.position.gather(1, own), own
     patch = torch.where(visual, local + image * slots.num_patches, -1)
-    return replace(sequence, patch=patch, position=placed), index
+    valid = prompt.valid.gather(1, own) & filled  # a mask may hide single slots
+    return replace(sequence, patch=patch, valid=valid, position=placed, source=source), index
 
 
 def offset_images(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:

@@ -12,9 +12,10 @@ from transformers.masking_utils import create_causal_mask
 
 from ivtp.config import Geometry
 from ivtp.errors import InputError, UnsupportedModelError
-from ivtp.hosts.base import Host
+from ivtp.hosts.base import Host, cache_name
 from ivtp.sizes import openai_clip
 
+_CACHE = cache_name(create_causal_mask)
 _DECODERS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -185,8 +186,8 @@ class LlavaHost(Host):
             config=config,
             inputs_embeds=hidden,
             attention_mask=valid,
-            past_key_values=cache,
             and_mask_function=visible,
+            **{_CACHE: cache},
         )
 
     def check_call(self, inputs: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ __all__ = [
     "vision_only_plan",
 ]
 
-_FOR_ALL = frozenset({"method", "keep", "positions", "cache", "seed", "options"})
+_FOR_ALL = frozenset({"method", "keep", "positions", "cache", "logits", "seed", "options"})
 """Fields of `PruneConfig` that no method refuses."""
 
 
@@ -116,7 +116,7 @@ class Method:
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""
         self._refuse_unread(config)
-        self.config = config
+        self.config = config = config.filled(self.reads)
         self.geometry = geometry
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)

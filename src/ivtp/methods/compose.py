@@ -58,7 +58,7 @@ class Composed(Method):
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for what one of the two refuses, and for an option that is of both or of neither."""
         self._refuse_unread(config)
-        self.config, self.geometry = config, geometry
+        self.config, self.geometry = config.filled(self.reads), geometry
         budgets = config.budgets(geometry.num_patches)
         self.keep = budgets[-1]
         between = budgets[0] if len(budgets) == 2 else round((geometry.num_patches * self.keep) ** 0.5)

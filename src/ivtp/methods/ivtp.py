@@ -34,14 +34,17 @@ class Ivtp(Method):
     def make_plan(self) -> Plan:
         """One cut at the end of each group, with as many tokens as the schedule says."""
         size, config = self.geometry, self.config
-        if config.llm_layers > size.text_layers:
+        group_layers, llm_layers = config.group_layers, config.llm_layers
+        assert group_layers is not None
+        assert llm_layers is not None
+        if llm_layers > size.text_layers:
             raise ConfigError(
-                f"llm_layers={config.llm_layers} exceeds the {size.text_layers} decoder layers of this model; "
+                f"llm_layers={llm_layers} exceeds the {size.text_layers} decoder layers of this model; "
                 f"use 1..{size.text_layers}"
             )
-        guide_layers = 0 if config.stages == "vision" else config.llm_layers
-        vision = [] if config.stages == "llm" else groups(size.vision_layers, config.group_layers)
-        llm = groups(guide_layers, config.group_layers)
+        guide_layers = 0 if config.stages == "vision" else llm_layers
+        vision = [] if config.stages == "llm" else groups(size.vision_layers, group_layers)
+        llm = groups(guide_layers, group_layers)
         counts = self._counts(len(vision), len(llm))
         products = config.aggregation in ("residual", "multiply")
         places = [("vision", group) for group in vision] + [("llm", group) for group in llm]

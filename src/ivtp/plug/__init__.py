@@ -1,0 +1,7 @@
+"""Attach a pruning method to a stock transformers model, and take it off again without a trace."""
+
+from ivtp.plug.changes import exclusive
+from ivtp.plug.entry import attach, find_host
+from ivtp.plug.pruner import Pruner, check_unpruned
+
+__all__ = ["Pruner", "attach", "check_unpruned", "exclusive", "find_host"]

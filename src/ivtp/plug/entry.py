@@ -1,0 +1,89 @@
+"""From a model to a pruner: which family it is of, and what its method reads the instruction with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ivtp import registry
+from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.errors import ConfigError, UnsupportedModelError
+from ivtp.guide import GuideMaker
+from ivtp.hosts.base import Host
+from ivtp.instruction import ClipText, InstructionReader
+from ivtp.methods.base import Method
+from ivtp.plug.pruner import Pruner, check_unpruned
+from ivtp.plug.transformers import execution_device, floating_dtype
+
+
+def attach(
+    model: nn.Module,
+    processor: Any = None,
+    config: PruneConfig | None = None,
+    *,
+    clip: Any = None,
+    **options: Any,
+) -> Pruner:
+    """Prune the visual tokens of every prompt that `model` reads from now on.
+
+    `processor` lets instruction guides read the prompt's text; without one the guides "text" and "visual" work.
+    Either `config`, or its fields and the method's own options as keywords: `method` is a registered name or a
+    `Method` class of your own, `keep` the visual tokens of each image that remain. What is not said follows the
+    checkpoint's recommendation. `clip` is the CLIP text side: `(CLIPModel, tokenizer)`, a folder or a
+    hub id; None asks the host.
+
+    Raises `UnsupportedModelError`, `ConfigError`, `LoadError`, or `AttachError` where a pruner is attached already;
+    the model is unchanged then.
+    """
+    host = find_host(model)
+    check_unpruned(host)
+    if config is None:
+        config = PruneConfig.of(**options)
+    elif not isinstance(config, PruneConfig):
+        raise ConfigError(f"config={config!r} is no PruneConfig; name options, as in attach(model, method='topk')")
+    elif options:
+        raise ConfigError(f"got a PruneConfig and {', '.join(options)} beside it; put everything into one of them")
+    kind = registry.method_class(config.method)
+    method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
+    pruner = Pruner(host, method, _guide_maker(host, method, processor, clip))
+    pruner.install()
+    return pruner
+
+
+def find_host(model: nn.Module) -> Host:
+    """The host of `model`, also when it is wrapped (by PEFT, say). Raises `UnsupportedModelError` with the list."""
+    hosts = [registry.host_class(name) for name in registry.list_hosts()]
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for host in hosts:
+            if type(module).__name__ == host.model_class and host.matches(module.config):
+                found: Host = host(module)
+                return found
+    names = ", ".join(f"{host.model_class} ({host.name})" for host in hosts)
+    hint = "; pass the model itself, ivtp.load(...)[0]" if not isinstance(model, nn.Module) else ""
+    raise UnsupportedModelError(f"{type(model).__name__} is not a model that can be pruned; supported: {names}{hint}")
+
+
+def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
+    config = method.config
+    if not method.plan.guide_layers and not method.reads_clip:
+        return GuideMaker(config, host, None, None)
+    reader = InstructionReader(processor) if processor is not None else None
+    if config.guide not in READS_CLIP and not method.reads_clip:
+        return GuideMaker(config, host, reader, None)
+    if reader is None:
+        asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'
+        if method.reads_clip:
+            asker, ways = f"method {config.method!r}", ""
+        raise ConfigError(f"{asker} reads the instruction; pass the processor{ways}")
+    source = clip if clip is not None else host.default_clip()
+    if source is None:
+        raise ConfigError(
+            "no CLIP text side is known for this model's vision tower; pass clip=(CLIPModel, tokenizer), a folder or "
+            "a hub id" + ("" if method.reads_clip else ', or use guide="text" or guide="visual"')
+        )
+    tower = host.vision_layers[0]
+    text_side = ClipText.load(
+        source, vision_hidden=host.size.vision_hidden, device=execution_device(tower), dtype=floating_dtype(tower)
+    )
+    return GuideMaker(config, host, reader, text_side)
