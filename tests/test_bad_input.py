@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from test_lifecycle import difference, fingerprint
-from tiny import NUM_PATCHES, QUESTIONS, Tiny, samples
+from tiny import NUM_PATCHES, QUESTIONS, Tiny, samples, with_cache
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -274,7 +274,7 @@ def test_static_cache(tiny: Tiny, model: Any) -> None:
             model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
         one_line(caught.value)
         with pytest.raises(InputError, match=r"[Dd]ynamic"):
-            model(**inputs, past_key_values=StaticCache(model.config.get_text_config(), max_cache_len=80))
+            model(**inputs, **with_cache(model, StaticCache(model.config.get_text_config(), max_cache_len=80)))
         model.generate(**inputs, max_new_tokens=3)
     for leftover in ("_cache", "_previous_max_cache_length"):  # stock `generate` sets these for static caches
         model.__dict__.pop(leftover, None)
@@ -291,7 +291,7 @@ def test_second_image_on_a_cache(tiny: Tiny, model: Any, name: str) -> None:
         cache = model(**inputs, use_cache=True).past_key_values
         mask = torch.ones(1, cache.get_seq_length() + more["input_ids"].shape[1], dtype=torch.long)
         with pytest.raises(InputError, match="first prompt of a cache") as caught:
-            model(**{**more, "attention_mask": mask}, past_key_values=cache)
+            model(**{**more, "attention_mask": mask}, **with_cache(model, cache))
         one_line(caught.value)
     assert difference(before, fingerprint(model)) == []
 

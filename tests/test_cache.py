@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference, prompt_of
-from tiny import FOLLOW_UP, LLM_LAYERS, NUM_PATCHES, TEXT_LAYERS, Sample, Tiny, generated, samples
+from tiny import FOLLOW_UP, LLM_LAYERS, NUM_PATCHES, TEXT_LAYERS, Sample, Tiny, generated, samples, with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -75,7 +75,7 @@ def test_decoding_step_by_step_through_forward(tiny: Tiny, attention: str) -> No
                     step = {"input_ids": torch.tensor([later[done - size : done]])}
                     if masked:
                         step["attention_mask"] = torch.ones(1, length + done, dtype=torch.long)
-                    out = model(**step, past_key_values=out.past_key_values, use_cache=True)
+                    out = model(**step, **with_cache(model, out.past_key_values), use_cache=True)
                     rows.append(out.logits[0])
                 torch.testing.assert_close(torch.cat(rows).double(), expected, atol=2e-4, rtol=0)
 
@@ -123,7 +123,7 @@ def test_second_turn_on_a_returned_cache(tiny: Tiny, mode: dict[str, str], name:
         turn = tiny.processor.tokenizer(f" USER: {FOLLOW_UP} ASSISTANT:", add_special_tokens=False, return_tensors="pt")
         ids = torch.cat([first.sequences, turn["input_ids"]], 1)
         again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        second = generate(model, again, past_key_values=first.past_key_values)
+        second = generate(model, again, **with_cache(model, first.past_key_values))
     length = inputs["input_ids"].shape[1]
     expected = recompute(tiny, sample, second.sequences[0, length:-1].tolist(), **mode)
     torch.testing.assert_close(torch.cat(second.logits).double(), expected[-STEPS:], atol=2e-4, rtol=0)
@@ -138,7 +138,7 @@ def test_second_turn_in_a_padded_batch(tiny: Tiny) -> None:
         turn = tiny.processor.tokenizer(f" USER: {FOLLOW_UP} ASSISTANT:", add_special_tokens=False, return_tensors="pt")
         ids = torch.cat([first.sequences, turn["input_ids"].repeat(len(batch), 1)], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, length:])], 1)
-        second = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+        second = generate(model, {"input_ids": ids, "attention_mask": mask}, **with_cache(model, first.past_key_values))
     for b, sample in enumerate(batch):
         expected = recompute(tiny, sample, second.sequences[b, length:-1].tolist())
         steps = torch.stack([step[b] for step in second.logits]).double()
@@ -168,7 +168,7 @@ def test_two_conversations_at_once(tiny: Tiny) -> None:
         first = model(**tiny.inputs(one), use_cache=True).past_key_values
         second = model(**tiny.inputs(other), use_cache=True).past_key_values
         for sample, cache in ((one, first), (other, second)):
-            logits = model(input_ids=torch.tensor([later]), past_key_values=cache).logits[0]
+            logits = model(input_ids=torch.tensor([later]), **with_cache(model, cache)).logits[0]
             torch.testing.assert_close(logits.double(), recompute(tiny, sample, later)[1:], atol=2e-4, rtol=0)
 
 
@@ -185,11 +185,12 @@ def test_a_cache_of_the_user(tiny: Tiny) -> None:
     model, inputs, cache = tiny.model(), tiny.inputs(*samples(tiny, "one")), DynamicCache()
     with torch.no_grad(), tiny.attach(model):
         expected = model(**inputs, use_cache=True)
-        out = model(**inputs, past_key_values=cache, use_cache=True)
+        out = model(**inputs, **with_cache(model, cache), use_cache=True)
         assert out.past_key_values is cache
         assert cache.get_seq_length() == expected.past_key_values.get_seq_length()
         steps = [
-            model(input_ids=torch.tensor([[9]]), past_key_values=c).logits for c in (cache, expected.past_key_values)
+            model(input_ids=torch.tensor([[9]]), **with_cache(model, c)).logits
+            for c in (cache, expected.past_key_values)
         ]
     torch.testing.assert_close(*steps)
 
@@ -200,13 +201,13 @@ def test_decode_steps_are_untouched(tiny: Tiny) -> None:
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
     step = {"input_ids": torch.tensor([[5], [6], [7]]), "attention_mask": mask}
     with torch.no_grad():
-        stock = model(**step, past_key_values=model(**inputs, use_cache=True).past_key_values).logits
+        stock = model(**step, **with_cache(model, model(**inputs, use_cache=True).past_key_values)).logits
         cache = model(**inputs, use_cache=True).past_key_values
         with tiny.attach(model) as pruner:
-            assert torch.equal(model(**step, past_key_values=cache).logits, stock)
+            assert torch.equal(model(**step, **with_cache(model, cache)).logits, stock)
             model(**inputs)
             trace = pruner.trace
-            model(**step, past_key_values=model(**inputs, use_cache=True).past_key_values)
+            model(**step, **with_cache(model, model(**inputs, use_cache=True).past_key_values))
             assert len(pruner.trace.stages) == len(trace.stages), "a decode step must not replace the prefill's trace"
 
 
@@ -238,7 +239,7 @@ def test_every_method_decodes_on_its_pruned_cache(tiny: Tiny, method: str) -> No
             for size in chunks:
                 mask = torch.cat([mask, torch.ones(3, size, dtype=torch.long)], 1)
                 ids = torch.tensor([later[done : done + size]] * 3)
-                rows.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+                rows.append(model(input_ids=ids, attention_mask=mask, **with_cache(model, cache)).logits)
                 done += size
             runs.append(torch.cat(rows, 1))
     torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
@@ -252,6 +253,6 @@ def test_a_padded_cache_does_not_go_on_without_the_pruner(tiny: Tiny, choice: di
     model = tiny.model()
     with torch.no_grad(), tiny.attach(model, **choice):
         cache = model(**inputs).past_key_values
-    step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+    step = {"input_ids": inputs["input_ids"][:, -1:], **with_cache(model, cache)}
     with torch.no_grad(), pytest.raises(ivtp.IvtpError, match="pruner is attached"):
         model(**step)

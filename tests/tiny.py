@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import ivtp
+from ivtp.hosts.base import cache_name
 
 PATCH, SIDE = 4, 6
 NUM_PATCHES = SIDE * SIDE
@@ -147,6 +148,11 @@ def image(seed: int) -> Image.Image:
     coarse = Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST)
     noise = np.random.default_rng(seed + 1000).integers(-40, 40, (IMAGE_SIZE, IMAGE_SIZE, 3))
     return Image.fromarray((np.asarray(coarse).astype(int) + noise).clip(0, 255).astype(np.uint8))
+
+
+def with_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that hands `cache` to the model, as this release of transformers calls it."""
+    return {cache_name(model.forward): cache}
 
 
 def generated(output: Tensor, inputs: dict[str, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from ivtp.benchmark.parts import time_parts
 from ivtp.benchmark.prompts import Prompt, text_ids
 from ivtp.benchmark.runs import Runs, attached
 from ivtp.cost import flops, unread_encoder
+from ivtp.hosts.base import cache_name
 from ivtp.plan import Plan
 from ivtp.plug import Pruner
 
@@ -157,11 +158,12 @@ def time_stock(model: Any, ids: Tensor, tokens: int, clock: Clock) -> Times:
 
 @torch.inference_mode()
 def _time_steps(model: Any, output: Any, tokens: int, clock: Clock) -> list[float]:
-    cache, steps = output.past_key_values, []
+    name = cache_name(model.forward)
+    cache, steps = getattr(output, name), []
     token = output.logits[:, -1:].argmax(dim=-1)
     for _ in range(tokens):
         began = clock.now()
-        logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids=token, **{name: cache}, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(dim=-1)
         steps.append(clock.now() - began)
     return steps
@@ -172,7 +174,7 @@ def _probe(subject: Subject, prompt: Prompt, runs: Runs, report: Report) -> dict
 
     def probe(name: str) -> Probe:
         output, peak = peak_of(lambda: run_prefill(subject.model, prompt.inputs), subject.device)
-        cache = output.past_key_values
+        cache = getattr(output, cache_name(subject.model.forward))
         return Probe(peak, cache_bytes(cache), cache_tokens(cache), flops_of(subject, prompt, runs[name]))
 
     return interleave(runs, probe, 1, lambda: report("memory"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ivtp.generate import prompt_for
+from ivtp.hosts.base import cache_name
 
 LONGEST = 64  # tokens of an answer
 
@@ -44,7 +45,8 @@ def answer_about(
     places = torch.arange(head.shape[1], device=visual.device).expand(len(rows), -1)
     places = torch.cat([places, head.shape[1] + chosen], dim=1)
     cache = DynamicCache(config=model.config.text_config)
-    model.model.language_model(inputs_embeds=embeds, position_ids=places, past_key_values=cache)
+    decoder = model.model.language_model
+    decoder(inputs_embeds=embeds, position_ids=places, **{cache_name(decoder.forward): cache})
     if len(rows) == 1:
         cache.batch_repeat_interleave(len(texts))
     start = head.shape[1] + visual.shape[1]
@@ -80,13 +82,12 @@ def _greedy(
     model: Any, processor: Any, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, longest: int
 ) -> list[str]:
     """Decodes greedily from the token ids (Q, L) behind what the cache holds."""
-    ends = model.generation_config.eos_token_id
+    ends, decoder = model.generation_config.eos_token_id, model.model.language_model
+    name = cache_name(decoder.forward)
     answers: list[list[int]] = [[] for _ in mask]
     rows = torch.arange(len(mask), device=mask.device)  # the questions whose answers have not ended
     for _ in range(longest):
-        states = model.model.language_model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
-        ).last_hidden_state
+        states = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, **{name: cache}).last_hidden_state
         new = model.lm_head(states[:, -1]).argmax(-1)
         for row, token in zip(rows.tolist(), new.tolist(), strict=True):
             answers[row].append(token)
