@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from ivtp.config import PruneConfig
 from ivtp.errors import LoadError, short_reason
 from ivtp.images import load_image
-from ivtp.plug import attach, check_unpruned, find_host
+from ivtp.plug import attach, check_unpruned, exclusive, find_host
 from ivtp.sizes import MICRO
 from ivtp.trace import PruneTrace
 
@@ -89,16 +89,17 @@ def ask(
     """Answer `question` about `image` (a path, bytes or a PIL image), greedily.
 
     `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
-    The model is left as it was. Raises `ImageError`, `ConfigError` and what `attach` raises.
+    The model is left as it was; several threads that ask one model wait for each other. Raises `ImageError`,
+    `ConfigError` and what `attach` raises.
     """
-    picture = load_image(image)
-    if method == "none":
-        check_unpruned(find_host(model))
-        PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused with or without pruning
-        pruning: Any = nullcontext()
-    else:
-        pruning = attach(model, processor, clip=clip, method=method, keep=keep, **config)
-    with pruning as pruner:
+    picture, host = load_image(image), find_host(model)
+    with exclusive(host.model), ExitStack() as stack:
+        if method == "none":
+            check_unpruned(host)
+            PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused without pruning too
+            pruner = None
+        else:
+            pruner = stack.enter_context(attach(model, processor, clip=clip, method=method, keep=keep, **config))
         any_model: Any = model
         inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
         inputs = inputs.to(any_model.device, any_model.dtype)
