@@ -117,3 +117,13 @@ def test_attention_maps_are_of_the_prompts_tokens_alone(tiny: Tiny) -> None:
         assert attention.shape[-2:] == (output.hidden_states[layer].shape[1],) * 2
     expected = [t.shape for t in output.hidden_states + output.attentions]
     assert [t.shape for part in whole if isinstance(part, tuple) for t in part][: len(expected)] == expected
+
+
+def test_the_base_model_gives_every_column_too(tiny: Tiny) -> None:
+    """Trainers with a head of their own call it past the language-model head."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "batch"))
+    with torch.no_grad(), tiny.attach(model):
+        hidden = model.model(**inputs).last_hidden_state
+        (first, *_) = model.model(**inputs, return_dict=False)
+        torch.testing.assert_close(model.lm_head(hidden), model(**inputs).logits)
+        assert torch.equal(first, hidden)

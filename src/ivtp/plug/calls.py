@@ -126,6 +126,15 @@ def _with_logits(output: Any, wanted: int | Tensor, thread: Thread, *, full: boo
     return (*output[:place], logits, *output[place + 1 :])
 
 
+def with_all_columns(output: Any, record: Prefill | None) -> Any:
+    """The decoder's output with last hidden states (B, T, D) for every column of the prompt."""
+    assert record is not None
+    if isinstance(output, tuple):
+        return (take(output[0], record.columns()), *output[1:])
+    output.last_hidden_state = take(output.last_hidden_state, record.columns())
+    return output
+
+
 def without_guide(output: Any, layers: int) -> Any:
     """The output whose hidden states (B, T, D) and attention maps (B, H, T, T) end in the prompt's own last column.
 

@@ -22,7 +22,15 @@ from ivtp.guide import GuideMaker
 from ivtp.hosts.base import CACHE_NAMES, Host, cache_name
 from ivtp.layers import cut_layer
 from ivtp.methods.base import Method, Plan
-from ivtp.plug.calls import Call, Thread, expand_for_beams, forward_with_labels, generate_alone, without_guide
+from ivtp.plug.calls import (
+    Call,
+    Thread,
+    expand_for_beams,
+    forward_with_labels,
+    generate_alone,
+    with_all_columns,
+    without_guide,
+)
 from ivtp.plug.changes import Changes, exclusive
 from ivtp.plug.transformers import encodes_ahead, execution_device, forward_slot, reruns_hooks, set_image_features
 from ivtp.prefill import Prefill
@@ -166,11 +174,15 @@ class Pruner:
                 if not attached:
                     return stock(**kwargs)
                 thread = self.thread
+                direct = not thread.calls  # by a trainer that has a head of its own, say
                 with thread.calling(thread.calls[-1] if thread.calls else Call()):
                     inputs = {"past_key_values" if k in CACHE_NAMES else k: v for k, v in kwargs.items()}
                     inputs = self._enter(inputs, thread.calls[-1])
                     output = stock(**{cache if k == "past_key_values" else k: v for k, v in inputs.items()})
-                    return self._leave(output)
+                    output = self._leave(output)
+                    if direct and self.full_logits and thread.recorded:
+                        output = with_all_columns(output, thread.record)
+                    return output
 
         return forward
 
