@@ -336,15 +336,19 @@ def take_up_neighbours(
 ) -> tuple[list[list[float]], int, list[int]]:
     """PruMerge, on patches without CLS and keys of the full width.
 
-    Returns the K + 1 tokens, the patch where the extra one stands, and for every patch the one that it went into.
+    A kept patch looks for neighbours everywhere but at its own place, so that two kept ones may take up each other; all
+    sums are of the patches as they came. Returns the K + 1 tokens, the patch where the extra one stands, and for every
+    patch the one that it went into.
     """
-    dropped = others(kept, len(patches))
     out = []
     for k in kept:
-        order = descending([cosine(keys[k], keys[d]) for d in dropped], gaps, neighbours)
-        near = [dropped[i] for i in order]
-        added = weighted_sum([patches[i] for i in near], [attention[i] for i in near])
-        out.append([x + y for x, y in zip(patches[k], added, strict=True)])
+        token, everywhere_else = list(patches[k]), others([k], len(patches))
+        likeness = [cosine(keys[k], keys[i]) for i in everywhere_else]
+        for place in descending(likeness, gaps, neighbours):
+            i = everywhere_else[place]
+            token = [x + attention[i] * y for x, y in zip(token, patches[i], strict=True)]
+        out.append(token)
+    dropped = others(kept, len(patches))
     out.append(weighted_sum([patches[i] for i in dropped], [attention[i] for i in dropped]))
     place = dropped[argmax([attention[i] for i in dropped])]
     into = []

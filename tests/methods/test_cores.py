@@ -361,6 +361,16 @@ def test_kept_tokens_take_up_their_neighbours(
         near(merged[b, stay[b]], tokens)
 
 
+def test_a_kept_patch_takes_up_its_kept_neighbour_but_not_itself() -> None:
+    """Patches 0 and 1 look the same way and both stay; 2 and 3 look elsewhere."""
+    hidden = torch.tensor([[[9.0], [1.0], [10.0], [100.0], [1000.0]]])  # CLS, then the patches
+    key = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.2]]]).unsqueeze(1)
+    attention = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    merged, _, order = take_up_neighbours(hidden, key, attention, torch.tensor([[0, 1]]), 1)
+    assert order.tolist() == [[1, 2, 3]]
+    near(merged[0, order[0], 0], [1 + 0.3 * 10, 10 + 0.4 * 1, 0.2 * 100 + 0.1 * 1000])
+
+
 def test_pooled_cells_are_those_of_adaptive_pooling() -> None:
     for rows, columns in itertools.product(range(1, 7), repeat=2):
         patches = normal(rows * columns, 2, rows * columns, 3)

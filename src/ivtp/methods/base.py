@@ -194,7 +194,8 @@ class OutlierMerging(Method):
         """One cut behind the encoder."""
         size = self.geometry
         kept, width = self.keep - 1, size.vision_hidden
-        flops = 2.0 * (2 * kept + 1) * (size.num_patches - kept) * width  # similarity of keys, and the weighted sums
+        sums = kept * size.num_patches + size.num_patches - kept  # neighbours of the kept ones, and all dropped ones
+        flops = 2.0 * (kept * size.num_patches + sums) * width  # similarity of keys, and the weighted sums
         last = size.vision_depth - 1  # also where the projector reads an earlier layer
         return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(last,), flops=flops),))
 
