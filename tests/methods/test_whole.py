@@ -233,13 +233,25 @@ def test_vispruner(tiny: Tiny, stock: Model, model: Model, keep: int, options: d
     check_kept(prune(tiny, model, [tiny.sample()], method="vispruner", keep=keep, **options), expected)
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.6])
-def test_hiprune(tiny: Tiny, stock: Model, model: Model, alpha: float) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "keep", "anchors"),
+    [(0.1, 20, 0), (0.1, 30, 1), (0.3, 30, 2), (0.6, 20, 2), (1.0, 20, 4), (1.0, 4, 0), (1.0, 9, 1)],
+)
+def test_hiprune(tiny: Tiny, stock: Model, model: Model, alpha: float, keep: int, anchors: int) -> None:
+    """A share of `keep` in fives, rounded, and never more than fit."""
     _, layers, _ = whole(stock, pixels_of(tiny))
     middle, deep = (naive.mean(naive.head_mean(layers[k].attention))[1:] for k in (2, -1))
-    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), int(alpha * 20 / 5), 20)
-    run = prune(tiny, model, [tiny.sample()], method="hiprune", keep=20, alpha=alpha, layer=2)
+    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), anchors, keep)
+    run = prune(tiny, model, [tiny.sample()], method="hiprune", keep=keep, alpha=alpha, layer=2)
     check_kept(run, [*first, *registers])
+
+
+def test_hiprune_reads_the_layer_that_the_paper_names(tiny: Tiny, stock: Model, model: Model) -> None:
+    """The second of seven layers, as the ninth of 24."""
+    _, layers, _ = whole(stock, pixels_of(tiny))
+    middle, deep = (naive.mean(naive.head_mean(layers[k].attention))[1:] for k in (1, 5))
+    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), 4, 20)
+    check_kept(prune(tiny, model, [tiny.sample()], method="hiprune", keep=20, alpha=1.0), [*first, *registers])
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
