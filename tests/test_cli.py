@@ -258,6 +258,14 @@ def test_flops_takes_lists_and_shares(run: Run) -> None:
     assert run("flops", "--model", "no-such-model").code == 1
 
 
+def test_images_of_a_prompt_may_share_a_budget(run: Run) -> None:
+    asked = ("flops", "--images", 3, "--option", "budget=prompt")
+    assert run(*asked).code == 0
+    refused = run(*asked, "--method", "topk")
+    assert refused.code == 2
+    assert "does not read budget" in one_line(refused.err)
+
+
 def test_methods_lists_every_method(run: Run) -> None:
     rows = json.loads(run("methods", "--json").out)
     assert [row["name"] for row in rows] == ivtp.list_methods()

@@ -17,6 +17,7 @@ Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
 Stages = Literal["both", "vision", "llm"]
 Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
+Budget = Literal["image", "prompt"]
 
 READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
 """Guides that read the instruction with CLIP's text side."""
@@ -46,6 +47,9 @@ class PruneConfig:
     schedule: tuple[int, ...] | None = None
     """Tokens after each group, vision groups first, or two numbers: after stage 1 and after stage 2, each reached at a
     uniform ratio. Its last number then takes the place of `keep`. None is one uniform ratio down to `keep`."""
+    budget: Budget = "image"
+    """In the decoder every image of a prompt keeps `keep` tokens of its own, or all its visual tokens are ranked
+    together under the total, so that the question may favour one image and another may vanish."""
     positions: Positions = "original"
     """Surviving tokens keep their position ids, or are renumbered after stage 1."""
     cache: CacheMode = "evict"
@@ -107,6 +111,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "stages": get_args(Stages),
     "positions": get_args(Positions),
     "cache": get_args(CacheMode),
+    "budget": get_args(Budget),
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")

@@ -22,7 +22,7 @@ class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
 
 
 class DecoderStage(Stage):
-    """Stage 2: all visual tokens of a prompt together; text stays, the guide leaves with the last cut."""
+    """Stage 2: the visual tokens of a prompt beside its text, which stays; the guide leaves with the last cut."""
 
     where = "llm"
 
@@ -72,8 +72,7 @@ class DecoderStage(Stage):
         merged = self._merge(window)
         if merged is None:
             scores = self._score(window)
-            budget = on_device([n * cut.keep for n in self.prompts.images], hidden.device)
-            gone = sequence.visual & ~keep_highest(scores, sequence.visual, budget)
+            gone = sequence.visual & ~self._highest(window, scores)
         else:
             hidden, scores = merged.hidden, torch.zeros_like(sequence.patch, dtype=torch.float32)
             gone = sequence.visual & (merged.into != torch.arange(sequence.length, device=hidden.device))
@@ -137,10 +136,26 @@ class DecoderStage(Stage):
             sequence.patch,
             self._reference(),
             images=self.prompts.images,
+            segment=self._segment(),
             sources=self._sources,
             text=text,
             tail=self.prompts.slots.tail,
         )
+
+    def _segment(self) -> Tensor | None:
+        """`Window.segment`."""
+        if self.method.config.budget == "prompt" or max(self.prompts.images) <= 1:
+            return None
+        patch = self.sequence.patch
+        return torch.where(patch >= 0, patch // self.host.size.num_patches, -1)
+
+    def _highest(self, window: Window, scores: Tensor) -> Tensor:
+        """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's."""
+        keep = window.cut.keep
+        if window.segment is not None:
+            return keep_highest(scores, window.visual, keep, window.segment)
+        total = on_device([n * keep for n in window.images], scores.device)
+        return keep_highest(scores, window.visual, total)
 
     def _reference(self) -> int | Tensor:
         """The guide or else the last token of the prompt, which an answer or padding may follow."""

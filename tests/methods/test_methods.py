@@ -125,6 +125,55 @@ def test_the_counted_cost_is_that_of_the_plan(tiny: Tiny, model: torch.nn.Module
     assert 4 <= after <= before <= PATCHES
 
 
+BOTH_STAGES = [f"topk+{m}" for m in METHODS if method_class(m).info.stage == "llm"]
+IN_DECODER = [m for m in METHODS if method_class(m).info.stage != "vision"] + BOTH_STAGES
+
+
+def kept_of_each_image(pruner: ivtp.Pruner) -> list[list[int]]:
+    """How many patches of every image of every row stay."""
+    rows = zip(pruner.trace.images, pruner.trace.kept().tolist(), strict=True)
+    return [[sum(m * PATCHES <= p < (m + 1) * PATCHES for p in kept) for m in range(count)] for count, kept in rows]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *BOTH_STAGES])
+@pytest.mark.parametrize("keep", [1, 5, 16, 35])
+def test_every_image_keeps_its_own_budget(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
+    """Rows of no, one, two and three images."""
+    batch = [*samples(tiny, "mixed"), tiny.sample(images=3, seed=70)]
+    with tiny.attach(model, method=method, keep=keep) as pruner, torch.no_grad():
+        model(**tiny.inputs(*batch))
+    left = pruner.trace.tokens_per_layer.final
+    assert abs(left - keep) <= (2 if method == "spatial" else 0)
+    assert kept_of_each_image(pruner) == [[left] * len(sample.images) for sample in batch]
+
+
+@pytest.mark.parametrize("method", IN_DECODER)
+@pytest.mark.parametrize("keep", [1, 5, 16, 35])
+def test_images_of_a_prompt_may_share_their_budgets(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
+    batch = [*samples(tiny, "mixed"), tiny.sample(images=3, seed=70)]
+    with tiny.attach(model, method=method, keep=keep, budget="prompt") as pruner, torch.no_grad():
+        model(**tiny.inputs(*batch))
+    found = kept_of_each_image(pruner)
+    assert [sum(row) for row in found] == [keep * len(sample.images) for sample in batch]
+    if keep == 5:
+        assert any(len(set(row)) > 1 for row in found), "one image never got more than another"
+
+
+@pytest.mark.parametrize("method", IN_DECODER)
+def test_one_image_has_the_same_budget_either_way(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    inputs, kept = tiny.inputs(*samples(tiny, "batch")), []
+    for budget in ("image", "prompt"):
+        with tiny.attach(model, method=method, keep=5, budget=budget) as pruner, torch.no_grad():
+            model(**inputs)
+        kept.append(pruner.trace.kept())
+    assert torch.equal(*kept)
+
+
+def test_methods_of_the_decoder_read_the_budget() -> None:
+    reading = [m for m in METHODS if "budget" in method_class(m).reads]
+    assert reading == [m for m in METHODS if method_class(m).info.stage != "vision"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_weights(tiny: Tiny, method: str) -> None:
     model, inputs = tiny.model(), prompt(tiny)
@@ -169,6 +218,7 @@ OTHER_VALUES = {
     "guide": "text",
     "stages": "vision",
     "schedule": (20, 14, 8),
+    "budget": "prompt",
 }
 FOR_ALL = {"method", "keep", "positions", "cache", "seed", "options"}
 

@@ -52,6 +52,9 @@ class Window:
     reference: int | Tensor
     images: tuple[int, ...] = ()
     """Images in each row, in the decoder; a row of the encoder is one image."""
+    segment: Tensor | None = None
+    """(B, T) the number within its row of the image that a visual token is of, -1 for others, in the decoder where
+    every image has a budget of its own; None where the images of a row share one, or there are no two."""
     sources: Tensor | None = None
     """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
     text: Tensor | None = None
@@ -65,6 +68,17 @@ class Window:
     def visual(self) -> Tensor:
         """(B, T) bool: the tokens that may be cut."""
         return self.patch >= 0
+
+    @property
+    def budgets(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The visual tokens (B, T) bool that share a budget, and how many times `cut.keep` it is in each row.
+
+        In the decoder, where `merge`, or a choice that is no ranking, has to keep to them.
+        """
+        if self.segment is None:
+            return [(self.visual, self.images)]
+        most = max(self.images)
+        return [(self.segment == m, tuple(int(count > m) for count in self.images)) for m in range(most)]
 
 
 @dataclass(frozen=True)

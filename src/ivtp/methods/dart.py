@@ -44,6 +44,7 @@ class Dart(Method):
         paper="https://arxiv.org/abs/2502.11494",
     )
     Options = Options
+    reads = frozenset({"budget"})
     reads_text = True
 
     def make_plan(self) -> Plan:
@@ -57,8 +58,10 @@ class Dart(Method):
         """1 for what stays, 0 for what leaves."""
         assert window.text is not None
         norms: Tensor = torch.linalg.vector_norm(window.taps[-1].key.float(), dim=(1, 3))  # (B, T)
-        budget = on_device([n * window.cut.keep for n in window.images], norms.device)
-        kept = least_similar(window.hidden, norms, window.visual, window.text > 0, budget, self.options.pivots)
+        kept = torch.zeros_like(window.visual)
+        for tokens, images in window.budgets:
+            budget = on_device([n * window.cut.keep for n in images], norms.device)
+            kept |= least_similar(window.hidden, norms, tokens, window.text > 0, budget, self.options.pivots)
         return kept.float()
 
 
