@@ -42,6 +42,7 @@ class DecoderStage(Stage):
         self._inputs: dict[str, Any] | None = None
         self._peeking = False
         self._text: Tensor | None = None
+        self._turn: tuple[Tensor, Tensor] | None = None
         if method.reads_text:
             question, tail = prompts.question_in(sequence), prompts.slots.tail + (method.plan.guide_layers > 0)
             with torch.no_grad():
@@ -111,6 +112,8 @@ class DecoderStage(Stage):
         """The keyword arguments of a decoder layer: mask and rotary embeddings cut as the tokens are."""
         # rotary embeddings are made; FlashAttention would take gaps in position ids for packed sequences
         kwargs = {**kwargs, "position_ids": None}
+        if self._turn is None and self.method.reads_states:
+            self._turn = self._first_turn(*kwargs["position_embeddings"])
         if len(self.seen) == 1:
             return kwargs
         if self._inputs is None:  # once for all layers up to the next cut
@@ -123,24 +126,42 @@ class DecoderStage(Stage):
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs = None
+        self._inputs = self._turn = None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text
         if text is not None and len(self.seen) > 1:
             text = text.gather(1, self._index())
+        taps = self._take_taps(cut)
+        normed = keys = None
+        if self.method.reads_states:
+            normed, keys = self._states(hidden, taps[-1].key)
         return Window(
             cut,
-            self._take_taps(cut),
+            taps,
             hidden,
             sequence.patch,
             self._reference(),
+            normed=normed,
+            keys=keys,
             images=self.prompts.images,
             segment=self._segment(),
             sources=self._sources,
             text=text,
             tail=self.prompts.slots.tail,
         )
+
+    @torch.no_grad()
+    def _states(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`Window.normed` and `Window.keys` of the layer that was tapped last."""
+        assert self._turn is not None
+        return self.host.final_norm(hidden), self.host.turn_back(key, self._turn)
+
+    def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d)."""
+        empty = [min(slack, cos.shape[1] - 1) for slack in self.seen[0].sequence.slack]
+        first = on_device(empty, cos.device).unsqueeze(1)
+        return take(cos, first), take(sin, first)
 
     def _segment(self) -> Tensor | None:
         """`Window.segment`."""

@@ -228,12 +228,15 @@ def least_similar(
     pivots: int,
     gaps: Gaps = None,
 ) -> set[int]:
-    """DART: visual pivots stay; every pivot, visual ones first, takes its share of the free tokens least like it."""
+    """DART: visual pivots stay; every pivot, in the order of the columns, takes its share of the tokens least like it.
+
+    The pivots are the `pivots` visual and the `pivots` text columns with the largest norms.
+    """
     images = [i for i, is_visual in enumerate(visual) if is_visual]
     words = [i for i, is_text in enumerate(text) if is_text]
     visual_pivots = [images[k] for k in descending([norms[i] for i in images], gaps)][: min(pivots, budget)]
     text_pivots = [words[k] for k in descending([norms[i] for i in words], gaps)][:pivots]
-    choosers = visual_pivots + text_pivots
+    choosers = sorted(visual_pivots) + sorted(text_pivots)
     kept = set(visual_pivots)
     share, more = divmod(budget - len(visual_pivots), len(choosers))
     for place, pivot in enumerate(choosers):

@@ -581,8 +581,12 @@ def test_sparsevlm(tiny: Tiny, stock: Model, model: Model, name: str, budget: st
 
 
 @either_budget
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"pivots": 2, "layer": 3}, {"keep": 3}, {"keep": 30, "pivots": 1}])
-def test_dart(tiny: Tiny, stock: Model, model: Model, name: str, budget: str, changes: dict[str, int]) -> None:
+def test_dart(
+    tiny: Tiny, stock: Model, model: Model, name: str, budget: str, counted: bool, changes: dict[str, int]
+) -> None:
+    """As the authors' code: L1 norms of keys as an unpadded prompt has them; cosines behind the decoder's last norm."""
     batch, expected = samples(tiny, name), []
     layer, keep, pivots = changes.get("layer", 2), changes.get("keep", KEEP), changes.get("pivots", 4)
     for decoder in decoders(tiny, stock, batch):
@@ -591,11 +595,13 @@ def test_dart(tiny: Tiny, stock: Model, model: Model, name: str, budget: str, ch
             continue
         for _ in range(layer):
             _, key = decoder.advance()
-        norms = [sum(x * x for head in key for x in head[t]) ** 0.5 for t in range(len(decoder.columns))]
-        hidden, stay = plain(decoder.hidden[0]), set()
+        norms = [sum(abs(x) for head in key for x in head[t]) for t in range(len(decoder.columns))]
+        with torch.no_grad():
+            hidden, stay = plain(stock.model.language_model.norm(decoder.hidden[0])), set()
         for places, times in decoder.shares(budget):
             own = [i in places for i in range(len(decoder.columns))]
             stay |= naive.least_similar(hidden, norms, own, decoder.question, times * keep, pivots)
         decoder.keep(stay)
         expected.append(decoder.patches)
-    check_stage(prune(tiny, model, batch, method="dart", budget=budget, **changes), 0, layer - 1, expected)
+    run = prune(tiny, model, batch, counted, method="dart", budget=budget, **changes)
+    check_stage(run, 0, layer - 1, expected)

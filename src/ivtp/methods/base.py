@@ -59,6 +59,10 @@ class Window:
     """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
     text: Tensor | None = None
     """(B, T) what `Method.read_text` made of the question, for methods with `Method.reads_text`."""
+    normed: Tensor | None = None
+    """(B, T, D) what the decoder's last norm makes of `hidden`, for methods with `Method.reads_states`."""
+    keys: Tensor | None = None
+    """(B, H_kv, T, d) keys of the last tap, turned as if the first token of each row stood at position 0 (likewise)."""
     tail: int = 0
     """At most so many columns at the end hold the question."""
     relevance: Tensor | None = None
@@ -124,6 +128,8 @@ class Method:
     """Whether `keep` = N leaves the model as it is; not where tokens that are no patches count among the kept."""
     reads_text: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.text`, in the decoder."""
+    reads_states: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.normed` or `Window.keys`, in the decoder."""
     reads_clip: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.relevance`."""
 

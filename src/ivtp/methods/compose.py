@@ -40,6 +40,7 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         "parts": (first, second),
         "reads": (first.reads | second.reads) - frozenset(_OWN),
         "reads_text": second.reads_text,
+        "reads_states": second.reads_states,
         "reads_clip": first.reads_clip,
         "keeps_all": first.keeps_all and second.keeps_all,
         "__doc__": f"{a.title} in the vision encoder, then {b.title} in the decoder.",
