@@ -125,6 +125,14 @@ def test_ask_without_pruning(run: Run, photo: Path, checkpoint: Path) -> None:
     assert document["words"] == []
 
 
+def test_ask_json_marks_the_place_where_cls_stands(run: Run, photo: Path, checkpoint: Path) -> None:
+    (stage,) = json.loads(ask(run, photo, checkpoint, "--json", "--method", "visionzip").out)["stages"]
+    (place,) = stage["stand_ins"]
+    assert place in stage["kept"]
+    for stage in json.loads(ask(run, photo, checkpoint, "--json").out)["stages"]:
+        assert stage["stand_ins"] == []
+
+
 def test_ask_options_reach_the_method(run: Run, photo: Path, checkpoint: Path) -> None:
     def stages(*more: object) -> list[dict[str, object]]:
         found = json.loads(ask(run, photo, checkpoint, "--json", *more).out)["stages"]

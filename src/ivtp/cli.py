@@ -89,8 +89,8 @@ def ask(
     """Answer a question about an image with pruned visual tokens.
 
     JSON keys: answer, model, method, tokens (all, kept, equivalent: mean entering and leaving the decoder's layers),
-    flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch), words (text, score,
-    used), fallback, picture.
+    flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch, stand_ins: kept
+    places of tokens that are no patches), words (text, score, used), fallback, picture.
     """
     from ivtp.generate import ask as answer_question
     from ivtp.images import load_image

@@ -87,6 +87,7 @@ def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture:
                 "layer": stage.layer,
                 "kept": stage.kept[0].tolist(),
                 "sources": None if stage.sources is None else stage.sources[0].tolist(),
+                "stand_ins": [] if stage.stand_ins is None else stage.kept[0][stage.stand_ins[0]].tolist(),
             }
             for stage in (trace.stages if trace else [])
         ],

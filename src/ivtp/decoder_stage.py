@@ -14,7 +14,7 @@ from ivtp.core.sequence import Seen, TokenSequence, join_images, offset_images
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prompt import PromptBatch
-from ivtp.stage import CutResult, Stage
+from ivtp.stage import Stage
 
 
 class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
@@ -71,19 +71,19 @@ class DecoderStage(Stage):
         part, sequence = self.seen[-1], self.sequence
         window = self._window(cut, hidden)
         merged = self._merge(window)
+        scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
             gone = sequence.visual & ~self._highest(window, scores)
         else:
-            hidden, scores = merged.hidden, torch.zeros_like(sequence.patch, dtype=torch.float32)
+            hidden = merged.hidden
             gone = sequence.visual & (merged.into != torch.arange(sequence.length, device=hidden.device))
         drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
         if drops_guide:
             gone, sequence = gone[:, :-1], sequence.without_guide()
         removed = self.method.plan.entering(cut, self.host.size) - cut.keep
         after, index = sequence.drop(gone, [n * removed for n in self.prompts.images])
-        sources = self._sources if merged is not None else None
-        self.results.append(CutResult(cut, part.sequence.patch, scores, after.patch, sources))
+        self.results.append(self._result(window, scores, after.patch, merged))
         self.seen[-1] = Seen(part.first_layer, part.sequence, part.guide, index)
         self.seen.append(Seen(cut.layer + 1, after, part.guide and not drops_guide))
         self._inputs = None

@@ -15,6 +15,7 @@ from ivtp.errors import ConfigError
 from ivtp.hosts.llava import HOST
 from ivtp.methods.base import MethodInfo
 from ivtp.registry import list_methods, method_class
+from ivtp.trace import StageTrace
 
 METHODS = list_methods()
 PATCHES = NUM_PATCHES
@@ -70,6 +71,40 @@ def test_sources_say_which_token_stands_for_every_patch(
             sources = stage.sources[row].tolist()
             assert set(sources) <= {*kept, -1}
             assert all(sources[patch] == patch for patch in kept)
+
+
+def stand_ins(stage: StageTrace) -> list[list[int]]:
+    """The kept patches of every row that are marked."""
+    if stage.stand_ins is None:
+        return [[] for _ in stage.kept]
+    rows = zip(stage.kept.tolist(), stage.stand_ins.tolist(), strict=True)
+    return [[patch for patch, marked in zip(*row, strict=True) if marked] for row in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_that_are_no_patches_are_marked_one_an_image(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    """Where keep = N is not the stock model because of them, and nowhere else."""
+    with tiny.attach(model, method=method, keep=9) as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    expected = 0 if method_class(method).keeps_all else 1
+    for stage in pruner.trace.stages:
+        assert (stage.stand_ins is None) == (expected == 0)
+        for images, marked in zip(pruner.trace.images, stand_ins(stage), strict=True):
+            assert [patch // PATCHES for patch in marked] == list(range(images)) * expected
+
+
+@pytest.mark.parametrize("second", [m for m in METHODS if method_class(m).info.stage == "llm"])
+def test_marks_follow_their_tokens_through_the_decoder(tiny: Tiny, model: torch.nn.Module, second: str) -> None:
+    with tiny.attach(model, method=f"visionzip+{second}", keep="9+9") as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    first, *later = [stand_ins(stage) for stage in pruner.trace.stages]
+    assert all(marked == first for marked in later)
+    with tiny.attach(model, method=f"visionzip+{second}", keep="20+3") as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    before, *later = pruner.trace.stages
+    for stage in later:
+        expected = [sorted(set(a) & set(b)) for a, b in zip(stand_ins(before), stage.kept.tolist(), strict=True)]
+        assert stand_ins(stage) == expected
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])

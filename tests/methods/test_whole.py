@@ -188,6 +188,13 @@ def test_visionzip(tiny: Tiny, stock: Model, model: Model, keep: int, positions:
     check_merged(run, stock, features, [place, *dominant, *targets], positions == "compact")
     stands = {p: targets[k] for p, k in zip(loose, goes, strict=True)} | {p: p for p in (*dominant, *targets, place)}
     assert run.trace.stages[0].sources.tolist() == [[stands.get(p, -1) for p in range(NUM_PATCHES)]]
+    check_stand_in(run, place)
+
+
+def check_stand_in(run: Run, place: int) -> None:
+    """The one kept patch that is only the place of another token."""
+    (stage,) = run.trace.stages
+    assert stage.kept[stage.stand_ins].tolist() == [place]
 
 
 def full_width(stock: Model, pixels: Tensor) -> tuple[list[float], list[list[float]]]:
@@ -214,6 +221,7 @@ def test_prumerge(tiny: Tiny, stock: Model, model: Model, method: str, keep: int
     run = prune(tiny, model, [tiny.sample()], method=method, keep=keep, positions=positions)
     check_merged(run, stock, features, [*kept, place], positions == "compact")
     assert run.trace.stages[0].sources.tolist() == [into]
+    check_stand_in(run, place)
 
 
 def test_spatial(tiny: Tiny, stock: Model, model: Model) -> None:

@@ -91,12 +91,14 @@ class Merged:
 
     `hidden` (B, T, D) is the window's, new where a token stands for others; `into` (B, T) is the column that every
     visual column went into: its own where it stays, -1 where it is dropped. `order` (B, k) lists the columns that stay
-    in the method's own order; None: as they come.
+    in the method's own order; None: as they come. `stand_ins` (B, m) are the columns that stay whose token is made of
+    something else than of the columns that went into them: CLS, a sum over what is dropped; None: there are none.
     """
 
     hidden: Tensor
     into: Tensor
     order: Tensor | None = None
+    stand_ins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,8 @@ class OutlierMerging(Method):
         tap = window.taps[-1]
         similarity = full_width_row(tap, 0)[:, 1:]
         kept = self.choose(similarity, window.cut.keep - 1)
-        return Merged(*take_up_neighbours(window.hidden, tap.key, similarity, kept))
+        hidden, into, order = take_up_neighbours(window.hidden, tap.key, similarity, kept)
+        return Merged(hidden, into, order, stand_ins=order[:, -1:])
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
