@@ -31,6 +31,7 @@ def build_trace(prefill: Prefill) -> PruneTrace:
         tokens_per_layer=tokens,
         flops=_flops(prefill),
         seconds=prefill.watch.seconds,
+        notes=prefill.method.notes,
     )
 
 

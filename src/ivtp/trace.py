@@ -90,6 +90,8 @@ class PruneTrace:
     """Prefill cost of the whole batch in FLOPs (multiply-accumulate = 2), pruning included."""
     seconds: float = 0.0
     """Wall-clock of the prefill (vision encoder, pruning and decoder)."""
+    notes: tuple[str, ...] = ()
+    """What must be known before the answer is trusted, such as that a part of the method is untrained."""
 
     def kept(self, where: Where | None = None) -> Tensor:
         """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.

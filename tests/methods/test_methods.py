@@ -41,6 +41,18 @@ def test_info_is_complete(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_trained_says_so(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    """In the method, its line, its cost and the record of what it did."""
+    kind = method_class(method)
+    with tiny.attach(model, method=method) as pruner, torch.no_grad():
+        model(**prompt(tiny))
+    cost = ivtp.flops(model.config, method=method, keep=8, **({"llm_layers": 6} if method == "ivtp" else {}))
+    assert pruner.method.notes == pruner.trace.notes == cost.notes
+    assert any("untrained" in note for note in pruner.method.notes) == kind.info.trainable
+    assert ("untrained" in kind.info.note) == kind.info.trainable
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("keep", INSIDE)
 def test_the_plan_and_the_tensors_agree(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
     inputs = prompt(tiny)

@@ -112,6 +112,8 @@ class MethodInfo:
     trainable: bool
     merges: bool
     paper: str
+    note: str = ""
+    """What a user must know before trusting an answer, with the options' defaults; empty where there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,11 @@ class Method:
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)
         self.plan = self.make_plan()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know before trusting an answer, with the options that are set."""
+        return (self.info.note,) if self.info.note else ()
 
     def make_plan(self) -> Plan:
         """The cuts, from sizes alone."""

@@ -34,6 +34,7 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         trainable=a.trainable or b.trainable,
         merges=a.merges or b.merges,
         paper=f"{a.paper} {b.paper}",
+        note="; ".join(filter(None, (a.note, b.note))),
     )
     body = {
         "info": info,
@@ -71,6 +72,11 @@ class Composed(Method):
         self.llm = llm(self._config_of(llm, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
         self.options = (self.vision.options, self.llm.options)
         self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of both parts."""
+        return self.vision.notes + self.llm.notes
 
     def score(self, window: Window) -> Tensor:
         """The score of the stage's method."""
