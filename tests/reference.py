@@ -299,7 +299,8 @@ class Reference:
             if index in ends:
                 visual = [j for j, row in enumerate(rows) if sequence.patch[row] >= 0]
                 scores = importance(rollout(maps, self.config.aggregation)[-1, visual], values[visual])
-                chosen = {visual[i] for i in select(scores, sequence.images * ends[index])}
+                patches = [sequence.patch[rows[j]] for j in visual]
+                chosen = {visual[i] for i in self._select(scores, patches, ends[index])}
                 candidates = [sequence.patch[rows[j]] for j in visual]
                 stay = [j for j, row in enumerate(rows) if sequence.patch[row] < 0 or j in chosen]
                 kept = [sequence.patch[rows[j]] for j in stay if j in chosen]
@@ -310,6 +311,17 @@ class Reference:
                 cuts[index] = set(rows) | hidden
             x = x + layer.mlp(self._norm(layer.post_attention_layernorm, x))
         return cuts
+
+    def _select(self, scores: Tensor, patches: list[int], keep: int) -> list[int]:
+        """Places among `patches` of those that stay: `keep` of each image, or that many times the images of all."""
+        image = [patch // self.num_patches for patch in patches]
+        if self.config.budget == "prompt":
+            return select(scores, keep * len(set(image)))
+        chosen: list[int] = []
+        for number in sorted(set(image)):
+            own = [place for place, of in enumerate(image) if of == number]
+            chosen += [own[i] for i in select(scores[own], keep)]
+        return sorted(chosen)
 
     def _answer(self, sequence: _Sequence, cuts: dict[int, set[int]], later: list[int], result: Result) -> None:
         """All decoder layers without the pseudo CLS token, the cuts given; later tokens see what is cached."""

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import pytest
 from PIL import Image
-from tiny import NUM_PATCHES, QUESTIONS, Tiny, image
+from safetensors.torch import save_file
+from tiny import NUM_PATCHES, QUESTIONS, VISION_WIDTH, Tiny, image
 
 import ivtp
 from ivtp import cli
+from ivtp.methods.dynamicvit import Predictors
 
 
 class Result(NamedTuple):
@@ -75,7 +77,19 @@ def one_line(text: str) -> str:
 
 # ---- ask ------------------------------------------------------------------------------------------------------
 
-ASK_KEYS = ["answer", "model", "method", "tokens", "flops", "seconds", "stages", "words", "fallback", "picture"]
+ASK_KEYS = [
+    "answer",
+    "model",
+    "method",
+    "tokens",
+    "flops",
+    "seconds",
+    "stages",
+    "words",
+    "fallback",
+    "picture",
+    "notes",
+]
 
 
 def ask(run: Run, photo: Path, checkpoint: Path, *more: object) -> Result:
@@ -123,6 +137,14 @@ def test_ask_without_pruning(run: Run, photo: Path, checkpoint: Path) -> None:
     assert document["flops"]["full"] == document["flops"]["pruned"]
     assert document["stages"] == []
     assert document["words"] == []
+
+
+def test_ask_json_marks_the_place_where_cls_stands(run: Run, photo: Path, checkpoint: Path) -> None:
+    (stage,) = json.loads(ask(run, photo, checkpoint, "--json", "--method", "visionzip").out)["stages"]
+    (place,) = stage["stand_ins"]
+    assert place in stage["kept"]
+    for stage in json.loads(ask(run, photo, checkpoint, "--json").out)["stages"]:
+        assert stage["stand_ins"] == []
 
 
 def test_ask_options_reach_the_method(run: Run, photo: Path, checkpoint: Path) -> None:
@@ -235,6 +257,7 @@ def test_flops_json(run: Run) -> None:
         "full",
         "pruned",
         "saving",
+        "notes",
     ]
     assert list(document["full"]) == ["vision", "projector", "llm", "head", "pruning", "total"]
     assert round(document["pruned"]["total"] / 1e12, 1) == 8.0
@@ -258,12 +281,55 @@ def test_flops_takes_lists_and_shares(run: Run) -> None:
     assert run("flops", "--model", "no-such-model").code == 1
 
 
+def test_images_of_a_prompt_may_share_a_budget(run: Run) -> None:
+    asked = ("flops", "--images", 3, "--option", "budget=prompt")
+    assert run(*asked).code == 0
+    refused = run(*asked, "--method", "topk")
+    assert refused.code == 2
+    assert "does not read budget" in one_line(refused.err)
+
+
 def test_methods_lists_every_method(run: Run) -> None:
     rows = json.loads(run("methods", "--json").out)
     assert [row["name"] for row in rows] == ivtp.list_methods()
-    assert set(rows[0]) == {"name", "title", "year", "stage", "guided", "trainable", "merges", "paper"}
+    assert set(rows[0]) == {"name", "title", "year", "stage", "guided", "trainable", "merges", "paper", "note"}
     table = run("methods").out
     assert all(row["name"] in table and row["title"] in table for row in rows)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny: Tiny) -> Path:
+    """A file of DynamicViT's predictors for the tiny model."""
+    file = tmp_path / "predictors.safetensors"
+    save_file(Predictors(VISION_WIDTH, 3, seed=1).state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize("method", ["dynamicvit", "dynamicvit+fastv"])
+def test_an_answer_from_random_predictors_says_so(run: Run, photo: Path, checkpoint: Path, method: str) -> None:
+    plain = ask(run, photo, checkpoint, "--method", method)
+    assert plain.code == 0
+    assert "untrained" in plain.err
+    assert "untrained" not in plain.out
+    (note,) = json.loads(ask(run, photo, checkpoint, "--method", method, "--json").out)["notes"]
+    assert note.startswith("untrained")
+
+
+def test_an_answer_from_trained_predictors_has_no_note(run: Run, photo: Path, checkpoint: Path, trained: Path) -> None:
+    asked = ("--method", "dynamicvit", "--option", f"predictors={trained}")
+    assert "untrained" not in ask(run, photo, checkpoint, *asked).err
+    assert json.loads(ask(run, photo, checkpoint, *asked, "--json").out)["notes"] == []
+    assert "untrained" not in run("flops", "--model", checkpoint, "--keep", 8, *asked).out
+
+
+def test_methods_and_costs_say_what_is_untrained(run: Run) -> None:
+    notes = {row["name"]: row["note"] for row in json.loads(run("methods", "--json").out)}
+    assert [name for name, note in notes.items() if "untrained" in note] == ["dynamicvit"]
+    assert notes["dynamicvit"] in run("methods").out
+    assert "untrained" in run("flops", "--method", "dynamicvit").out
+    assert "untrained" not in run("flops").out
+    (note,) = json.loads(run("flops", "--method", "dynamicvit", "--json").out)["notes"]
+    assert "untrained" in note
 
 
 def test_papers_stay_whole_in_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from ivtp.errors import ConfigError
         ("stages", "none"),
         ("positions", "new"),
         ("cache", "drop"),
+        ("budget", "mean"),
         ("schedule", ()),
         ("schedule", (10, 20)),
         ("schedule", (10, 0)),

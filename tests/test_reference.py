@@ -23,6 +23,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"positions": "compact"},
     {"positions": "compact", "stages": "llm"},
     {"cache": "layered"},
+    {"budget": "prompt"},
+    {"budget": "prompt", "stages": "llm", "positions": "compact", "cache": "layered"},
     *[{"group_layers": g} for g in (1, 2, 4, 6)],
     *[{"llm_layers": w} for w in (3, 4, 7, TEXT_LAYERS)],
     *[{"threshold": t} for t in (-1.0, 0.2, 1.0)],

@@ -32,6 +32,7 @@ from transformers import (
 
 import ivtp
 from ivtp.hosts.base import cache_name
+from ivtp.registry import method_class
 
 PATCH, SIDE = 4, 6
 NUM_PATCHES = SIDE * SIDE
@@ -96,7 +97,7 @@ class Tiny:
 
     def config(self, **changes: Any) -> ivtp.PruneConfig:
         """The tests' default: 8 of 36 patches, 6 decoder layers, a threshold that some words pass and some do not."""
-        reads = ivtp.registry.method_class(changes.get("method", "ivtp")).reads
+        reads = method_class(changes.get("method", "ivtp")).reads
         defaults = {"llm_layers": LLM_LAYERS, "threshold": 0.06}
         return ivtp.PruneConfig.of(**{"keep": 8, **{k: v for k, v in defaults.items() if k in reads}, **changes})
 

@@ -89,8 +89,9 @@ def ask(
     """Answer a question about an image with pruned visual tokens.
 
     JSON keys: answer, model, method, tokens (all, kept, equivalent: mean entering and leaving the decoder's layers),
-    flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch), words (text, score,
-    used), fallback, picture.
+    flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch, stand_ins: kept
+    places of tokens that are no patches), words (text, score, used), fallback, picture, notes (what must be known of
+    the method, such as that it is untrained).
     """
     from ivtp.generate import ask as answer_question
     from ivtp.images import load_image
@@ -141,7 +142,7 @@ def flops(
 
     JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
     batch, images, full and pruned (vision, projector, llm, head, pruning, total; in FLOPs, a multiply-accumulate
-    counted as 2), saving (share of the full cost).
+    counted as 2), saving (share of the full cost), notes (what must be known of the method).
     """
     from ivtp.cost import flops as count
 
@@ -155,14 +156,16 @@ def flops(
         return
     saving = 1 - pruned.total / full.total
     result = {"model": full.model, "method": method, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
-    print_json({**result, "full": parts(full), "pruned": parts(pruned), "saving": saving})
+    both = {"full": parts(full), "pruned": parts(pruned)}
+    print_json({**result, **both, "saving": saving, "notes": list(pruned.notes)})
 
 
 @app.command()
 def methods(as_json: Json = False) -> None:
     """List the pruning methods.
 
-    JSON: a list with name, title, year, stage, guided, trainable, merges and paper of each.
+    JSON: a list with name, title, year, stage, guided, trainable, merges, paper and note (what must be known of it) of
+    each.
     """
     from ivtp.registry import list_methods, method_class
 
@@ -173,16 +176,20 @@ def methods(as_json: Json = False) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
-        if column != "paper":
+        if column not in ("paper", "note"):
             table.add_column(column, overflow="fold")
     for row in rows:
-        cells = (value for column, value in row.items() if column != "paper")
+        cells = (value for column, value in row.items() if column not in ("paper", "note"))
         table.add_row(*(("yes" if v else "-") if isinstance(v, bool) else str(v) for v in cells))
     out.print(table)
     out.print("\npapers", style="bold")  # below the table: in a column they would be broken
     width = max(len(row["name"]) for row in rows)
     for row in rows:
         out.print(f"{row['name']:<{width}}  {row['paper']}", markup=False, soft_wrap=True)
+    out.print("\nnotes", style="bold")
+    for row in rows:
+        if row["note"]:
+            out.print(f"{row['name']:<{width}}  {row['note']}", markup=False)
 
 
 @app.command()

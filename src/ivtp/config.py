@@ -19,6 +19,7 @@ Stages = Literal["both", "vision", "llm"]
 Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
 Logits = Literal["full", "kept"]
+Budget = Literal["image", "prompt"]
 
 PAPER: dict[str, Any] = {"group_layers": 3, "llm_layers": 12, "threshold": 0.2}
 """The paper's values of what a checkpoint may recommend otherwise."""
@@ -50,6 +51,9 @@ class PruneConfig:
     schedule: tuple[int, ...] | None = None
     """Tokens after each group, vision groups first, or two numbers: after stage 1 and after stage 2, each reached at a
     uniform ratio. Its last number then takes the place of `keep`. None is one uniform ratio down to `keep`."""
+    budget: Budget = "image"
+    """In the decoder every image of a prompt keeps `keep` tokens of its own, or all its visual tokens are ranked
+    together under the total, so that the question may favour one image and another may vanish."""
     positions: Positions = "original"
     """Surviving tokens keep their position ids, or are renumbered after stage 1."""
     cache: CacheMode = "evict"
@@ -120,6 +124,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "positions": get_args(Positions),
     "cache": get_args(CacheMode),
     "logits": get_args(Logits),
+    "budget": get_args(Budget),
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")

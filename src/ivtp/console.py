@@ -67,6 +67,8 @@ def print_answer(answer: Answer, cost: Cost, picture: Path | None) -> None:
     if words:
         used = ", ".join(f"{w.text} {w.score:.2f}" for w in words if w.used)
         err.print(f"guided by: {used or 'the image alone, no word passed the threshold'}", markup=False)
+    for note in answer.trace.notes if answer.trace else ():
+        err.print(f"note: {note}", markup=False)
     if picture is not None:
         err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
@@ -87,12 +89,14 @@ def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture:
                 "layer": stage.layer,
                 "kept": stage.kept[0].tolist(),
                 "sources": None if stage.sources is None else stage.sources[0].tolist(),
+                "stand_ins": [] if stage.stand_ins is None else stage.kept[0][stage.stand_ins[0]].tolist(),
             }
             for stage in (trace.stages if trace else [])
         ],
         "words": [asdict(word) for word in (trace.words[0] if trace and trace.words else [])],
         "fallback": bool(trace and trace.fallback and trace.fallback[0]),
         "picture": None if picture is None else str(picture),
+        "notes": list(trace.notes if trace else ()),
     }
 
 
@@ -124,6 +128,8 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
     if entering != leaving:
         out.print(f"equivalent tokens: {entering:.1f} enter a layer of the decoder on average, {leaving:.1f} leave it")
     out.print(f"saved: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")
+    for note in pruned.notes:
+        out.print(f"note: {note}", markup=False)
 
 
 def print_json(document: Any) -> None:

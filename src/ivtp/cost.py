@@ -38,6 +38,8 @@ class FlopsReport:
     """What choosing the tokens costs: attention rows, the pseudo CLS token, CLIP relevance."""
     equivalent: tuple[float, float]
     """Mean visual tokens of one image that enter the decoder's layers, and that leave them."""
+    notes: tuple[str, ...] = ()
+    """What must be known of the method, such as that a part of it is untrained."""
 
     @property
     def total(self) -> float:
@@ -70,7 +72,7 @@ def flops(
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     known = sizes(model)
     geometry = known.geometry
-    plan, clip = _plan(known, {**config, "method": method, "keep": keep})
+    plan, clip, notes = _plan(known, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
     report = count_flops(
@@ -83,7 +85,7 @@ def flops(
         instruction_tokens=instruction_tokens or 0,
         method=method,
     )
-    return dataclasses.replace(report, text_tokens=text_tokens)
+    return dataclasses.replace(report, text_tokens=text_tokens, notes=notes)
 
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
@@ -91,18 +93,19 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None]:
-    """The plan of a method, which takes of the checkpoint's recommendation what it reads, and what CLIP does for it."""
+def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None, tuple[str, ...]]:
+    """The plan of a method, which takes of the checkpoint's recommendation what it reads; its CLIP side; its notes."""
     if config["method"] == "none":
         PruneConfig.of(**config)  # refuses what is no option
-        return Plan(), None
+        return Plan(), None, ()
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
     method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
     reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
     if known.clip is None or not reads_clip:
-        return method.plan, None
-    return method.plan, dataclasses.replace(known.clip, compared=known.geometry.num_patches if kind.reads_clip else 1)
+        return method.plan, None, method.notes
+    compared = known.geometry.num_patches if kind.reads_clip else 1
+    return method.plan, dataclasses.replace(known.clip, compared=compared), method.notes
 
 
 def count_flops(

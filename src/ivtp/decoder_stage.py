@@ -14,7 +14,7 @@ from ivtp.core.sequence import Seen, TokenSequence, join_images, offset_images
 from ivtp.hosts.base import CACHE_NAMES, Host
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prompt import PromptBatch
-from ivtp.stage import CutResult, Stage
+from ivtp.stage import Stage
 
 
 class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
@@ -22,7 +22,7 @@ class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
 
 
 class DecoderStage(Stage):
-    """Stage 2: all visual tokens of a prompt together; text stays, the guide leaves with the last cut."""
+    """Stage 2: the visual tokens of a prompt beside its text, which stays; the guide leaves with the last cut."""
 
     where = "llm"
 
@@ -42,6 +42,7 @@ class DecoderStage(Stage):
         self._inputs: dict[str, Any] | None = None
         self._peeking = False
         self._text: Tensor | None = None
+        self._turn: tuple[Tensor, Tensor] | None = None
         if method.reads_text:
             question, tail = prompts.question_in(sequence), prompts.slots.tail + (method.plan.guide_layers > 0)
             with torch.no_grad():
@@ -70,20 +71,19 @@ class DecoderStage(Stage):
         part, sequence = self.seen[-1], self.sequence
         window = self._window(cut, hidden)
         merged = self._merge(window)
+        scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
-            budget = on_device([n * cut.keep for n in self.prompts.images], hidden.device)
-            gone = sequence.visual & ~keep_highest(scores, sequence.visual, budget)
+            gone = sequence.visual & ~self._highest(window, scores)
         else:
-            hidden, scores = merged.hidden, torch.zeros_like(sequence.patch, dtype=torch.float32)
+            hidden = merged.hidden
             gone = sequence.visual & (merged.into != torch.arange(sequence.length, device=hidden.device))
         drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
         if drops_guide:
             gone, sequence = gone[:, :-1], sequence.without_guide()
         removed = self.method.plan.entering(cut, self.host.size) - cut.keep
         after, index = sequence.drop(gone, [n * removed for n in self.prompts.images])
-        sources = self._sources if merged is not None else None
-        self.results.append(CutResult(cut, part.sequence.patch, scores, after.patch, sources))
+        self.results.append(self._result(window, scores, after.patch, merged))
         self.seen[-1] = Seen(part.first_layer, part.sequence, part.guide, index)
         self.seen.append(Seen(cut.layer + 1, after, part.guide and not drops_guide))
         self._inputs = None
@@ -112,6 +112,8 @@ class DecoderStage(Stage):
         """The keyword arguments of a decoder layer: mask and rotary embeddings cut as the tokens are."""
         # rotary embeddings are made; FlashAttention would take gaps in position ids for packed sequences
         kwargs = {**kwargs, "position_ids": None}
+        if self._turn is None and self.method.reads_states:
+            self._turn = self._first_turn(*kwargs["position_embeddings"])
         if len(self.seen) == 1:
             return kwargs
         if self._inputs is None:  # once for all layers up to the next cut
@@ -124,23 +126,57 @@ class DecoderStage(Stage):
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs = None
+        self._inputs = self._turn = None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text
         if text is not None and len(self.seen) > 1:
             text = text.gather(1, self._index())
+        taps = self._take_taps(cut)
+        normed = keys = None
+        if self.method.reads_states:
+            normed, keys = self._states(hidden, taps[-1].key)
         return Window(
             cut,
-            self._take_taps(cut),
+            taps,
             hidden,
             sequence.patch,
             self._reference(),
+            normed=normed,
+            keys=keys,
             images=self.prompts.images,
+            segment=self._segment(),
             sources=self._sources,
             text=text,
             tail=self.prompts.slots.tail,
         )
+
+    @torch.no_grad()
+    def _states(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`Window.normed` and `Window.keys` of the layer that was tapped last."""
+        assert self._turn is not None
+        return self.host.final_norm(hidden), self.host.turn_back(key, self._turn)
+
+    def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d)."""
+        empty = [min(slack, cos.shape[1] - 1) for slack in self.seen[0].sequence.slack]
+        first = on_device(empty, cos.device).unsqueeze(1)
+        return take(cos, first), take(sin, first)
+
+    def _segment(self) -> Tensor | None:
+        """`Window.segment`."""
+        if self.method.config.budget == "prompt" or max(self.prompts.images) <= 1:
+            return None
+        patch = self.sequence.patch
+        return torch.where(patch >= 0, patch // self.host.size.num_patches, -1)
+
+    def _highest(self, window: Window, scores: Tensor) -> Tensor:
+        """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's."""
+        keep = window.cut.keep
+        if window.segment is not None:
+            return keep_highest(scores, window.visual, keep, window.segment)
+        total = on_device([n * keep for n in window.images], scores.device)
+        return keep_highest(scores, window.visual, total)
 
     def _reference(self) -> int | Tensor:
         """The guide or else the last token of the prompt, which an answer or padding may follow."""

@@ -13,7 +13,7 @@ from ivtp.core.rollout import AttentionTap
 from ivtp.core.select import keep_highest, right_aligned, take
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method, Window
-from ivtp.stage import CutResult, Stage
+from ivtp.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -95,21 +95,21 @@ class EncoderStage(Stage):
         )
         others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
         merged = self._merge(window)
+        scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
             keep = keep_highest(scores, window.visual, cut.keep) | ~window.visual  # CLS stays
             index = right_aligned(keep, cut.keep + others)
         else:
-            hidden, scores = merged.hidden, torch.zeros_like(window.patch, dtype=torch.float32)
+            hidden = merged.hidden
             columns = torch.arange(hidden.shape[1], device=hidden.device)
             index = right_aligned((merged.into == columns) | ~window.visual, cut.keep + others)
             if merged.order is not None:
                 self._reordered = True
                 index = torch.cat([index[:, :others], merged.order], dim=1)
         self._patch = window.patch.gather(1, index)
-        sources = self._sources if merged is not None else None
         kept = self._patch if merged is None else self._patch.sort(dim=1).values
-        self.results.append(CutResult(cut, window.patch, scores, kept, sources))
+        self.results.append(self._result(window, scores, kept, merged))
         return take(hidden, index)
 
     def bias(self, cut: Cut) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ivtp.core.sequence import join_images, offset_images
 from ivtp.cost import count_flops
 from ivtp.prefill import Prefill
+from ivtp.prompt import PromptBatch
 from ivtp.sizes import Relevance
 from ivtp.stage import CutResult
 from ivtp.trace import PruneTrace, StageTrace
@@ -24,12 +25,13 @@ def build_trace(prefill: Prefill) -> PruneTrace:
     return PruneTrace(
         num_patches=patches,
         images=images,
-        stages=[_stage(result, images, prefill.prompts.image_of_slot, patches) for result in prefill.results],
+        stages=_stages(prefill),
         words=[guide.words() for guide in prefill.guides] or [[] for _ in images],
         fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(images),
         tokens_per_layer=tokens,
         flops=_flops(prefill),
         seconds=prefill.watch.seconds,
+        notes=prefill.method.notes,
     )
 
 
@@ -72,28 +74,51 @@ def _relevance(prefill: Prefill) -> Relevance | None:
     )
 
 
-def _stage(result: CutResult, images: tuple[int, ...], image_of_slot: list[int], patches: int) -> StageTrace:
-    candidates, scores, kept = (t.detach().cpu() for t in (result.candidates, result.scores, result.kept))
-    sources = None if result.sources is None else result.sources.cpu()
-    if result.cut.where == "vision":  # a row for each image so far: one for each sample from here on
+def _stages(prefill: Prefill) -> list[StageTrace]:
+    """The cuts; what stands at a patch's place is marked as long as it stays."""
+    stages: list[StageTrace] = []
+    standing: Tensor | None = None  # (B, m)
+    for result in prefill.results:
+        result = _by_sample(result, prefill.prompts, prefill.host.size.num_patches)
+        if result.stand_ins is not None:
+            standing = result.stand_ins if standing is None else torch.cat([standing, result.stand_ins], dim=1)
+        stages.append(_stage(result, standing))
+    return stages
 
-        def joined(patch: Tensor) -> Tensor:
-            return join_images(offset_images(patch[image_of_slot], images, patches), images, -1)
 
-        candidates, kept = joined(candidates), joined(kept)
-        scores = join_images(scores[image_of_slot], images, float("-inf"))
-        sources = None if sources is None else joined(sources)
-    order = _visual_first(candidates)
-    candidates = candidates.gather(1, order)
-    scores = scores.float().gather(1, order).masked_fill(candidates < 0, float("-inf"))
-    kept = kept.gather(1, _visual_first(kept))
+def _by_sample(result: CutResult, prompts: PromptBatch, patches: int) -> CutResult:
+    """A result on the CPU with a row for each sample, also of a stage that has one for each image."""
+    tensors = {name: getattr(result, name) for name in ("candidates", "scores", "kept", "sources", "stand_ins")}
+    found = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+    if result.cut.where == "vision":
+        images = prompts.images
+        for name, tensor in found.items():
+            own = tensor[prompts.image_of_slot]
+            patch = own if name == "scores" else offset_images(own, images, patches)
+            found[name] = join_images(patch, images, float("-inf") if name == "scores" else -1)
+    return dataclasses.replace(result, **found)
+
+
+def _stage(result: CutResult, standing: Tensor | None) -> StageTrace:
+    """`standing` (B, m) are patches whose places other tokens took, at this cut or before."""
+    order = _visual_first(result.candidates)
+    candidates = result.candidates.gather(1, order)
+    scores = result.scores
+    if scores is not None:
+        scores = scores.float().gather(1, order).masked_fill(candidates < 0, float("-inf"))
+    kept = result.kept.gather(1, _visual_first(result.kept))
+    kept = _trim(kept, kept)
+    stand_ins = None
+    if standing is not None:
+        stand_ins = (kept >= 0) & (kept.unsqueeze(2) == standing.unsqueeze(1)).any(dim=2)
     return StageTrace(
         where=result.cut.where,
         layer=result.cut.layer,
-        kept=_trim(kept, kept),
-        scores=_trim(scores, candidates),
+        kept=kept,
+        scores=None if scores is None else _trim(scores, candidates),
         candidates=_trim(candidates, candidates),
-        sources=sources,
+        sources=result.sources,
+        stand_ins=stand_ins,
     )
 
 

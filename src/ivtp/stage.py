@@ -21,9 +21,10 @@ class CutResult:
 
     cut: Cut
     candidates: Tensor  # (B, T) patch of every token, -1 for others
-    scores: Tensor  # (B, T)
+    scores: Tensor | None  # (B, T); None where it merged
     kept: Tensor  # (B, T') patch of every token that stayed, -1 for others
     sources: Tensor | None = None  # (B, N) the patch that stands for each, -1: none; None where nothing merges
+    stand_ins: Tensor | None = None  # (B, m) patches at whose places tokens stand that are none; None without any
 
 
 class Stage:
@@ -77,3 +78,10 @@ class Stage:
             assert window.sources is not None
             self._sources = follow(window.sources, window.patch, merged.into)
         return merged
+
+    def _result(self, window: Window, scores: Tensor | None, kept: Tensor, merged: Merged | None) -> CutResult:
+        """The record of a cut by `scores` (B, T) or of one that merged; `kept` (B, T') are the patches that stayed."""
+        if merged is None:
+            return CutResult(window.cut, window.patch, scores, kept)
+        stand_ins = None if merged.stand_ins is None else window.patch.gather(1, merged.stand_ins)
+        return CutResult(window.cut, window.patch, scores, kept, self._sources, stand_ins)

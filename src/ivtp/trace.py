@@ -17,17 +17,20 @@ class StageTrace:
 
     `layer` is the 0-based layer in which the cut happens (for a cut after the encoder: the last layer that ran).
     `kept` (B, k) holds original patch indices, 0..N-1 in raster order; image m of a prompt counts from m*N; rows
-    with fewer tokens end in -1. `scores` (B, n) ranks the n tokens that entered the cut, -inf where a row has fewer,
-    and `candidates` (B, n) says which patches those were. `sources` (B, N*images), of merging methods only, names for
-    every original patch the kept patch that stands for it, -1 where it was dropped.
+    with fewer tokens end in -1. `candidates` (B, n) are the patches that entered the cut, likewise. `scores` (B, n)
+    ranks them, -inf where a row has fewer; None where the cut merges, which is no ranking. `sources` (B, N*images), of
+    merging methods only, names for every original patch the kept patch that stands for it, -1 where it was dropped.
+    `stand_ins` (B, k) bool marks among `kept` the patches that are there by their place alone: the token at it is CLS
+    (VisionZip) or the sum of all dropped patches (PruMerge); None where there are none.
     """
 
     where: Where
     layer: int
     kept: Tensor
-    scores: Tensor
+    scores: Tensor | None
     candidates: Tensor
     sources: Tensor | None = None
+    stand_ins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class PruneTrace:
     """Prefill cost of the whole batch in FLOPs (multiply-accumulate = 2), pruning included."""
     seconds: float = 0.0
     """Wall-clock of the prefill (vision encoder, pruning and decoder)."""
+    notes: tuple[str, ...] = ()
+    """What must be known before the answer is trusted, such as that a part of the method is untrained."""
 
     def kept(self, where: Where | None = None) -> Tensor:
         """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.

@@ -31,6 +31,21 @@ def test_each_row_may_have_its_own_count() -> None:
     assert keep.tolist() == [[True, False, False], [False, True, True]]
 
 
+@given(rows, columns, st.integers(0, 30), st.integers(0, 1000), st.booleans())
+def test_each_segment_keeps_its_own_highest(batch: int, length: int, count: int, seed: int, ties: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, length, generator=generator)
+    scores = (scores * 3).round() if ties else scores
+    segment = torch.randint(-1, 3, (batch, length), generator=generator)
+    keep = keep_highest(scores, segment >= 0, count, segment)
+    for row in range(batch):
+        best: list[int] = []
+        for number in range(3):
+            pool = [i for i in range(length) if segment[row, i] == number]
+            best += sorted(pool, key=lambda i: (-float(scores[row, i]), i))[:count]
+        assert keep[row].nonzero().flatten().tolist() == sorted(best)
+
+
 @given(rows, columns, st.integers(0, 1000))
 def test_kept_columns_end_up_at_the_right_in_order(batch: int, length: int, seed: int) -> None:
     keep = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) > 0.5

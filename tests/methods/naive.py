@@ -228,12 +228,15 @@ def least_similar(
     pivots: int,
     gaps: Gaps = None,
 ) -> set[int]:
-    """DART: visual pivots stay; every pivot, visual ones first, takes its share of the free tokens least like it."""
+    """DART: visual pivots stay; every pivot, in the order of the columns, takes its share of the tokens least like it.
+
+    The pivots are the `pivots` visual and the `pivots` text columns with the largest norms.
+    """
     images = [i for i, is_visual in enumerate(visual) if is_visual]
     words = [i for i, is_text in enumerate(text) if is_text]
     visual_pivots = [images[k] for k in descending([norms[i] for i in images], gaps)][: min(pivots, budget)]
     text_pivots = [words[k] for k in descending([norms[i] for i in words], gaps)][:pivots]
-    choosers = visual_pivots + text_pivots
+    choosers = sorted(visual_pivots) + sorted(text_pivots)
     kept = set(visual_pivots)
     share, more = divmod(budget - len(visual_pivots), len(choosers))
     for place, pivot in enumerate(choosers):
@@ -336,15 +339,19 @@ def take_up_neighbours(
 ) -> tuple[list[list[float]], int, list[int]]:
     """PruMerge, on patches without CLS and keys of the full width.
 
-    Returns the K + 1 tokens, the patch where the extra one stands, and for every patch the one that it went into.
+    A kept patch looks for neighbours everywhere but at its own place, so that two kept ones may take up each other; all
+    sums are of the patches as they came. Returns the K + 1 tokens, the patch where the extra one stands, and for every
+    patch the one that it went into.
     """
-    dropped = others(kept, len(patches))
     out = []
     for k in kept:
-        order = descending([cosine(keys[k], keys[d]) for d in dropped], gaps, neighbours)
-        near = [dropped[i] for i in order]
-        added = weighted_sum([patches[i] for i in near], [attention[i] for i in near])
-        out.append([x + y for x, y in zip(patches[k], added, strict=True)])
+        token, everywhere_else = list(patches[k]), others([k], len(patches))
+        likeness = [cosine(keys[k], keys[i]) for i in everywhere_else]
+        for place in descending(likeness, gaps, neighbours):
+            i = everywhere_else[place]
+            token = [x + attention[i] * y for x, y in zip(token, patches[i], strict=True)]
+        out.append(token)
+    dropped = others(kept, len(patches))
     out.append(weighted_sum([patches[i] for i in dropped], [attention[i] for i in dropped]))
     place = dropped[argmax([attention[i] for i in dropped])]
     into = []

@@ -26,7 +26,7 @@ from ivtp.methods.cdpruner import conditional_kernel
 from ivtp.methods.dart import least_similar
 from ivtp.methods.dynamicvit import Predictor
 from ivtp.methods.evit import keep_and_fuse
-from ivtp.methods.hiprune import anchors_and_registers, received
+from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
 from ivtp.methods.spatial import local_similarity
@@ -34,6 +34,7 @@ from ivtp.methods.tome import ToMe, match
 from ivtp.methods.visionzip import contextual_count, merge_contextual
 from ivtp.methods.vispruner import important_and_distinct
 from ivtp.plan import Cut
+from ivtp.sizes import sizes as sizes_of
 
 CLEAR = 2e-5
 """A decision that is won by less, relative to the values, is left to rounding."""
@@ -359,6 +360,16 @@ def test_kept_tokens_take_up_their_neighbours(
         assert stay[b].tolist() == [1 + k for k in [*kept[b].tolist(), place]]
         assert into[b, 1:].tolist() == [1 + g for g in goes]
         near(merged[b, stay[b]], tokens)
+
+
+def test_a_kept_patch_takes_up_its_kept_neighbour_but_not_itself() -> None:
+    """Patches 0 and 1 look the same way and both stay; 2 and 3 look elsewhere."""
+    hidden = torch.tensor([[[9.0], [1.0], [10.0], [100.0], [1000.0]]])  # CLS, then the patches
+    key = torch.tensor([[[9.0, 9.0], [1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [-1.0, 0.2]]]).unsqueeze(1)
+    attention = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    merged, _, order = take_up_neighbours(hidden, key, attention, torch.tensor([[0, 1]]), 1)
+    assert order.tolist() == [[1, 2, 3]]
+    near(merged[0, order[0], 0], [1 + 0.3 * 10, 10 + 0.4 * 1, 0.2 * 100 + 0.1 * 1000])
 
 
 def test_pooled_cells_are_those_of_adaptive_pooling() -> None:
@@ -690,6 +701,14 @@ def test_important_and_distinct(
     ]
     assume(clear(gaps))
     assert important_and_distinct(features, attention, keep, important, step).tolist() == expected
+
+
+@pytest.mark.parametrize(("keep", "anchors"), [(64, 1), (128, 3), (192, 4)])
+def test_hiprune_at_the_papers_sizes(keep: int, anchors: int) -> None:
+    """Layers 9 and 23 of 24, counted from 1; a tenth of the tokens are anchors with their four neighbours."""
+    method = HiPrune(PruneConfig(method="hiprune", keep=keep), sizes_of("llava-1.5-7b").geometry)
+    assert [cut.taps for cut in method.plan.cuts] == [(8, 22)]
+    assert method.anchors == anchors
 
 
 @SOME

@@ -15,6 +15,7 @@ from ivtp.errors import ConfigError
 from ivtp.hosts.llava import HOST
 from ivtp.methods.base import MethodInfo
 from ivtp.registry import list_methods, method_class
+from ivtp.trace import StageTrace
 
 METHODS = list_methods()
 PATCHES = NUM_PATCHES
@@ -37,6 +38,18 @@ def test_info_is_complete(method: str) -> None:
     assert info.title
     assert info.paper
     assert method_class(method).__doc__
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_trained_says_so(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    """In the method, its line, its cost and the record of what it did."""
+    kind = method_class(method)
+    with tiny.attach(model, method=method) as pruner, torch.no_grad():
+        model(**prompt(tiny))
+    cost = ivtp.flops(model.config, method=method, keep=8, **({"llm_layers": 6} if method == "ivtp" else {}))
+    assert pruner.method.notes == pruner.trace.notes == cost.notes
+    assert any("untrained" in note for note in pruner.method.notes) == kind.info.trainable
+    assert ("untrained" in kind.info.note) == kind.info.trainable
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,6 +83,40 @@ def test_sources_say_which_token_stands_for_every_patch(
             sources = stage.sources[row].tolist()
             assert set(sources) <= {*kept, -1}
             assert all(sources[patch] == patch for patch in kept)
+
+
+def stand_ins(stage: StageTrace) -> list[list[int]]:
+    """The kept patches of every row that are marked."""
+    if stage.stand_ins is None:
+        return [[] for _ in stage.kept]
+    rows = zip(stage.kept.tolist(), stage.stand_ins.tolist(), strict=True)
+    return [[patch for patch, marked in zip(*row, strict=True) if marked] for row in rows]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tokens_that_are_no_patches_are_marked_one_an_image(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    """Where keep = N is not the stock model because of them, and nowhere else."""
+    with tiny.attach(model, method=method, keep=9) as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    expected = 0 if method_class(method).keeps_all else 1
+    for stage in pruner.trace.stages:
+        assert (stage.stand_ins is None) == (expected == 0)
+        for images, marked in zip(pruner.trace.images, stand_ins(stage), strict=True):
+            assert [patch // PATCHES for patch in marked] == list(range(images)) * expected
+
+
+@pytest.mark.parametrize("second", [m for m in METHODS if method_class(m).info.stage == "llm"])
+def test_marks_follow_their_tokens_through_the_decoder(tiny: Tiny, model: torch.nn.Module, second: str) -> None:
+    with tiny.attach(model, method=f"visionzip+{second}", keep="9+9") as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    first, *later = [stand_ins(stage) for stage in pruner.trace.stages]
+    assert all(marked == first for marked in later)
+    with tiny.attach(model, method=f"visionzip+{second}", keep="20+3") as pruner, torch.no_grad():
+        model(**tiny.inputs(*samples(tiny, "mixed")))
+    before, *later = pruner.trace.stages
+    for stage in later:
+        expected = [sorted(set(a) & set(b)) for a, b in zip(stand_ins(before), stage.kept.tolist(), strict=True)]
+        assert stand_ins(stage) == expected
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
@@ -125,6 +172,55 @@ def test_the_counted_cost_is_that_of_the_plan(tiny: Tiny, model: torch.nn.Module
     assert 4 <= after <= before <= PATCHES
 
 
+BOTH_STAGES = [f"topk+{m}" for m in METHODS if method_class(m).info.stage == "llm"]
+IN_DECODER = [m for m in METHODS if method_class(m).info.stage != "vision"] + BOTH_STAGES
+
+
+def kept_of_each_image(pruner: ivtp.Pruner) -> list[list[int]]:
+    """How many patches of every image of every row stay."""
+    rows = zip(pruner.trace.images, pruner.trace.kept().tolist(), strict=True)
+    return [[sum(m * PATCHES <= p < (m + 1) * PATCHES for p in kept) for m in range(count)] for count, kept in rows]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *BOTH_STAGES])
+@pytest.mark.parametrize("keep", [1, 5, 16, 35])
+def test_every_image_keeps_its_own_budget(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
+    """Rows of no, one, two and three images."""
+    batch = [*samples(tiny, "mixed"), tiny.sample(images=3, seed=70)]
+    with tiny.attach(model, method=method, keep=keep) as pruner, torch.no_grad():
+        model(**tiny.inputs(*batch))
+    left = pruner.trace.tokens_per_layer.final
+    assert abs(left - keep) <= (2 if method == "spatial" else 0)
+    assert kept_of_each_image(pruner) == [[left] * len(sample.images) for sample in batch]
+
+
+@pytest.mark.parametrize("method", IN_DECODER)
+@pytest.mark.parametrize("keep", [1, 5, 16, 35])
+def test_images_of_a_prompt_may_share_their_budgets(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
+    batch = [*samples(tiny, "mixed"), tiny.sample(images=3, seed=70)]
+    with tiny.attach(model, method=method, keep=keep, budget="prompt") as pruner, torch.no_grad():
+        model(**tiny.inputs(*batch))
+    found = kept_of_each_image(pruner)
+    assert [sum(row) for row in found] == [keep * len(sample.images) for sample in batch]
+    if keep == 5:
+        assert any(len(set(row)) > 1 for row in found), "one image never got more than another"
+
+
+@pytest.mark.parametrize("method", IN_DECODER)
+def test_one_image_has_the_same_budget_either_way(tiny: Tiny, model: torch.nn.Module, method: str) -> None:
+    inputs, kept = tiny.inputs(*samples(tiny, "batch")), []
+    for budget in ("image", "prompt"):
+        with tiny.attach(model, method=method, keep=5, budget=budget) as pruner, torch.no_grad():
+            model(**inputs)
+        kept.append(pruner.trace.kept())
+    assert torch.equal(*kept)
+
+
+def test_methods_of_the_decoder_read_the_budget() -> None:
+    reading = [m for m in METHODS if "budget" in method_class(m).reads]
+    assert reading == [m for m in METHODS if method_class(m).info.stage != "vision"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_weights(tiny: Tiny, method: str) -> None:
     model, inputs = tiny.model(), prompt(tiny)
@@ -169,6 +265,7 @@ OTHER_VALUES = {
     "guide": "text",
     "stages": "vision",
     "schedule": (20, 14, 8),
+    "budget": "prompt",
 }
 FOR_ALL = {"method", "keep", "positions", "cache", "seed", "options"}
 

@@ -188,6 +188,13 @@ def test_visionzip(tiny: Tiny, stock: Model, model: Model, keep: int, positions:
     check_merged(run, stock, features, [place, *dominant, *targets], positions == "compact")
     stands = {p: targets[k] for p, k in zip(loose, goes, strict=True)} | {p: p for p in (*dominant, *targets, place)}
     assert run.trace.stages[0].sources.tolist() == [[stands.get(p, -1) for p in range(NUM_PATCHES)]]
+    check_stand_in(run, place)
+
+
+def check_stand_in(run: Run, place: int) -> None:
+    """The one kept patch that is only the place of another token."""
+    (stage,) = run.trace.stages
+    assert stage.kept[stage.stand_ins].tolist() == [place]
 
 
 def full_width(stock: Model, pixels: Tensor) -> tuple[list[float], list[list[float]]]:
@@ -214,6 +221,7 @@ def test_prumerge(tiny: Tiny, stock: Model, model: Model, method: str, keep: int
     run = prune(tiny, model, [tiny.sample()], method=method, keep=keep, positions=positions)
     check_merged(run, stock, features, [*kept, place], positions == "compact")
     assert run.trace.stages[0].sources.tolist() == [into]
+    check_stand_in(run, place)
 
 
 def test_spatial(tiny: Tiny, stock: Model, model: Model) -> None:
@@ -233,13 +241,25 @@ def test_vispruner(tiny: Tiny, stock: Model, model: Model, keep: int, options: d
     check_kept(prune(tiny, model, [tiny.sample()], method="vispruner", keep=keep, **options), expected)
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.6])
-def test_hiprune(tiny: Tiny, stock: Model, model: Model, alpha: float) -> None:
+@pytest.mark.parametrize(
+    ("alpha", "keep", "anchors"),
+    [(0.1, 20, 0), (0.1, 30, 1), (0.3, 30, 2), (0.6, 20, 2), (1.0, 20, 4), (1.0, 4, 0), (1.0, 9, 1)],
+)
+def test_hiprune(tiny: Tiny, stock: Model, model: Model, alpha: float, keep: int, anchors: int) -> None:
+    """A share of `keep` in fives, rounded, and never more than fit."""
     _, layers, _ = whole(stock, pixels_of(tiny))
     middle, deep = (naive.mean(naive.head_mean(layers[k].attention))[1:] for k in (2, -1))
-    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), int(alpha * 20 / 5), 20)
-    run = prune(tiny, model, [tiny.sample()], method="hiprune", keep=20, alpha=alpha, layer=2)
+    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), anchors, keep)
+    run = prune(tiny, model, [tiny.sample()], method="hiprune", keep=keep, alpha=alpha, layer=2)
     check_kept(run, [*first, *registers])
+
+
+def test_hiprune_reads_the_layer_that_the_paper_names(tiny: Tiny, stock: Model, model: Model) -> None:
+    """The second of seven layers, as the ninth of 24."""
+    _, layers, _ = whole(stock, pixels_of(tiny))
+    middle, deep = (naive.mean(naive.head_mean(layers[k].attention))[1:] for k in (1, 5))
+    first, registers = naive.anchors_and_registers(middle, deep, (SIDE, SIDE), 4, 20)
+    check_kept(prune(tiny, model, [tiny.sample()], method="hiprune", keep=20, alpha=1.0), [*first, *registers])
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
@@ -431,9 +451,19 @@ class Decoder:
         self.hidden = self.hidden[:, places]
         self.columns = [self.columns[i] for i in places]
 
-    def highest(self, scores: list[float], count: int) -> set[int]:
+    def shares(self, budget: str) -> list[tuple[list[int], int]]:
+        """Places of visual tokens that share a budget, and how many times `keep` it is."""
         visual = [i for i, is_visual in enumerate(self.visual) if is_visual]
-        return {visual[k] for k in naive.descending([scores[i] for i in visual])[:count]}
+        if budget == "prompt":
+            return [(visual, self.images)]
+        image = {i: patch // NUM_PATCHES for i, patch in zip(visual, self.patches, strict=True)}
+        return [([i for i in visual if image[i] == m], 1) for m in range(self.images)]
+
+    def highest(self, scores: list[float], count: int, budget: str) -> set[int]:
+        stay: set[int] = set()
+        for places, times in self.shares(budget):
+            stay |= {places[k] for k in naive.descending([scores[i] for i in places])[: times * count]}
+        return stay
 
 
 def decoders(tiny: Tiny, stock: Model, batch: list[Sample]) -> list[Decoder | None]:
@@ -447,9 +477,14 @@ def check_stage(run: Run, stage: int, layer: int, expected: list[list[int]]) -> 
     assert run.trace.stages[stage].kept.tolist() == [row + [-1] * (width - len(row)) for row in expected]
 
 
-@pytest.mark.parametrize("name", ["batch", "mixed"])
+either_budget = pytest.mark.parametrize(
+    ("name", "budget"), [("batch", "image"), ("mixed", "image"), ("mixed", "prompt"), ("two images", "image")]
+)
+
+
+@either_budget
 @pytest.mark.parametrize("layer", [1, 2, 3])
-def test_fastv(tiny: Tiny, stock: Model, model: Model, name: str, layer: int) -> None:
+def test_fastv(tiny: Tiny, stock: Model, model: Model, name: str, budget: str, layer: int) -> None:
     batch, expected = samples(tiny, name), []
     for decoder in decoders(tiny, stock, batch):
         if decoder is None:
@@ -457,14 +492,14 @@ def test_fastv(tiny: Tiny, stock: Model, model: Model, name: str, layer: int) ->
             continue
         for _ in range(layer):
             weights, _ = decoder.advance()
-        decoder.keep(decoder.highest(naive.head_mean(weights)[-1], KEEP * decoder.images))
+        decoder.keep(decoder.highest(naive.head_mean(weights)[-1], KEEP, budget))
         expected.append(decoder.patches)
-    check_stage(prune(tiny, model, batch, method="fastv", layer=layer), 0, layer - 1, expected)
+    check_stage(prune(tiny, model, batch, method="fastv", layer=layer, budget=budget), 0, layer - 1, expected)
 
 
-@pytest.mark.parametrize("name", ["batch", "mixed"])
+@either_budget
 @pytest.mark.parametrize("changes", [{"keep": 5}, {"schedule": (30, 12, 3)}])
-def test_pyramiddrop(tiny: Tiny, stock: Model, model: Model, name: str, changes: dict[str, Any]) -> None:
+def test_pyramiddrop(tiny: Tiny, stock: Model, model: Model, name: str, budget: str, changes: dict[str, Any]) -> None:
     batch = samples(tiny, name)
     counts = changes.get("schedule") or [18, 9, 5]
     if "keep" in changes:
@@ -478,24 +513,46 @@ def test_pyramiddrop(tiny: Tiny, stock: Model, model: Model, name: str, changes:
                 continue
             decoder.advance(), decoder.advance()
             _, weights, _ = decoder.attend(decoder.next)
-            decoder.keep(decoder.highest(naive.head_mean(weights)[-1], count * decoder.images))
+            decoder.keep(decoder.highest(naive.head_mean(weights)[-1], count, budget))
             expected[stage].append(decoder.patches)
-    run = prune(tiny, model, batch, method="pyramiddrop", **changes)
+    run = prune(tiny, model, batch, method="pyramiddrop", budget=budget, **changes)
     for stage, rows in enumerate(expected):
         check_stage(run, stage, 2 * stage + 1, rows)
 
 
 @pytest.mark.parametrize("keep", [10, 17, 35])
 def test_pyramiddrop_with_a_mean_budget(tiny: Tiny, model: Model, keep: int) -> None:
-    run = prune(tiny, model, [tiny.sample()], method="pyramiddrop", keep=keep, budget="mean")
+    run = prune(tiny, model, [tiny.sample()], method="pyramiddrop", keep=keep, keep_is="mean")
     assert run.trace.tokens_per_layer is not None
     assert keep - 1 < run.trace.tokens_per_layer.equivalent[0] <= keep
 
 
-@pytest.mark.parametrize("name", ["batch", "mixed"])
+def recycle(decoder: Decoder, places: list[int], scores: list[float], after: int) -> dict[int, int]:
+    """Where each place that is not lost goes, so that `after` remain; merges the decoder's hidden states."""
+    before = len(places)
+    clusters, recycled = next(
+        (c, int(0.3 * (before - after + c)))
+        for c in range(1, after + 1)
+        if int(0.3 * (before - after + c)) // 10 + 1 == c
+    )
+    ranked = [places[k] for k in naive.descending(scores)]
+    kept = ranked[: after - clusters]
+    best = sorted(ranked[after - clusters :][: max(recycled, clusters)])
+    hidden = plain(decoder.hidden[0])
+    centres, member = naive.density_peaks([hidden[i] for i in best], clusters, 5)
+    for centre in centres:
+        mean = naive.mean([hidden[i] for i, m in zip(best, member, strict=True) if m == centre])
+        decoder.hidden[0, best[centre]] = torch.tensor(mean)
+    return {i: i for i in kept} | {i: best[m] for i, m in zip(best, member, strict=True)}
+
+
+@either_budget
 @pytest.mark.parametrize("schedule", [(24, 12, 6), (10, 5, 2)])
-def test_sparsevlm(tiny: Tiny, stock: Model, model: Model, name: str, schedule: tuple[int, ...]) -> None:
-    """Raters once, from the embeddings; then at each cut what stays, and the centres of what is recycled."""
+def test_sparsevlm(tiny: Tiny, stock: Model, model: Model, name: str, budget: str, schedule: tuple[int, ...]) -> None:
+    """Raters once, from the embeddings; then at each cut what stays, and the centres of what is recycled.
+
+    One question rates the tokens of all images; what is recycled of an image stays with it unless they share a budget.
+    """
     batch, layers = samples(tiny, name), (0, 1, 3)
     expected: list[list[list[int]]] = [[], [], []]
     sources: list[list[list[int]]] = [[], [], []]
@@ -514,28 +571,16 @@ def test_sparsevlm(tiny: Tiny, stock: Model, model: Model, name: str, schedule: 
                 weights, _ = decoder.advance()
             rows = naive.head_mean(weights)
             scores = naive.weighted_sum(rows, [weights_of[c] for c in decoder.columns])
-            before, after = len(decoder.patches), count * decoder.images
-            clusters, recycled = next(
-                (c, int(0.3 * (before - after + c)))
-                for c in range(1, after + 1)
-                if int(0.3 * (before - after + c)) // 10 + 1 == c
-            )
-            kept = decoder.highest(scores, after - clusters)
-            ranked = [i for i in naive.descending(scores) if decoder.visual[i] and i not in kept]
-            best = sorted(ranked[: max(recycled, clusters)])
-            hidden = plain(decoder.hidden[0])
-            centres, member = naive.density_peaks([hidden[i] for i in best], clusters, 5)
-            goes = {i: i for i in kept} | {i: best[m] for i, m in zip(best, member, strict=True)}
-            for centre in centres:
-                mean = naive.mean([hidden[i] for i, m in zip(best, member, strict=True) if m == centre])
-                decoder.hidden[0, best[centre]] = torch.tensor(mean)
+            goes: dict[int, int] = {}
+            for places, times in decoder.shares(budget):
+                goes |= recycle(decoder, places, [scores[i] for i in places], times * count)
             place = {decoder.slots.index(c): i for i, c in enumerate(decoder.columns) if decoder.visual[i]}
             target = {p: decoder.slots.index(decoder.columns[goes[i]]) for p, i in place.items() if i in goes}
             stands = [target.get(s, -1) for s in stands]
-            decoder.keep(kept | {best[c] for c in centres})
+            decoder.keep(set(goes.values()))
             expected[stage].append(decoder.patches)
             sources[stage].append(list(stands))
-    run = prune(tiny, model, batch, method="sparsevlm", keep=schedule[-1], schedule=schedule)
+    run = prune(tiny, model, batch, method="sparsevlm", keep=schedule[-1], schedule=schedule, budget=budget)
     for stage, layer in enumerate(layers):
         check_stage(run, stage, layer, expected[stage])
         for row, actual in zip(sources[stage], run.trace.stages[stage].sources.tolist(), strict=True):
@@ -543,9 +588,13 @@ def test_sparsevlm(tiny: Tiny, stock: Model, model: Model, name: str, schedule: 
             assert set(actual[len(row) :]) <= {-1}
 
 
-@pytest.mark.parametrize("name", ["batch", "mixed"])
+@either_budget
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize("changes", [{}, {"pivots": 2, "layer": 3}, {"keep": 3}, {"keep": 30, "pivots": 1}])
-def test_dart(tiny: Tiny, stock: Model, model: Model, name: str, changes: dict[str, int]) -> None:
+def test_dart(
+    tiny: Tiny, stock: Model, model: Model, name: str, budget: str, counted: bool, changes: dict[str, int]
+) -> None:
+    """As the authors' code: L1 norms of keys as an unpadded prompt has them; cosines behind the decoder's last norm."""
     batch, expected = samples(tiny, name), []
     layer, keep, pivots = changes.get("layer", 2), changes.get("keep", KEEP), changes.get("pivots", 4)
     for decoder in decoders(tiny, stock, batch):
@@ -554,10 +603,13 @@ def test_dart(tiny: Tiny, stock: Model, model: Model, name: str, changes: dict[s
             continue
         for _ in range(layer):
             _, key = decoder.advance()
-        norms = [sum(x * x for head in key for x in head[t]) ** 0.5 for t in range(len(decoder.columns))]
-        budget = keep * decoder.images
-        decoder.keep(
-            naive.least_similar(plain(decoder.hidden[0]), norms, decoder.visual, decoder.question, budget, pivots)
-        )
+        norms = [sum(abs(x) for head in key for x in head[t]) for t in range(len(decoder.columns))]
+        with torch.no_grad():
+            hidden, stay = plain(stock.model.language_model.norm(decoder.hidden[0])), set()
+        for places, times in decoder.shares(budget):
+            own = [i in places for i in range(len(decoder.columns))]
+            stay |= naive.least_similar(hidden, norms, own, decoder.question, times * keep, pivots)
+        decoder.keep(stay)
         expected.append(decoder.patches)
-    check_stage(prune(tiny, model, batch, method="dart", **changes), 0, layer - 1, expected)
+    run = prune(tiny, model, batch, counted, method="dart", budget=budget, **changes)
+    check_stage(run, 0, layer - 1, expected)

@@ -74,29 +74,30 @@ def sizes(sources: Tensor, patch: Tensor) -> Tensor:
 def take_up_neighbours(
     hidden: Tensor, key: Tensor, attention: Tensor, kept: Tensor, neighbours: int = 32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PruMerge's merging: kept patches take up their nearest dropped ones, an extra token takes up all of these.
+    """PruMerge's merging: kept patches take up the patches nearest to them, an extra token takes up all dropped ones.
 
     `hidden` (B, 1 + N, D) with CLS in front, `key` (B, H, 1 + N, d), `attention` (B, N) from CLS, `kept` (B, K)
-    patches, K < N. Nearest by the cosine of keys over the full width; sums are weighted by attention, not normalised.
-    Returns the new hidden states (the extra token at the place of the dropped patch with the highest attention), the
-    column (B, 1 + N) that each went into (of a dropped one the kept one with the most similar key), and the columns
-    that stay (B, K + 1): `kept` in their order, then the extra one.
+    patches, K < N. Nearest by the cosine of keys over the full width, among all other patches, kept or dropped; sums
+    are of `hidden` as it came, weighted by attention, not normalised. Returns the new hidden states (the extra token at
+    the place of the dropped patch with the highest attention), the column (B, 1 + N) that each went into (of a dropped
+    one the kept one with the most similar key), and the columns that stay (B, K + 1): `kept` in their order, then the
+    extra one.
     """
     batch, _, width = hidden.shape
-    patches = hidden[:, 1:]
+    patches, weight = hidden[:, 1:], attention.to(hidden.dtype)
     unit = nn.functional.normalize(key.float().transpose(1, 2).flatten(2)[:, 1:], dim=-1)  # (B, N, H * d)
-    rest = others(kept, patches.shape[1])  # (B, R)
-    similarity = take(unit, kept) @ take(unit, rest).transpose(1, 2)  # (B, K, R)
-    near = similarity.argsort(dim=2, descending=True, stable=True)[..., :neighbours]
-    weight = attention.gather(1, rest).to(hidden.dtype)  # (B, R)
+    similarity = take(unit, kept) @ unit.transpose(1, 2)  # (B, K, N)
+    others_only = similarity.scatter(2, kept.unsqueeze(-1), float("-inf"))
+    near = others_only.argsort(dim=2, descending=True, stable=True)[..., : min(neighbours, patches.shape[1] - 1)]
     goes = torch.zeros_like(similarity, dtype=hidden.dtype).scatter(2, near, 1) * weight.unsqueeze(1)
-    dropped = take(patches, rest)  # (B, R, D)
-    merged = take(patches, kept) + goes @ dropped
-    extra = weight.unsqueeze(1) @ dropped  # (B, 1, D)
-    leader = rest.gather(1, weight.argmax(dim=1, keepdim=True))  # (B, 1)
+    merged = take(patches, kept) + goes @ patches
+    rest = others(kept, patches.shape[1])  # (B, R)
+    left = weight.gather(1, rest)  # (B, R)
+    extra = left.unsqueeze(1) @ take(patches, rest)  # (B, 1, D)
+    leader = rest.gather(1, left.argmax(dim=1, keepdim=True))  # (B, 1)
     order = torch.cat([kept, leader], dim=1) + 1
     new = hidden.scatter(1, order.unsqueeze(-1).expand(-1, -1, width), torch.cat([merged, extra], dim=1))
     alone = (leader + 1).expand(-1, rest.shape[1])
-    target = kept.gather(1, similarity.argmax(dim=1)) + 1 if kept.shape[1] else alone  # (B, R)
+    target = kept.gather(1, take(similarity, rest, dim=2).argmax(dim=1)) + 1 if kept.shape[1] else alone  # (B, R)
     into = torch.full((batch, hidden.shape[1]), -1, device=hidden.device).scatter(1, rest + 1, target)
     return new, into.scatter(1, order, order), order

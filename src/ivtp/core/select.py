@@ -16,14 +16,19 @@ def on_device(values: Any, device: torch.device, dtype: torch.dtype = torch.long
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def keep_highest(scores: Tensor, candidates: Tensor, count: Tensor | int) -> Tensor:
+def keep_highest(scores: Tensor, candidates: Tensor, count: Tensor | int, segment: Tensor | None = None) -> Tensor:
     """Mark the `count` highest-scored candidates of each row; of equal scores the lower index wins.
 
-    `scores` (B, T), `candidates` (B, T) bool, `count` an int or one per row (B,). Returns (B, T) bool.
+    `scores` (B, T), `candidates` (B, T) bool, `count` an int or one per row (B,). With `segment` (B, T) the `count`
+    highest of each segment, a number of which only candidates share. Returns (B, T) bool.
     """
     ranked = scores.float().masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    if segment is not None:  # one segment behind the other, each by its scores
+        ranked = ranked.gather(1, segment.gather(1, ranked).argsort(dim=1, stable=True))
     places = torch.arange(scores.shape[1], device=scores.device).expand_as(ranked)
     rank = torch.empty_like(ranked).scatter_(1, ranked, places)
+    if segment is not None:
+        rank = rank - torch.searchsorted(segment.gather(1, ranked), segment)
     limit = count.unsqueeze(1) if isinstance(count, Tensor) else count
     return candidates & (rank < limit)
 

@@ -90,6 +90,17 @@ class Host:
         """Second half of a layer: normalisation, MLP, residual."""
         raise NotImplementedError
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's norm of (..., D) behind its last layer."""
+        raise NotImplementedError
+
+    def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys (B, H, T, d) of a decoder layer, all turned back by the rotary embedding of one position of each row.
+
+        `turn` are its cosines and sines, both (B, 1, d).
+        """
+        raise NotImplementedError
+
     def causal_mask(
         self,
         hidden: Tensor,

@@ -165,6 +165,19 @@ class LlavaHost(Host):
         norm = layer.layer_norm2 if where == "vision" else layer.post_attention_layernorm
         return hidden + layer.mlp(norm(hidden))  # type: ignore[no-any-return]
 
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """`norm` in all decoders of the family."""
+        return self.decoder.norm(hidden)  # type: ignore[no-any-return, operator]  # nn.Module attributes are untyped
+
+    def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Llama's turn of the halves of a head, which Phi-3 may leave some channels out of and stretch."""
+        cos, sin = (part.float().unsqueeze(1) for part in turn)  # (B, 1, 1, d_turned)
+        stretch = torch.hypot(cos, sin)
+        turned, rest = key[..., : cos.shape[-1]].float(), key[..., cos.shape[-1] :]
+        first, second = turned.chunk(2, dim=-1)
+        back = (turned * cos - torch.cat([-second, first], dim=-1) * sin) / stretch
+        return torch.cat([back.to(key.dtype), rest], dim=-1)
+
     def causal_mask(
         self,
         hidden: Tensor,

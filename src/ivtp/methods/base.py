@@ -52,10 +52,17 @@ class Window:
     reference: int | Tensor
     images: tuple[int, ...] = ()
     """Images in each row, in the decoder; a row of the encoder is one image."""
+    segment: Tensor | None = None
+    """(B, T) the number within its row of the image that a visual token is of, -1 for others, in the decoder where
+    every image has a budget of its own; None where the images of a row share one, or there are no two."""
     sources: Tensor | None = None
     """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
     text: Tensor | None = None
     """(B, T) what `Method.read_text` made of the question, for methods with `Method.reads_text`."""
+    normed: Tensor | None = None
+    """(B, T, D) what the decoder's last norm makes of `hidden`, for methods with `Method.reads_states`."""
+    keys: Tensor | None = None
+    """(B, H_kv, T, d) keys of the last tap, turned as if the first token of each row stood at position 0 (likewise)."""
     tail: int = 0
     """At most so many columns at the end hold the question."""
     relevance: Tensor | None = None
@@ -66,6 +73,17 @@ class Window:
         """(B, T) bool: the tokens that may be cut."""
         return self.patch >= 0
 
+    @property
+    def budgets(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The visual tokens (B, T) bool that share a budget, and how many times `cut.keep` it is in each row.
+
+        In the decoder, where `merge`, or a choice that is no ranking, has to keep to them.
+        """
+        if self.segment is None:
+            return [(self.visual, self.images)]
+        most = max(self.images)
+        return [(self.segment == m, tuple(int(count > m) for count in self.images)) for m in range(most)]
+
 
 @dataclass(frozen=True)
 class Merged:
@@ -73,12 +91,14 @@ class Merged:
 
     `hidden` (B, T, D) is the window's, new where a token stands for others; `into` (B, T) is the column that every
     visual column went into: its own where it stays, -1 where it is dropped. `order` (B, k) lists the columns that stay
-    in the method's own order; None: as they come.
+    in the method's own order; None: as they come. `stand_ins` (B, m) are the columns that stay whose token is made of
+    something else than of the columns that went into them: CLS, a sum over what is dropped; None: there are none.
     """
 
     hidden: Tensor
     into: Tensor
     order: Tensor | None = None
+    stand_ins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,8 @@ class MethodInfo:
     trainable: bool
     merges: bool
     paper: str
+    note: str = ""
+    """What a user must know before trusting an answer, with the options' defaults; empty where there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,8 @@ class Method:
     """Whether `keep` = N leaves the model as it is; not where tokens that are no patches count among the kept."""
     reads_text: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.text`, in the decoder."""
+    reads_states: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.normed` or `Window.keys`, in the decoder."""
     reads_clip: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.relevance`."""
 
@@ -121,6 +145,11 @@ class Method:
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)
         self.plan = self.make_plan()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know before trusting an answer, with the options that are set."""
+        return (self.info.note,) if self.info.note else ()
 
     def make_plan(self) -> Plan:
         """The cuts, from sizes alone."""
@@ -194,7 +223,8 @@ class OutlierMerging(Method):
         """One cut behind the encoder."""
         size = self.geometry
         kept, width = self.keep - 1, size.vision_hidden
-        flops = 2.0 * (2 * kept + 1) * (size.num_patches - kept) * width  # similarity of keys, and the weighted sums
+        sums = kept * size.num_patches + size.num_patches - kept  # neighbours of the kept ones, and all dropped ones
+        flops = 2.0 * (kept * size.num_patches + sums) * width  # similarity of keys, and the weighted sums
         last = size.vision_depth - 1  # also where the projector reads an earlier layer
         return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(last,), flops=flops),))
 
@@ -203,7 +233,8 @@ class OutlierMerging(Method):
         tap = window.taps[-1]
         similarity = full_width_row(tap, 0)[:, 1:]
         kept = self.choose(similarity, window.cut.keep - 1)
-        return Merged(*take_up_neighbours(window.hidden, tap.key, similarity, kept))
+        hidden, into, order = take_up_neighbours(window.hidden, tap.key, similarity, kept)
+        return Merged(hidden, into, order, stand_ins=order[:, -1:])
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

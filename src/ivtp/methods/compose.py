@@ -34,12 +34,14 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         trainable=a.trainable or b.trainable,
         merges=a.merges or b.merges,
         paper=f"{a.paper} {b.paper}",
+        note="; ".join(filter(None, (a.note, b.note))),
     )
     body = {
         "info": info,
         "parts": (first, second),
         "reads": (first.reads | second.reads) - frozenset(_OWN),
         "reads_text": second.reads_text,
+        "reads_states": second.reads_states,
         "reads_clip": first.reads_clip,
         "keeps_all": first.keeps_all and second.keeps_all,
         "__doc__": f"{a.title} in the vision encoder, then {b.title} in the decoder.",
@@ -70,6 +72,11 @@ class Composed(Method):
         self.llm = llm(self._config_of(llm, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
         self.options = (self.vision.options, self.llm.options)
         self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of both parts."""
+        return self.vision.notes + self.llm.notes
 
     def score(self, window: Window) -> Tensor:
         """The score of the stage's method."""

@@ -28,10 +28,13 @@ class Dart(Method):
     """Keeps pivots, and for each of them the visual tokens that are least similar to it.
 
     Behind decoder layer K, the pivots are the visual tokens, and the question's tokens, with the largest norm of their
-    keys (L2 over all heads: rotary positions, and so padding, do not change it). One pivot after the other, visual
-    ones first, takes an equal part of what `keep` leaves: of the free tokens those with the lowest cosine of hidden
-    states. Text pivots only choose. Positions stay. Our reading: where the parts are unequal the earlier pivots take
-    one more, and a question shorter than its pivots has fewer.
+    keys in that layer: L1, over all heads, turned by the positions of a prompt without padding. One pivot after the
+    other, in the order of the prompt, takes an equal part of what `keep` leaves: of the free tokens those whose hidden
+    states, behind the decoder's last norm, have the lowest cosine with it. Text pivots only choose. Positions stay.
+    Of several images each has pivots of its own, beside those of the question, unless they share a budget. So the
+    authors' code, but that exactly `keep` tokens stay: there the pivots are not counted, and the parts are rounded down
+    to whole tokens and taken in the order of a Python set. Our reading: where the parts are unequal the earlier pivots
+    take one more, and a question shorter than its pivots has fewer.
     """
 
     info = MethodInfo(
@@ -44,21 +47,39 @@ class Dart(Method):
         paper="https://arxiv.org/abs/2502.11494",
     )
     Options = Options
-    reads_text = True
+    reads = frozenset({"budget"})
+    reads_text = reads_states = True
 
     def make_plan(self) -> Plan:
         """One cut behind layer K (0-based: K - 1)."""
         size = self.geometry
         layer = check_layer("layer", self.options.layer, size) - 1
-        flops = 2.0 * 2 * self.options.pivots * size.num_patches * size.text_hidden
-        return Plan((Cut("llm", layer, self.keep, place="behind", taps=(layer,), keys_only=True, flops=flops),))
+        one = 2.0 * 2 * self.options.pivots * size.text_hidden  # a token's cosines with all pivots
+        return Plan(
+            (
+                Cut(
+                    "llm",
+                    layer,
+                    self.keep,
+                    place="behind",
+                    taps=(layer,),
+                    keys_only=True,
+                    flops=one * size.num_patches,
+                    flops_per_text=one,
+                ),
+            )
+        )
 
     def score(self, window: Window) -> Tensor:
         """1 for what stays, 0 for what leaves."""
         assert window.text is not None
-        norms: Tensor = torch.linalg.vector_norm(window.taps[-1].key.float(), dim=(1, 3))  # (B, T)
-        budget = on_device([n * window.cut.keep for n in window.images], norms.device)
-        kept = least_similar(window.hidden, norms, window.visual, window.text > 0, budget, self.options.pivots)
+        assert window.normed is not None
+        assert window.keys is not None
+        norms: Tensor = torch.linalg.vector_norm(window.keys.float(), ord=1, dim=(1, 3))  # (B, T)
+        kept = torch.zeros_like(window.visual)
+        for tokens, images in window.budgets:
+            budget = on_device([n * window.cut.keep for n in images], norms.device)
+            kept |= least_similar(window.normed, norms, tokens, window.text > 0, budget, self.options.pivots)
         return kept.float()
 
 
@@ -67,10 +88,10 @@ def least_similar(hidden: Tensor, norms: Tensor, visual: Tensor, text: Tensor, b
 
     `norms` (B, T) of the keys choose `pivots` of the visual columns and of the `text` columns (B, T).
     """
-    own, asked = (_largest(norms, columns, pivots) for columns in (visual, text))  # (B, pivots) and whether each is one
-    own_there = own[1] & (torch.arange(own[0].shape[1], device=norms.device) < budget.unsqueeze(1))
-    kept = torch.zeros_like(visual).scatter(1, own[0], own_there) & visual
-    index, there = torch.cat([own[0], asked[0]], dim=1), torch.cat([own_there, asked[1]], dim=1)
+    own, own_there = _largest(norms, visual, budget.clamp_max(pivots), pivots)
+    asked, asked_there = _largest(norms, text, torch.full_like(budget, pivots), pivots)
+    kept = torch.zeros_like(visual).scatter(1, own, own_there)
+    index, there = torch.cat([own, asked], dim=1), torch.cat([own_there, asked_there], dim=1)
     unit = nn.functional.normalize(hidden.float(), dim=-1)
     left = budget - kept.sum(dim=1)
     similarity = take(unit, index) @ unit.transpose(1, 2)  # (B, pivots, T)
@@ -81,10 +102,11 @@ def least_similar(hidden: Tensor, norms: Tensor, visual: Tensor, text: Tensor, b
     return kept
 
 
-def _largest(norms: Tensor, columns: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Up to `count` marked columns (B, k) with the largest norm, and which of them are marked at all."""
-    index = norms.masked_fill(~columns, float("-inf")).argsort(dim=1, descending=True, stable=True)[:, :count]
-    return index, columns.gather(1, index)
+def _largest(norms: Tensor, columns: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The `count` (B,) marked columns with the largest norm, as they come, among (B, `most`), and which those are."""
+    chosen = keep_highest(norms, columns, count)
+    index = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return index, chosen.gather(1, index)
 
 
 METHOD = Dart

@@ -37,6 +37,7 @@ class DynamicVit(Method):
         trainable=True,
         merges=False,
         paper="https://arxiv.org/abs/2106.02034",
+        note="untrained: its predictors are random unless the option predictors=FILE names trained ones",
     )
     Options = Options
     reads = frozenset({"seed"})
@@ -47,6 +48,11 @@ class DynamicVit(Method):
         self.predictors = Predictors(geometry.vision_hidden, len(self.plan.cuts), config.seed)
         if self.options.predictors is not None:
             self.predictors.load(Path(self.options.predictors))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That random predictors choose, where they do."""
+        return super().notes if self.options.predictors is None else ()
 
     def make_plan(self) -> Plan:
         """Three cuts behind encoder layers."""

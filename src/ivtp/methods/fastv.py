@@ -33,6 +33,7 @@ class FastV(Method):
         paper="https://arxiv.org/abs/2403.06764",
     )
     Options = Options
+    reads = frozenset({"budget"})
 
     def make_plan(self) -> Plan:
         """One cut behind layer K (0-based: K - 1)."""

@@ -30,9 +30,10 @@ class HiPrune(Method):
     """Keeps anchors of a middle encoder layer with their four neighbours, and registers of the last.
 
     A patch is rated by the attention that it receives, averaged over heads and queries. An anchor and its neighbours
-    are five tokens, so a share `alpha` of `keep` gives alpha * keep / 5 anchors; registers, the patches that the last
-    layer whose output the projector reads attends to most, fill the rest. Raster order. Our reading: the middle is
-    layer 9 of 24 (0-based), in that proportion in other encoders, and every query counts, CLS included.
+    are five tokens, so a share `alpha` of `keep` gives alpha * keep / 5 anchors, rounded; registers, the patches that
+    the last layer whose output the projector reads attends to most, fill the rest. Raster order. The middle is the
+    paper's object layer, the 9th of 24 (`layer` 8), in that proportion in other encoders. Our reading: every query
+    counts, CLS included, and there are never more anchors than fit with all their neighbours.
     """
 
     info = MethodInfo(
@@ -49,18 +50,25 @@ class HiPrune(Method):
     def make_plan(self) -> Plan:
         """One cut behind the encoder that reads two layers in full."""
         last = self.geometry.vision_layers - 1
-        middle = (last + 2) * 9 // 24 if self.options.layer is None else self.options.layer
+        middle = self.options.layer
+        if middle is None:
+            middle = max(1, self.geometry.vision_depth * 9 // 24) - 1
         if not 0 <= middle < last:
             raise ConfigError(f"layer={middle} is no layer before the encoder's last one; use 0..{last - 1}")
         return Plan((Cut("vision", last, self.keep, place="behind", taps=(middle, last), full_rows=(middle, last)),))
+
+    @property
+    def anchors(self) -> int:
+        """How many there are."""
+        share: float = self.options.alpha
+        return min(round(share * self.keep / 5), self.keep // 5)
 
     def score(self, window: Window) -> Tensor:
         """Anchors and neighbours, then registers."""
         first, size = self.geometry.vision_cls, self.geometry
         middle, deep = (received(tap)[:, first:] for tap in window.taps)
         side = math.isqrt(size.num_patches)
-        anchors = int(self.options.alpha * window.cut.keep / 5)
-        chosen = anchors_and_registers(middle, deep, (side, size.num_patches // side), anchors, window.cut.keep)
+        chosen = anchors_and_registers(middle, deep, (side, size.num_patches // side), self.anchors, window.cut.keep)
         return ranks(chosen + first, window.hidden.shape[1])
 
 

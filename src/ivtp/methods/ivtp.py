@@ -29,7 +29,9 @@ class Ivtp(Method):
         merges=False,
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )
-    reads = frozenset({"stages", "schedule", "group_layers", "llm_layers", "threshold", "aggregation", "guide"})
+    reads = frozenset(
+        {"stages", "schedule", "budget", "group_layers", "llm_layers", "threshold", "aggregation", "guide"}
+    )
 
     def make_plan(self) -> Plan:
         """One cut at the end of each group, with as many tokens as the schedule says."""

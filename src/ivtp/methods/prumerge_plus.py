@@ -14,7 +14,7 @@ class PruMergePlus(OutlierMerging):
 
     A quarter of the kept tokens are the most similar ones (the paper samples three times as many as it finds outliers),
     the rest lie at an even stride, in raster order, among the other patches. Then as in PruMerge: each takes up its 32
-    nearest dropped neighbours, and one extra token, one of `keep`, all dropped ones.
+    nearest neighbours, kept or dropped, and one extra token, one of `keep`, all dropped ones.
     """
 
     info = MethodInfo(

@@ -16,12 +16,12 @@ from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, check_choic
 
 @dataclass(frozen=True)
 class Options:
-    """`budget`: whether `keep` is what remains at the end or the mean over the decoder's layers."""
+    """`keep_is`: whether `keep` is what remains at the end or the mean over the decoder's layers."""
 
-    budget: Literal["final", "mean"] = "final"
+    keep_is: Literal["final", "mean"] = "final"
 
     def __post_init__(self) -> None:
-        check_choice("budget", self.budget, ("final", "mean"))
+        check_choice("keep_is", self.keep_is, ("final", "mean"))
 
 
 class PyramidDrop(Method):
@@ -41,7 +41,7 @@ class PyramidDrop(Method):
         paper="https://arxiv.org/abs/2410.17247",
     )
     Options = Options
-    reads = frozenset({"schedule"})
+    reads = frozenset({"schedule", "budget"})
 
     def make_plan(self) -> Plan:
         """Three cuts behind layers."""
@@ -61,7 +61,7 @@ class PyramidDrop(Method):
 
     def _counts(self, layers: list[int]) -> list[int]:
         patches, depth = self.geometry.num_patches, self.geometry.text_layers
-        if self.options.budget == "final":
+        if self.options.keep_is == "final":
             return uniform_ratio(patches, self.keep, len(layers))
         bounds = [-1, *layers, depth - 1]
         spans = [b - a for a, b in pairwise(bounds)]  # layers at each count
@@ -69,7 +69,7 @@ class PyramidDrop(Method):
         if counts is None:
             least = -(-patches * spans[0] // depth) + 1
             raise ConfigError(
-                f'keep={self.keep} is below what the first {spans[0]} layers alone need with budget="mean"; '
+                f'keep={self.keep} is below what the first {spans[0]} layers alone need with keep_is="mean"; '
                 f"use {least} up"
             )
         return counts

@@ -25,8 +25,9 @@ class SparseVlm(Method):
     above the average; a visual token's score is their mean attention. Of the dropped tokens the best 30% are recycled:
     density peaks of their 5 nearest neighbours make one cluster for every ten of them, plus one, and its mean takes
     the place of its centre. The cuts lie behind layers 2, 6 and 15 of 32 (0-based), in that proportion in other
-    decoders. One keep ratio for all cuts, recycled tokens counted; `schedule` gives other counts: 82,32,18 is the
-    paper's setting for 64 tokens (66, 30 and 17 kept, 16, 2 and 1 recycled).
+    decoders. Of several images each keeps and recycles tokens of its own, unless they share a budget, while the raters
+    are those of the whole prompt. One keep ratio for all cuts, recycled tokens counted; `schedule` gives other counts:
+    82,32,18 is the paper's setting for 64 tokens (66, 30 and 17 kept, 16, 2 and 1 recycled).
     """
 
     info = MethodInfo(
@@ -38,7 +39,7 @@ class SparseVlm(Method):
         merges=True,
         paper="https://arxiv.org/abs/2410.04417",
     )
-    reads = frozenset({"schedule"})
+    reads = frozenset({"schedule", "budget"})
     reads_text = True
 
     def make_plan(self) -> Plan:
@@ -79,15 +80,16 @@ class SparseVlm(Method):
         first = max(0, window.patch.shape[1] - window.tail)
         scores = weighted_column_sum(window.taps[-1], window.text, first=first)
         hidden, into = window.hidden.clone(), torch.full_like(window.patch, -1)
-        for row, images in enumerate(window.images):
-            if images:
-                self._merge_row(hidden[row], into[row], window.visual[row], scores[row], images, window.cut)
+        for tokens, rows in window.budgets:
+            for row, images in enumerate(rows):
+                if images:
+                    self._merge_some(hidden[row], into[row], tokens[row], scores[row], images, window.cut)
         return Merged(hidden, into)
 
-    def _merge_row(self, hidden: Tensor, into: Tensor, visual: Tensor, scores: Tensor, images: int, cut: Cut) -> None:
-        """One prompt, in place: hidden (T, D), the columns (T,) that tokens go into."""
+    def _merge_some(self, hidden: Tensor, into: Tensor, tokens: Tensor, scores: Tensor, images: int, cut: Cut) -> None:
+        """One budget, in place: hidden (T, D), the columns (T,) that the marked ones of `tokens` (T,) go into."""
         before = self.plan.entering(cut, self.geometry)
-        columns = (~visual).to(torch.uint8).argsort(stable=True)[: images * before]  # the visual ones, without waiting
+        columns = (~tokens).to(torch.uint8).argsort(stable=True)[: images * before]  # the marked ones, without waiting
         recycled, clusters = recycling(images * before, images * cut.keep)
         kept = highest(scores[columns].unsqueeze(0), images * cut.keep - clusters)
         into[columns[kept[0]]] = columns[kept[0]]

@@ -57,7 +57,7 @@ class VisionZip(Method):
         width = hidden.shape[2]
         hidden = hidden.scatter(1, (targets + 1).unsqueeze(-1).expand(-1, -1, width), merged)
         hidden = hidden.scatter(1, (stand_in + 1).unsqueeze(-1).expand(-1, -1, width), hidden[:, :1])
-        return Merged(hidden, into, order=own)
+        return Merged(hidden, into, order=own, stand_ins=own[:, :1])
 
 
 def contextual_count(keep: int) -> int:
