@@ -1,12 +1,12 @@
-# `make demo` and `make test`, and for speed `make smoke` and `make speed`. Each sets everything up on a machine that has
-# Python 3.11 and make.
+# `make demo` and `make test`; `make compat` runs both ends of the promised versions, `make smoke` and `make speed` the
+# benchmark. Each sets everything up on a machine that has Python 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint smoke speed clean
+.PHONY: demo test compat lint smoke speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
@@ -14,6 +14,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(MAKE) smoke
+
+# what a change of torch, transformers or accelerate breaks first, on the lowest and on the newest of them
+COMPAT_TESTS := tests/core tests/methods tests/plug tests/hosts tests/test_parity.py tests/test_cache.py \
+	tests/test_lifecycle.py tests/test_calls.py tests/test_batching.py tests/test_reference.py
+
+compat: $(VENV)/lowest/.installed $(VENV)/newest/.installed
+	for end in lowest newest; do \
+		OMP_NUM_THREADS=1 $(VENV)/$$end/bin/python -m pytest -q -n 2 --dist loadfile $(COMPAT_TESTS) || exit 1; \
+	done
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -38,7 +47,13 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,clients]'
+	touch $@
+
+$(VENV)/%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv $(VENV)/$*
+	$(VENV)/$*/bin/python -m pip install -q -c constraints-$*.txt torch
+	$(VENV)/$*/bin/python -m pip install -q -c constraints-$*.txt -e '.[dev]'
 	touch $@
 
 clean:

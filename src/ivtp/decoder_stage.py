@@ -171,8 +171,13 @@ class DecoderStage(Stage):
         return torch.where(patch >= 0, patch // self.host.size.num_patches, -1)
 
     def _highest(self, window: Window, scores: Tensor) -> Tensor:
-        """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's."""
+        """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's.
+
+        Those that the prompt's mask hides leave first.
+        """
         keep = window.cut.keep
+        if self.sequence.holes:
+            scores = scores.masked_fill(~self.sequence.valid, torch.finfo(scores.dtype).min)
         if window.segment is not None:
             return keep_highest(scores, window.visual, keep, window.segment)
         total = on_device([n * keep for n in window.images], scores.device)

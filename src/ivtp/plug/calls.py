@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,9 +15,6 @@ from torch import Tensor
 from ivtp.core.select import take
 from ivtp.plug.transformers import forward_slot
 from ivtp.prefill import Prefill
-
-_WHOLE = 1 << 62
-"""A size of prefill chunks that no prompt exceeds."""
 
 
 @dataclass(frozen=True)
@@ -168,22 +165,27 @@ def generate_alone(model: Any, plugged: Plugged) -> Callable[..., Any]:
         with plugged.exclusively() as attached:
             if not attached:
                 return stock(*args, **kwargs)
-            if kwargs.get("pixel_values") is not None and _is_chunked(model, args, kwargs):
-                kwargs["prefill_chunk_size"] = _WHOLE  # only a whole prompt can be pruned, and it is short then
-            with plugged.thread.calling(Call()):
+            configs = (args[1] if len(args) > 1 else kwargs.get("generation_config"), model.generation_config)
+            with plugged.thread.calling(Call()), ExitStack() as stack:
+                if kwargs.get("pixel_values") is not None:
+                    kwargs.pop("prefill_chunk_size", None)
+                    stack.enter_context(_whole_prompts([config for config in configs if config is not None]))
                 return stock(*args, **kwargs)
 
     return generate
 
 
-def _is_chunked(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `generate` was told, in any of three ways, to read its prompt in chunks."""
-    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    told = (
-        kwargs.get("prefill_chunk_size"),
-        *(getattr(c, "prefill_chunk_size", None) for c in (given, model.generation_config)),
-    )
-    return any(size is not None for size in told)
+@contextmanager
+def _whole_prompts(configs: list[Any]) -> Iterator[None]:
+    """Read prompts in one piece: only a whole prompt can be pruned, and it is short then."""
+    sizes = [config.prefill_chunk_size for config in configs]
+    try:
+        for config in configs:
+            config.prefill_chunk_size = None
+        yield
+    finally:
+        for config, size in zip(configs, sizes, strict=True):
+            config.prefill_chunk_size = size
 
 
 def expand_for_beams(model: Any, plugged: Plugged) -> Callable[..., Any]:
