@@ -105,7 +105,7 @@ class GuideMaker:
             columns = [c for c in text.columns if c > text.last_image_column]
         else:
             columns = self.reader.read(text.ids, text.columns).columns
-        weights = torch.ones(len(columns), device=visual.device)
+        weights = torch.ones(len(columns), device=visual.device, dtype=torch.float32)
         return Guide(*rel.pseudo_cls(embeddings[on_device(columns, embeddings.device)], weights, visual))
 
     def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
@@ -120,4 +120,4 @@ class GuideMaker:
 def _joined(own_words: list[tuple[int, int]], weights: Tensor, words: int) -> Tensor:
     """(words,) bool: whether a token of the word is in the pseudo CLS token."""
     word, token = (on_device([p[i] for p in own_words], weights.device) for i in (0, 1))
-    return torch.zeros(words, device=weights.device).index_add(0, word, weights[token]) > 0
+    return torch.zeros(words, device=weights.device, dtype=weights.dtype).index_add(0, word, weights[token]) > 0

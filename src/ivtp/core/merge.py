@@ -64,7 +64,7 @@ def follow(sources: Tensor, patch: Tensor, into: Tensor) -> Tensor:
 
 def sizes(sources: Tensor, patch: Tensor) -> Tensor:
     """How many original patches each column (B, T) stands for, 1 for what is no patch; float32."""
-    counts = torch.zeros(sources.shape[0], sources.shape[1] + 1, device=sources.device)
+    counts = torch.zeros(sources.shape[0], sources.shape[1] + 1, device=sources.device, dtype=torch.float32)
     counts = counts.scatter_add(
         1, torch.where(sources < 0, sources.shape[1], sources), torch.ones_like(sources).float()
     )

@@ -81,7 +81,7 @@ def spread(
     device = token_relevance.device
     target, source = (on_device([p[i] for p in pairs], device) for i in (0, 1))
     taken = token_relevance[source]  # (pairs, m)
-    total = torch.zeros(tokens, taken.shape[1], device=device).index_add(0, target, taken)
+    total = torch.zeros(tokens, taken.shape[1], device=device, dtype=torch.float32).index_add(0, target, taken)
     count = torch.zeros_like(total).index_add(0, target, torch.ones_like(taken))
     return (total / count).amax(dim=1)  # 0 / 0 = NaN: never above a threshold
 

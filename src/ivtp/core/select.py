@@ -41,7 +41,7 @@ def highest(scores: Tensor, count: int) -> Tensor:
 def ranks(chosen: Tensor, length: int) -> Tensor:
     """Scores (B, length) that rank `chosen` (B, k) in its order above all others: k, k - 1, ... 1, and 0."""
     values = torch.arange(chosen.shape[1], 0, -1, device=chosen.device, dtype=torch.float32).expand(chosen.shape)
-    return torch.zeros(chosen.shape[0], length, device=chosen.device).scatter(1, chosen, values)
+    return torch.zeros(chosen.shape[0], length, device=chosen.device, dtype=torch.float32).scatter(1, chosen, values)
 
 
 def others(chosen: Tensor, length: int) -> Tensor:

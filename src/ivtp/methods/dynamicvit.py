@@ -82,13 +82,15 @@ class Predictor(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.enter = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.enter = nn.Sequential(
+            nn.LayerNorm(width, dtype=torch.float32), nn.Linear(width, width, dtype=torch.float32), nn.GELU()
+        )
         self.leave = nn.Sequential(
-            nn.Linear(width, width // 2),
+            nn.Linear(width, width // 2, dtype=torch.float32),
             nn.GELU(),
-            nn.Linear(width // 2, width // 4),
+            nn.Linear(width // 2, width // 4, dtype=torch.float32),
             nn.GELU(),
-            nn.Linear(width // 4, 2),
+            nn.Linear(width // 4, 2, dtype=torch.float32),
             nn.LogSoftmax(dim=-1),
         )
 

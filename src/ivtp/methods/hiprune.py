@@ -75,7 +75,9 @@ class HiPrune(Method):
 def received(tap: AttentionTap) -> Tensor:
     """(B, T) attention that each token receives, averaged over heads and queries."""
     batch, _, tokens, _ = tap.query.shape
-    return weighted_column_sum(tap, torch.full((batch, tokens), 1 / tokens, device=tap.query.device))
+    return weighted_column_sum(
+        tap, torch.full((batch, tokens), 1 / tokens, device=tap.query.device, dtype=torch.float32)
+    )
 
 
 def anchors_and_registers(middle: Tensor, deep: Tensor, side: tuple[int, int], anchors: int, keep: int) -> Tensor:

@@ -43,7 +43,7 @@ class Random(Method):
     def score(self, window: Window) -> Tensor:
         """One number for each patch of an image, the same in all layers."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        draw = torch.rand(self.geometry.num_patches, generator=generator).to(window.patch.device)
+        draw = torch.rand(self.geometry.num_patches, generator=generator, dtype=torch.float32).to(window.patch.device)
         return draw[window.patch.clamp_min(0)]
 
 
