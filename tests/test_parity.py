@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny import NUM_PATCHES, QUESTIONS, Tiny, generated, image, samples
 from transformers import pipeline
 
@@ -55,6 +57,9 @@ def test_logits_with_every_option(tiny: Tiny, positions: str, cache: str, keep: 
 @pytest.mark.parametrize("name", BATCHES)
 @pytest.mark.parametrize("decoding", DECODING)
 def test_generation(tiny: Tiny, name: str, decoding: str, attention: str) -> None:
+    repeats = {"num_beams", "num_return_sequences"} & DECODING[decoding].keys()
+    if repeats and name in ("two images", "mixed") and Version(transformers.__version__) < Version("5.19"):
+        pytest.skip("before transformers 5.19 the stock model repeats the images of such a batch wrongly")
     model, inputs = tiny.model(attention), tiny.inputs(*samples(tiny, name))
     options = {**DECODING[decoding], "max_new_tokens": 6}
     torch.manual_seed(5)
