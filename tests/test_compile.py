@@ -33,14 +33,15 @@ def test_a_compiled_model_keeps_the_same_tokens_and_gives_the_same_logits(tiny: 
 def test_what_needs_a_single_graph_is_refused_by_torch_and_leaves_nothing(tiny: Tiny, way: str) -> None:
     """Which tokens stay is decided from values; `docs/compatibility.md` says so."""
     model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    in_one_graph = {
+        "fullgraph": lambda model, inputs: torch.compile(model, backend="eager", fullgraph=True)(**inputs),
+        "export": lambda model, inputs: torch.export.export(model, (), kwargs=dict(inputs)),
+    }
     with torch.no_grad():
         stock = model(**inputs).logits
         with tiny.attach(model):
             pruned = model(**inputs).logits
             with pytest.raises(RuntimeError):
-                if way == "fullgraph":
-                    torch.compile(model, backend="eager", fullgraph=True)(**inputs)
-                else:
-                    torch.export.export(model, (), kwargs=dict(inputs))
+                in_one_graph[way](model, inputs)
             assert torch.equal(model(**inputs).logits, pruned)
         assert torch.equal(model(**inputs).logits, stock)
