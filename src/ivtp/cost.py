@@ -50,7 +50,7 @@ class FlopsReport:
 def flops(
     model: Any,
     *,
-    method: str = "ivtp",
+    method: str | type[Any] = "ivtp",
     keep: int | str = 64,
     text_tokens: int = 512,
     batch: int = 1,

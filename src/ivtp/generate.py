@@ -80,7 +80,7 @@ def ask(
     image: Any,
     question: str,
     *,
-    method: str = "ivtp",
+    method: str | type[Any] = "ivtp",
     keep: int | str = 64,
     max_new_tokens: int = 64,
     clip: Any = None,
