@@ -43,7 +43,7 @@ class DecoderStage(Stage):
         self._peeking = False
         self._text: Tensor | None = None
         if method.reads_text:
-            question, tail = prompts.question_in(sequence), prompts.slots.tail + (method.plan.guide_layers > 0)
+            question, tail = prompts.question_in(sequence), prompts.tail + (method.plan.guide_layers > 0)
             with torch.no_grad():
                 self._text = method.read_text(embeddings, sequence.visual, question, tail)
         if method.info.merges:
@@ -139,7 +139,7 @@ class DecoderStage(Stage):
             images=self.prompts.images,
             sources=self._sources,
             text=text,
-            tail=self.prompts.slots.tail,
+            tail=self.prompts.tail,
         )
 
     def _reference(self) -> int | Tensor:
