@@ -135,10 +135,7 @@ def test_the_last_user_turn(name: str, talk: str, asks: bool) -> None:
 def test_a_conversation_that_ends_in_an_answer(name: str) -> None:
     tokenizer = tokenizer_with(TEMPLATES[name])
     found = read(tokenizer, write(tokenizer, [*TALKS["two turns"], (ASSISTANT, "Two bananas.")], asks=False))
-    if name == "llama 2":  # it writes nothing that opens an answer but what closes a question
-        assert found.text.startswith(QUESTIONS[1])
-    else:
-        assert found.text == QUESTIONS[1]
+    assert found.text == QUESTIONS[1]
 
 
 @pytest.mark.parametrize("earlier", [[], TALKS["two turns"][:2]])
@@ -261,13 +258,17 @@ def test_what_reads_no_text_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "question", ["who wrote 'user: hello'?", "Who wrote USER: hello?", "assistant: left of 左边 the ™ dog 😀?"]
+    ("question", "asks"),
+    [
+        ("who wrote 'user: hello'?", True),
+        ("who wrote 'user: hello'?", False),
+        ("Who wrote USER: hello?", True),
+        ("Who wrote USER: hello?", False),
+        ("assistant: left of 左边 the ™ dog 😀?", True),
+    ],
 )
-@pytest.mark.parametrize("asks", [True, False])
 def test_the_embedded_model(question: str, asks: bool) -> None:
     """Its tokenizer lower-cases, so every "user:" reads like a role word."""
-    if "assistant" in question and not asks:
-        pytest.skip("LLaVA's template writes an answer like this")
     processor = ivtp.load("micro")[1]
     turns = [(USER, QUESTIONS[0]), (ASSISTANT, "yes"), (USER, question)]
     messages = [
@@ -388,6 +389,11 @@ def test_decomposed_letters_are_as_relevant_as_composed_ones(tiny: Tiny) -> None
         with torch.no_grad(), tiny.attach(model, threshold=-1) as pruner:
             model(**tiny.inputs(tiny.sample(question)))
         found[form] = pruner.trace.words[0]
+        prompts, token = pruner.last.prompts, pruner.last.guides[0].token
+        typed = prompts.instructions[0]
+        columns = [c for c, (a, b) in zip(typed.columns, typed.spans, strict=True) if typed.text[a:b].strip()]
+        mean = model.get_input_embeddings().weight[prompts.ids[0, columns]].mean(dim=0)
+        torch.testing.assert_close(token, mean)  # nothing is below the threshold: no token is left out
         assert all(word.used for word in found[form])
         assert "".join(word.text for word in found[form]) == question.replace(" ", "")
     assert [w.score for w in found["NFD"]] == pytest.approx([w.score for w in found["NFC"]], abs=1e-6)

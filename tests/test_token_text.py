@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from vocabularies import IMAGE, TOKENIZERS, byte_fallback, random_texts
+from vocabularies import IMAGE, TOKENIZERS, added_spaces, byte_level, random_texts
 
 from ivtp.core.characters import lay_out, letters, widened
 from ivtp.core.relevance import words
@@ -41,7 +41,7 @@ def bytes_of(tokenizer: Any, token: int) -> bytes:
     name = tokenizer.convert_ids_to_tokens(token)
     if name in tokenizer.all_special_tokens:
         return str(name).encode()
-    if tokenizer is byte_fallback():
+    if tokenizer is not byte_level():
         if re.fullmatch("<0x..>", name):
             return bytes([int(name[3:5], 16)])
         return str(name).replace("\u2581", " ").encode()
@@ -64,13 +64,15 @@ def laid_over(tokenizer: Any, prompt: str) -> dict[int, Span]:
     for column, token in enumerate(tokenizer(typed)["input_ids"]):
         piece = bytes_of(tokenizer, token)
         if column == 0:
+            before = token
             continue  # nobody typed the begin
         if not data.startswith(piece, place):
-            assert column == 1, f"{piece!r} is not at {data[place:]!r}"
+            assert bytes_of(tokenizer, before).startswith(b"<")  # nobody typed the space behind a special token
             piece = piece.removeprefix(b" ")
         assert data.startswith(piece, place)
-        spans[column] = character[place], character[place + len(piece) - 1] + 1
-        place += len(piece)
+        if piece:
+            spans[column] = character[place], character[place + len(piece) - 1] + 1
+        place, before = place + len(piece), token
     assert place == len(data)
     return spans
 
@@ -96,7 +98,7 @@ def test_random_texts_of_many_scripts(kind: str) -> None:
         cut += sum(a == b for a, b in pairwise(spans))
         straddling += sum(a[1] > b[0] for a, b in pairwise(spans) if a != b)
     assert cut > 1000
-    assert straddling > 100 or kind == "byte fallback"
+    assert straddling > 100 or kind != "byte level"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
@@ -133,21 +135,9 @@ def test_a_window_that_begins_inside_a_character(kind: str) -> None:
     assert found.spans == [(0, 1)] * len(found.spans)
 
 
-def prepending() -> Any:
-    """LLaMA's older normaliser: a space before every piece of text between special tokens."""
-    raw = Tokenizer.from_str(byte_fallback().backend_tokenizer.to_str())
-    raw.pre_tokenizer = None  # type: ignore[assignment]
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", extra_special_tokens={"image_token": IMAGE}
-    )
-    made.chat_template = byte_fallback().chat_template
-    return made
-
-
 @pytest.mark.parametrize("question", ["What does </s> mean?", "</s>mean 字", "a </s>  b", "plain 左边"])
 def test_spaces_that_a_tokenizer_adds_behind_special_tokens(question: str) -> None:
-    assert read(prepending(), prompt_of(question)).text == question
+    assert read(added_spaces(), prompt_of(question)).text == question
 
 
 class Letters:

@@ -7,7 +7,7 @@ import random
 import unicodedata
 from functools import cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 IMAGE = "<image>"
@@ -83,10 +83,13 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 def byte_level() -> PreTrainedTokenizerFast:
     """Like those of GPT-2, Llama 3 and Qwen: merges of bytes, also across characters."""
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # a line break takes the spaces before it along, so that "USER: <image>\n" without its image is cut in another way
+    lines = pre_tokenizers.Split(Regex(r"\s*\n+|\s?\p{L}+|\s?[^\s\p{L}]+|\s+"), behavior="isolated")
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([lines, bytes_alone])
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
-        _CORPUS,
+        [*_CORPUS, *["what: \nis"] * 20],
         trainers.BpeTrainer(
             vocab_size=500,
             special_tokens=["<unk>", "<s>", "</s>", "<pad>", IMAGE],
@@ -97,7 +100,16 @@ def byte_level() -> PreTrainedTokenizerFast:
     return _wrapped(raw)
 
 
-TOKENIZERS = {"byte fallback": byte_fallback, "byte level": byte_level}
+@cache
+def added_spaces() -> PreTrainedTokenizerFast:
+    """The same vocabulary behind LLaMA's older normaliser: a space before every text that a special token ends."""
+    raw = Tokenizer.from_str(byte_fallback().backend_tokenizer.to_str())
+    raw.pre_tokenizer = None  # type: ignore[assignment]
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return _wrapped(raw)
+
+
+TOKENIZERS = {"byte fallback": byte_fallback, "added spaces": added_spaces, "byte level": byte_level}
 
 
 def _wrapped(raw: Tokenizer) -> PreTrainedTokenizerFast:
