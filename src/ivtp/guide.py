@@ -75,7 +75,7 @@ class GuideMaker:
         if kind == "visual":
             return Guide(visual, no)
         if kind == "text":
-            weights = torch.ones(len(instruction.columns), device=visual.device)
+            weights = torch.ones(len(instruction.columns), device=visual.device, dtype=torch.float32)
             chosen = embeddings[on_device(instruction.columns, embeddings.device)]
             return Guide(*rel.pseudo_cls(chosen, weights, visual))
         assert self.clip is not None
