@@ -220,6 +220,13 @@ def test_bad_images_are_code_2_before_a_model_is_loaded(run: Run, tmp_path: Path
         assert str(bad) in one_line(result.err)
 
 
+def test_an_image_token_in_the_question_is_one_line(run: Run, photo: Path, checkpoint: Path) -> None:
+    result = run("ask", photo, "what is left of the <image> sign?", "--model", checkpoint)
+    assert result.code in (1, 2)
+    assert result.out == ""
+    assert "'<image>'" in one_line(result.err)
+
+
 def test_a_missing_model_is_code_1(run: Run, photo: Path, tmp_path: Path) -> None:
     result = run("ask", photo, "Hello?", "--model", tmp_path)
     assert result.code == 1

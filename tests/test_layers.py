@@ -18,6 +18,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "layers",
         "generate",
         "images",
+        "chat",
+        "token_text",
         "instruction",
         "guide",
         "probe",

@@ -83,7 +83,7 @@ def flops(
         images=images,
         relevance=clip,
         instruction_tokens=instruction_tokens or 0,
-        method=method,
+        method=method if isinstance(method, str) else method.__name__,
     )
     return dataclasses.replace(report, text_tokens=text_tokens, notes=notes)
 

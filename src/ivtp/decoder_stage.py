@@ -44,7 +44,7 @@ class DecoderStage(Stage):
         self._text: Tensor | None = None
         self._turn: tuple[Tensor, Tensor] | None = None
         if method.reads_text:
-            question, tail = prompts.question_in(sequence), prompts.slots.tail + (method.plan.guide_layers > 0)
+            question, tail = prompts.question_in(sequence), prompts.tail + (method.plan.guide_layers > 0)
             with torch.no_grad():
                 self._text = method.read_text(embeddings, sequence.visual, question, tail)
         if method.info.merges:
@@ -148,7 +148,7 @@ class DecoderStage(Stage):
             segment=self._segment(),
             sources=self._sources,
             text=text,
-            tail=self.prompts.slots.tail,
+            tail=self.prompts.tail,
         )
 
     @torch.no_grad()

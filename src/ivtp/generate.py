@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ivtp.chat import ChatTemplate, image_token_of
 from ivtp.config import PruneConfig
-from ivtp.errors import LoadError, short_reason
+from ivtp.errors import InputError, LoadError, short_reason
 from ivtp.images import load_image
 from ivtp.plug import attach, check_unpruned, exclusive, find_host
 from ivtp.sizes import MICRO
@@ -65,13 +66,17 @@ def check_device(device: str) -> str:
 
 
 def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
-    """One user turn with images before the question, as the processor's chat template writes it."""
-    content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return str(
-        processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    """One user turn with images before the question, as the chat template of processor or tokenizer writes it.
+
+    Raises `LoadError` without a template that can be rendered, and `InputError` for a question with an image token.
+    """
+    token = image_token_of(processor)
+    if token in question:
+        raise InputError(
+            f"the question contains {token!r}, which this model reads as the place of a picture; "
+            f"write it in another way, for example {token.strip('<|>')!r}"
         )
-    )
+    return ChatTemplate.required(processor).write([("user", question)], images=images)
 
 
 def ask(
@@ -90,9 +95,9 @@ def ask(
 
     `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
     The model is left as it was; several threads that ask one model wait for each other. Raises `ImageError`,
-    `ConfigError` and what `attach` raises.
+    `ConfigError`, and what `prompt_for` and `attach` raise.
     """
-    picture, host = load_image(image), find_host(model)
+    picture, prompt, host = load_image(image), prompt_for(processor, question), find_host(model)
     with exclusive(host.model), ExitStack() as stack:
         if method == "none":
             check_unpruned(host)
@@ -101,7 +106,7 @@ def ask(
         else:
             pruner = stack.enter_context(attach(model, processor, clip=clip, method=method, keep=keep, **config))
         any_model: Any = model
-        inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
         inputs = inputs.to(any_model.device, any_model.dtype)
         began = time.perf_counter()
         (text,) = complete(model, processor, inputs, max_new_tokens)

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.core import relevance as rel
+from ivtp.core.characters import widened
 from ivtp.core.select import on_device
 from ivtp.hosts.base import Host
-from ivtp.instruction import ClipText, InstructionReader
+from ivtp.instruction import ClipText, Instruction, InstructionReader
+from ivtp.methods.base import Method
 from ivtp.prompt import TextTokens
 from ivtp.trace import Word
 
@@ -38,6 +40,12 @@ class Guide:
         ]
 
 
+def reads_question(method: Method) -> bool:
+    """Whether the method, or its guide, reads what the user asks."""
+    guided = method.plan.guide_layers > 0 and method.config.guide != "visual"
+    return guided or method.reads_clip or method.reads_text
+
+
 @dataclass(frozen=True)
 class GuideMaker:
     """Makes the pseudo CLS token of a prompt (Eq. 5-7 and the ablations of the paper's guide)."""
@@ -47,7 +55,13 @@ class GuideMaker:
     reader: InstructionReader | None
     clip: ClipText | None
 
-    def make(self, text: TextTokens, embeddings: Tensor, cls: Tensor, pooled: Tensor) -> Guide:
+    def read(self, text: TextTokens) -> Instruction:
+        """What one prompt asks; without a processor, all text behind its last image, of which only tokens are known."""
+        if self.reader is None:
+            return Instruction("", text.behind_image, [(0, 0)] * len(text.behind_image))
+        return self.reader.read(text.ids, text.columns)
+
+    def make(self, instruction: Instruction, embeddings: Tensor, cls: Tensor, pooled: Tensor) -> Guide:
         """The guide of one prompt; without an image one that nothing will look at.
 
         `embeddings` (T, D) of all columns of the prompt; of its m images the CLS of the layer that the projector
@@ -61,14 +75,15 @@ class GuideMaker:
         if kind == "visual":
             return Guide(visual, no)
         if kind == "text":
-            return self._mean_of_text(text, embeddings, visual)
-        assert self.reader is not None
+            weights = torch.ones(len(instruction.columns), device=visual.device, dtype=torch.float32)
+            chosen = embeddings[on_device(instruction.columns, embeddings.device)]
+            return Guide(*rel.pseudo_cls(chosen, weights, visual))
         assert self.clip is not None
-        instruction = self.reader.read(text.ids, text.columns)
         tokens, sentence, spans = self.clip.encode(instruction.text)
         if kind == "clip":
             return Guide(self._sentence(sentence, cls).to(embeddings.dtype), no, clip_tokens=len(spans))
         words = rel.words(instruction.text)
+        spans = widened(spans, instruction.text)  # CLIP composes letters and points to their first character
         clip_words, own_words = rel.overlapping(words, spans), rel.overlapping(words, instruction.spans)
         with torch.autocast(tokens.device.type, enabled=False):
             by_token = rel.relevance(tokens, self.clip.image(pooled)).to(embeddings.device)
@@ -78,11 +93,10 @@ class GuideMaker:
         joined = _joined(own_words, weights, len(words))
         return Guide(token, empty, tuple(instruction.text[a:b] for a, b in words), scores, joined, len(spans))
 
-    def sentence(self, text: TextTokens) -> tuple[Tensor, int]:
-        """CLIP's embedding (P,) of a prompt's instruction, and how many tokens CLIP read."""
-        assert self.reader is not None
+    def sentence(self, instruction: Instruction) -> tuple[Tensor, int]:
+        """CLIP's embedding (P,) of what a prompt asks, and how many tokens CLIP read."""
         assert self.clip is not None
-        _, sentence, spans = self.clip.encode(self.reader.read(text.ids, text.columns).text)
+        _, sentence, spans = self.clip.encode(instruction.text)
         return sentence, len(spans)
 
     def cosines(self, patches: Tensor, sentences: Tensor) -> Tensor:
@@ -98,15 +112,6 @@ class GuideMaker:
         threshold = self.config.threshold
         assert threshold is not None  # a method fills what was not said
         return (scores > threshold).float()
-
-    def _mean_of_text(self, text: TextTokens, embeddings: Tensor, visual: Tensor) -> Guide:
-        """The mean of all instruction embeddings; without a processor, of all text behind the last image."""
-        if self.reader is None:
-            columns = [c for c in text.columns if c > text.last_image_column]
-        else:
-            columns = self.reader.read(text.ids, text.columns).columns
-        weights = torch.ones(len(columns), device=visual.device, dtype=torch.float32)
-        return Guide(*rel.pseudo_cls(embeddings[on_device(columns, embeddings.device)], weights, visual))
 
     def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
         """CLIP's sentence embedding on the path that a visual CLS takes, at a visual CLS's length."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.relevance import Span
+from ivtp.chat import ChatTemplate, Marks
+from ivtp.core.characters import Span
 from ivtp.core.select import on_device
 from ivtp.errors import ConfigError, LoadError, short_reason
-
-_SENTINEL = "instruction-goes-here"
+from ivtp.token_text import TokenText
 
 
 @dataclass(frozen=True)
@@ -26,77 +26,166 @@ class Instruction:
     spans: list[Span]
 
 
+@dataclass(frozen=True)
+class _Mark:
+    """Text that a chat template writes between turns, without white space around it.
+
+    `special` are the special tokens in it, by place: typed text that merely looks like them is none.
+    """
+
+    text: str = ""
+    special: tuple[tuple[int, int], ...] = ()
+    apart: bool = False
+    """Whether white space, a special token or an image stands before it."""
+
+
+@dataclass(frozen=True)
+class _Spelled:
+    """Tokens as text: the characters of each, and the special tokens by place."""
+
+    text: str
+    spans: list[Span]
+    special: dict[int, int]
+    edges: frozenset[int]
+    """Places behind special tokens and images."""
+    image: int
+    """Where the first image stands between the characters."""
+
+    def find(self, mark: _Mark, start: int, stop: int) -> list[int]:
+        """Where `mark` stands in the text from `start` to `stop`."""
+        places = []
+        place = self.text.find(mark.text, start, stop) if mark.text else -1
+        while place >= 0:
+            if self.stands(mark, place) and (not mark.apart or place in self.edges or self.text[place - 1].isspace()):
+                places.append(place)
+            place = self.text.find(mark.text, place + 1, stop)
+        return places
+
+    def stands(self, mark: _Mark, place: int) -> bool:
+        """Whether the special tokens of `mark` are at `place`, where the text reads like it."""
+        return all(self.special.get(place + offset) == token for offset, token in mark.special)
+
+    def ending(self, mark: _Mark, start: int) -> int:
+        """Where `mark` stands at the end of the text behind `start`; -1: it does not."""
+        place = len(self.text.rstrip()) - len(mark.text)
+        found = bool(mark.text) and place >= start and self.text.startswith(mark.text, place)
+        return place if found and self.stands(mark, place) else -1
+
+
 class InstructionReader:
-    """Finds the last user turn in token ids, by the role words of the processor's chat template."""
+    """Finds what the user typed in the last user turn of token ids, by the chat template of the processor.
+
+    A turn begins where the template's words for it stand behind an answer: a role word inside a question is text.
+    What tokens alone cannot tell is read as the template would write it: text that imitates an answer and another
+    user turn is both, and so is a role word of the assistant in a prompt that is not open for an answer. Without a
+    chat template the whole text is the user's, but for special tokens at its ends and next to images.
+    """
 
     def __init__(self, processor: Any) -> None:
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        if not hasattr(self.tokenizer, "decode") or not callable(self.tokenizer):
+        """Raises `ConfigError` where `processor` reads no text, `LoadError` for a template that cannot be rendered."""
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if not hasattr(tokenizer, "decode") or not callable(tokenizer):
             raise ConfigError(
                 f"{type(processor).__name__} reads no text; pass the model's processor (AutoProcessor) or its tokenizer"
             )
-        self.before, self.behind = self._role_words(processor)
+        self._tokens = TokenText(tokenizer)
+        template = ChatTemplate.of(processor)
+        marks = Marks() if template is None else template.marks()
+        self._user = self._mark(marks.user, word=True)
+        self._assistant, self._asks = self._mark(marks.assistant), self._mark(marks.asks)
+        self._end, self._system = self._mark(marks.end), self._mark(marks.system)
 
     def read(self, ids: Sequence[int], columns: Sequence[int]) -> Instruction:
         """The instruction in `ids`, the prompt's text tokens without image slots and padding, at `columns`."""
-        text, spans = self._offsets(list(ids))
-        stop = text.rfind(self.behind) if self.behind else -1
-        stop = len(text) if stop < 0 else stop
-        start = text.rfind(self.before, 0, stop) if self.before else -1
-        start = 0 if start < 0 else start + len(self.before)
-        special = set(self.tokenizer.all_special_ids)
-        own = [i for i, (a, b) in enumerate(spans) if a < stop and b > start and ids[i] not in special]
-        start = max([start, *(spans[i][0] for i in own[:1])])
-        stop = min([stop, *(spans[i][1] for i in own[-1:])]) if own else start
-        body = text[start:stop]
-        start += len(body) - len(body.lstrip())
-        body = body.strip()
-        stop = start + len(body)
-        inside = [i for i in own if spans[i][0] < stop and spans[i][1] > start]
+        gaps = [i for i in range(1, len(ids)) if columns[i] != columns[i - 1] + 1]
+        spelled = self._spell(ids, gaps)
+        start, stop = self._turn(spelled)
+        framing = self._framing(ids, gaps)
+        # what the template or the tokenizer wrote around an image inside the turn is left out of its text
+        cuts = [(a, b) for a, b in (spelled.spans[i] for i in framing) if start <= a and b <= stop]
+
+        def moved(place: int) -> int:
+            return place - sum(min(b, place) - a for a, b in cuts if a < place)
+
+        text = "".join(spelled.text[a:b] for a, b in _between(cuts, start, stop))
+        start = moved(start) + len(text) - len(text.lstrip())
+        text = text.strip()
+        stop = start + len(text)
+        own = set(range(len(ids))).difference(framing)
+        spans = {i: (moved(a), moved(b)) for i, (a, b) in enumerate(spelled.spans) if i in own}
+        inside = [i for i, (a, b) in spans.items() if a < stop and b > start and a < b and text]
         return Instruction(
-            body,
+            text,
             [columns[i] for i in inside],
-            [(max(spans[i][0] - start, 0), min(spans[i][1], stop) - start) for i in inside],
+            [(max(spans[i][0], start) - start, min(spans[i][1], stop) - start) for i in inside],
         )
 
-    def _role_words(self, processor: Any) -> tuple[str, str]:
-        """What the chat template writes before and behind a user's text; empty strings without a template."""
-        if not getattr(processor, "chat_template", None):
-            return "", ""
-        turn = [{"role": "user", "content": [{"type": "text", "text": _SENTINEL}]}]
-        written = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        before, _, behind = str(written).partition(_SENTINEL)
-        # of a template that opens with a system prompt, only the role word next to the text marks the turn
-        return self._as_decoded((before.strip().splitlines() or [""])[-1]), self._as_decoded(behind)
+    def _turn(self, spelled: _Spelled) -> Span:
+        """The characters of the last user turn, white space around it included."""
+        start = self._first_turn(spelled)
+        stop = spelled.ending(self._asks, start)
+        asks = stop >= 0
+        stop = stop if asks else len(spelled.text)
+        for system in spelled.find(self._system, start, stop)[:1]:
+            start = system + len(self._system.text)
+        users, answers = (spelled.find(mark, start, stop) for mark in (self._user, self._assistant))
+        answer = _behind(answers, start)
+        while answer >= 0 and (again := _behind(users, answer + len(self._assistant.text))) >= 0:
+            start = again + len(self._user.text)
+            answer = _behind(answers, start)
+        if not asks:
+            end = answer if answer >= 0 else spelled.ending(self._end, start)
+            stop = stop if end < 0 else end
+        return start, stop
 
-    def _as_decoded(self, text: str) -> str:
-        """`text` as it looks in decoded prompts: some tokenizers lower-case, or normalise characters."""
-        ids = self.tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-        return self._decode(list(ids)).strip()
+    def _first_turn(self, spelled: _Spelled) -> int:
+        """Where the text of the first user turn begins; 0 where no role word opens it."""
+        users = spelled.find(self._user, 0, len(spelled.text))
+        led = [place for place in users if place < spelled.image]
+        if not self._assistant.text:  # nothing tells a turn from a role word inside it
+            first = users[-1:]
+        elif led and not spelled.find(self._assistant, 0, spelled.image):
+            first = led[-1:]  # templates write a picture next to the role word; before, a system prompt may name it
+        else:
+            first = users[:1]
+        return first[0] + len(self._user.text) if first else 0
 
-    def _offsets(self, ids: list[int]) -> tuple[str, list[Span]]:
-        """The text of `ids` and the characters of each token."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if getattr(self.tokenizer, "is_fast", False):
-            again = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            if list(again["input_ids"]) == ids:
-                return text, [(a, b) for a, b in again["offset_mapping"]]
-        return self._offsets_by_decoding(ids)
+    def _spell(self, ids: Sequence[int], gaps: Sequence[int] = ()) -> _Spelled:
+        text, spans = self._tokens.read(ids, frozenset(gaps))
+        special = {spans[i][0]: token for i, token in enumerate(ids) if token in self._tokens.special}
+        ends = [spans[i][1] for i, token in enumerate(ids) if token in self._tokens.special]
+        images = [spans[i][0] for i in gaps]
+        return _Spelled(text, spans, special, frozenset([0, *ends, *images]), images[0] if images else 0)
 
-    def _offsets_by_decoding(self, ids: list[int]) -> tuple[str, list[Span]]:
-        """Character spans where encoding the text does not give the same ids again: decode token by token."""
-        text, spans = "", []
-        for i in range(len(ids)):
-            context = ids[max(0, i - 4) : i]
-            known = self._decode(context)
-            piece = self._decode([*context, ids[i]])[len(known) :]
-            spans.append((len(text), len(text) + len(piece)))
-            text += piece
-        return text, spans
+    def _framing(self, ids: Sequence[int], gaps: Sequence[int]) -> list[int]:
+        """Special tokens at either end of the prompt and next to images; nobody typed them."""
+        found = set()
+        for place in (0, *gaps, len(ids)):
+            for places in (range(place - 1, -1, -1), range(place, len(ids))):
+                for i in places:
+                    if ids[i] not in self._tokens.special:
+                        break
+                    found.add(i)
+        return sorted(found)
 
-    def _decode(self, ids: list[int]) -> str:
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(decoded).rstrip("�")  # an unfinished character belongs to the token that completes it
+    def _mark(self, text: str, *, word: bool = False) -> _Mark:
+        """What a template writes, as tokens spell it: some tokenizers lower-case, or normalise characters."""
+        spelled = self._spell(self._tokens.encode(text.strip()))
+        lead = len(spelled.text) - len(spelled.text.lstrip())
+        special = tuple((place - lead, token) for place, token in spelled.special.items())
+        mark = spelled.text.strip()
+        return _Mark(mark, special, apart=text[:1].isspace() or (word and mark[:1].isalnum()))
+
+
+def _behind(places: Sequence[int], start: int) -> int:
+    """The first of the ordered `places` from `start` on; -1: none."""
+    return next((place for place in places if place >= start), -1)
+
+
+def _between(cuts: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """What is left of `start` to `stop` without the ordered `cuts` in it."""
+    places = [start, *(place for cut in cuts for place in cut), stop]
+    return list(zip(places[::2], places[1::2], strict=True))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, enter_decoder, prune_cache
 from ivtp.decoder_stage import DecoderStage
 from ivtp.encoder_stage import Encoded, EncoderStage
-from ivtp.guide import Guide, GuideMaker
+from ivtp.guide import Guide, GuideMaker, reads_question
 from ivtp.hosts.base import Host
+from ivtp.instruction import Instruction
 from ivtp.methods.base import Cut, Method
 from ivtp.prompt import PromptBatch
 from ivtp.stage import CutResult
@@ -57,12 +58,11 @@ class Prefill:
         self.host = host
         self.method = method
         self.guide_maker = guide_maker
-        self.prompts = prompts.to(device)
-        self._on_host = prompts
+        self.watch = Stopwatch(device)
+        self.prompts = (prompts.with_instructions(guide_maker.read) if reads_question(method) else prompts).to(device)
         self.guides: list[Guide] = []
         self.clip_tokens: list[int] = []
         """Tokens that CLIP read of each row."""
-        self.watch = Stopwatch(device)
         self._features: Tensor | None = None
         self._encoder = EncoderStage(host, method)
         self._decoder: DecoderStage | None = None
@@ -198,9 +198,9 @@ class Prefill:
     def _relevance(self, last: Tensor) -> Tensor:
         """Cosine (I, N) of every patch with its prompt's instruction, from the encoder's last output (I, 1 + N, D)."""
         sentences: list[Tensor] = []
-        for row, text in enumerate(self._on_host.texts()):
+        for row, instruction in enumerate(self.prompts.instructions):
             if row % self.prompts.repeats == 0:
-                sentence, count = self.guide_maker.sentence(text)
+                sentence, count = self.guide_maker.sentence(instruction)
                 sentences += [sentence] * self.prompts.images[row]
             self.clip_tokens.append(count)
         patches = self.host.normalise(last[:, self.host.size.vision_cls :])
@@ -211,12 +211,13 @@ class Prefill:
         """The pseudo CLS token of each row: (B, 1, D)."""
         embeddings = self.host.embedding(self.prompts.ids)  # (B, T, D)
         first = 0
-        for row, text in enumerate(self._on_host.texts()):
+        nothing = (Instruction("", [], []),) * len(self.prompts.images)  # where the guide reads no text
+        for row, instruction in enumerate(self.prompts.instructions or nothing):
             own = slice(first, first + self.prompts.images[row])
             if row % self.prompts.repeats:
                 self.guides.append(self.guides[-1])
             else:
-                guide = self.guide_maker.make(text, embeddings[row], encoded.cls[own], encoded.pooled[own])
+                guide = self.guide_maker.make(instruction, embeddings[row], encoded.cls[own], encoded.pooled[own])
                 self.guides.append(guide)
             first = own.stop
         self.clip_tokens = [guide.clip_tokens for guide in self.guides]

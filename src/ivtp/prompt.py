@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
+from ivtp.instruction import Instruction
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class TextTokens:
     ids: list[int]
     columns: list[int]
     last_image_column: int
+
+    @property
+    def behind_image(self) -> list[int]:
+        """The columns of the text behind the last image."""
+        return [column for column in self.columns if column > self.last_image_column]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,10 @@ class PromptBatch:
     """Columns of the prompt without what was generated or drafted behind it."""
     answer: Tensor | None
     """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
+    instructions: tuple[Instruction, ...] = ()
+    """What each row asks; empty where nothing reads it."""
+    question: Tensor | None = None
+    """(B, T) bool: the tokens of the instructions, or else the text behind the last image."""
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -62,7 +73,26 @@ class PromptBatch:
             tokens=self.tokens.to(device),
             slots=replace(self.slots, mask=on_device(self.slots.mask, device)),
             answer=None if self.answer is None else on_device(self.answer, device),
+            question=None if self.question is None else on_device(self.question, device),
         )
+
+    @property
+    def tail(self) -> int:
+        """At most so many columns at the end hold the questions."""
+        columns = [i.columns[0] for i in self.instructions if i.columns]
+        return max([self.slots.tail, *(self.length - column for column in columns)])
+
+    def with_instructions(self, read: Callable[[TextTokens], Instruction]) -> PromptBatch:
+        """The same, on the host, with what every row that has an image asks; each prompt is read once."""
+        found: list[Instruction] = []
+        question = torch.zeros(self.ids.shape, dtype=torch.bool)
+        for row, text in enumerate(self.texts()):
+            if row % self.repeats:
+                found.append(found[-1])
+            else:
+                found.append(read(text) if self.images[row] else Instruction("", [], []))
+            question[row, found[-1].columns or text.behind_image] = True
+        return replace(self, instructions=tuple(found), question=question)
 
     def texts(self) -> list[TextTokens]:
         """The text of every row; of a batch on the host."""
@@ -83,12 +113,9 @@ class PromptBatch:
         return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
     def question_in(self, sequence: TokenSequence) -> Tensor:
-        """(B, T') bool: the text columns of `sequence` behind the last image, without the answer."""
-        columns = torch.arange(sequence.length, device=sequence.patch.device)
-        last = torch.where(sequence.visual, columns, -1).amax(dim=1, keepdim=True)
-        text = sequence.valid & ~sequence.visual & (columns > last) & (sequence.source >= 0)
-        answer = self.answer_in(sequence)
-        return text if answer is None else text & ~answer
+        """(B, T') bool: the columns of `sequence` that hold the questions."""
+        assert self.question is not None
+        return self.question.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
 
 def read_prompts(

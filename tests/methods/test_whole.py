@@ -13,6 +13,7 @@ from typing import Any
 import naive
 import pytest
 import torch
+from reference import prompt_of
 from tiny import NUM_PATCHES, QUESTIONS, SIDE, Sample, Tiny, samples
 from torch import Tensor
 
@@ -407,6 +408,7 @@ class Decoder:
         image = inputs["input_ids"][0] == tiny.processor.image_token_id
         self.slots = image.nonzero().flatten().tolist()
         self.images = len(self.slots) // NUM_PATCHES
+        self.asked = prompt_of(tiny.processor, sample.prompt, sample.question, sample.images, NUM_PATCHES).instruction
         self.next = 0
 
     @property
@@ -415,8 +417,8 @@ class Decoder:
 
     @property
     def question(self) -> list[bool]:
-        """The text behind the last image."""
-        return [c > self.slots[-1] for c in self.columns]
+        """What the user asks: not the role words around it."""
+        return [c in self.asked for c in self.columns]
 
     @property
     def patches(self) -> list[int]:

@@ -45,7 +45,7 @@ def test_a_class_is_asked_with_and_counted(tiny: Tiny) -> None:
 
 
 def test_another_class_is_refused(tiny: Tiny) -> None:
-    with pytest.raises(ConfigError, match="subclass ivtp.methods.base.Method"):
+    with pytest.raises(ConfigError, match=r"subclass ivtp\.methods\.base\.Method"):
         ivtp.attach(tiny.model(), tiny.processor, method=dict, keep=5)
 
 

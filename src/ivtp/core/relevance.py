@@ -8,28 +8,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.characters import Span, letters
 from ivtp.core.select import on_device
-
-Span = tuple[int, int]
 
 
 def words(text: str) -> list[Span]:
     """Character spans of the words: runs of letters and digits, every CJK character and every other sign by itself.
 
-    White space belongs to no word; a combining mark belongs to the character that it is written on.
+    White space belongs to no word; a combining mark belongs to the character that it is written on. Letters are those
+    of the composed text (NFC): one that is written as several characters, such as a Hangul syllable, is one word.
     """
     spans: list[Span] = []
     in_run = False
-    for place, character in enumerate(text):
+    for start, stop in letters(text):
+        character = unicodedata.normalize("NFC", text[start:stop])[0]
         kind = unicodedata.category(character)[0]
-        touches = bool(spans) and spans[-1][1] == place
+        touches = bool(spans) and spans[-1][1] == start
         runs = kind in "LN" and not _is_cjk(character)
         if character.isspace():
             continue
         if touches and (kind == "M" or (runs and in_run)):
-            spans[-1] = (spans[-1][0], place + 1)
+            spans[-1] = (spans[-1][0], stop)
         else:
-            spans.append((place, place + 1))
+            spans.append((start, stop))
             in_run = runs
     return spans
 

@@ -170,7 +170,8 @@ class Method:
         """What cuts in the decoder will know of the question: (B, T) weights, here 1 for each of its tokens.
 
         Asked once, with the embeddings `entry` (B, T, D) that enter the decoder, its `visual` columns and `text`
-        (B, T) bool, the prompt's text behind its last image, which lies in the last `tail` columns.
+        (B, T) bool, what the user asks, which lies in the last `tail` columns: the tokens of the last user turn, or
+        else (without a processor, or where nothing is asked) the prompt's text behind its last image.
         """
         return text.float()
 

@@ -9,7 +9,7 @@ from torch import nn
 from ivtp import registry
 from ivtp.config import READS_CLIP, PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
-from ivtp.guide import GuideMaker
+from ivtp.guide import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.instruction import ClipText, InstructionReader
 from ivtp.methods.base import Method
@@ -66,10 +66,9 @@ def find_host(model: nn.Module) -> Host:
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
     config = method.config
-    if not method.plan.guide_layers and not method.reads_clip:
-        return GuideMaker(config, host, None, None)
-    reader = InstructionReader(processor) if processor is not None else None
-    if config.guide not in READS_CLIP and not method.reads_clip:
+    reader = InstructionReader(processor) if processor is not None and reads_question(method) else None
+    guided = method.plan.guide_layers > 0 and config.guide in READS_CLIP
+    if not guided and not method.reads_clip:
         return GuideMaker(config, host, reader, None)
     if reader is None:
         asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'

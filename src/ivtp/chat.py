@@ -1,0 +1,167 @@
+"""Chat templates: the prompts that they write, and what they write around a user's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ivtp.errors import LoadError, short_reason
+
+Turn = tuple[str, str]
+"""A role and what it says."""
+
+_QUESTION, _ANSWER, _NEXT, _LAST = "first-question-here", "first-answer-here", "next-question-here", "last-answer-here"
+_ADVICE = "give the processor or its tokenizer the chat_template of the checkpoint"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands around the user's text in a prompt; empty where the template writes nothing there."""
+
+    user: str = ""
+    """Opens a user's turn, the first as any later one."""
+    assistant: str = ""
+    """Closes the user's turn and opens the answer."""
+    asks: str = ""
+    """Ends a prompt that waits for an answer, and no other prompt; empty: nothing tells."""
+    end: str = ""
+    """Ends a prompt that ends in a user's turn and does not ask."""
+    system: str = ""
+    """Closes a system prompt that is written inside the first user turn."""
+
+
+class ChatTemplate:
+    """The chat template of a processor or of its tokenizer, whatever form of messages it takes."""
+
+    def __init__(self, owner: Any, image_token: str) -> None:
+        """`owner` has the template. Raises `LoadError` where it cannot be rendered."""
+        self._owner = owner
+        self._image_token = image_token
+        self._content = self._find_form()
+
+    @classmethod
+    def required(cls, processor: Any) -> ChatTemplate:
+        """Like `of`, but without one it raises `LoadError`."""
+        template = cls.of(processor)
+        if template is None:
+            raise LoadError(f"{type(processor).__name__} has no chat template; {_ADVICE}")
+        return template
+
+    @classmethod
+    def of(cls, processor: Any) -> ChatTemplate | None:
+        """The template of `processor`, or else of its tokenizer; None without one."""
+        for owner in (processor, getattr(processor, "tokenizer", None)):
+            if getattr(owner, "chat_template", None):
+                return cls(owner, image_token_of(processor))
+        return None
+
+    def write(self, turns: Sequence[Turn], *, images: int = 0, asks: bool = True) -> str:
+        """A conversation with `images` before the first text; `asks`: the assistant's next turn is opened.
+
+        Raises `LoadError` where the template refuses it.
+        """
+        return self._render(turns, self._content, images, asks)
+
+    def marks(self) -> Marks:
+        """What the template writes between the turns of a conversation."""
+        turns = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT), ("assistant", _LAST)]
+        try:
+            whole = _around(self.write(turns, asks=False), _QUESTION, _ANSWER, _NEXT, _LAST)
+            asked = _around(self.write(turns[:3]), _NEXT)
+            ended = _around(self.write(turns[:3], asks=False), _NEXT)
+        except LoadError:
+            whole = []
+        if not whole or not asked or not ended:
+            return self._marks_of_one_turn()
+        head, answer, again, _, last = whole
+        asks, end = asked[1], ended[1]
+        tells = bool(asks.strip()) and asks.strip() != last.strip()
+        opened = _common_start(answer, asks) if tells else ""
+        user = _common_start(head[::-1], again[::-1])[::-1]
+        return Marks(
+            user=user if _has_letters(user) else again,
+            assistant=opened if _has_letters(opened) else answer,
+            asks=asks if tells else "",
+            end=end,
+            system=self._behind_system(user),
+        )
+
+    def _marks_of_one_turn(self) -> Marks:
+        """Of a template that takes no conversation: the role word next to the text, and what follows."""
+        head, asks = _around(self.write([("user", _QUESTION)]), _QUESTION)
+        lines = head.strip().splitlines() or [""]
+        return Marks(user=lines[-1], assistant=asks, asks=asks, end="", system="")
+
+    def _behind_system(self, user: str) -> str:
+        try:
+            parts = _around(self.write([("system", _ANSWER), ("user", _QUESTION)]), _ANSWER, _QUESTION)
+        except LoadError:
+            return ""
+        return parts[1] if parts and user.strip() and user.strip() not in parts[1] else ""
+
+    def _find_form(self) -> Callable[[str, int], Any]:
+        """The first form of content, from the usual one on, whose text and images the template writes."""
+        refusal = f"the chat template of {type(self._owner).__name__} writes no text or no image of a user; {_ADVICE}"
+        for form in (self._parts, self._parts_with_token, self._plain):
+            try:
+                written, without = (self._render([("user", _QUESTION)], form, images, True) for images in (1, 0))
+            except LoadError as error:
+                refusal = str(error)
+                continue
+            if _is_plain(without) and written != without:
+                return form
+        raise LoadError(refusal)
+
+    def _render(self, turns: Sequence[Turn], form: Callable[[str, int], Any], images: int, asks: bool) -> str:
+        messages = []
+        for role, text in turns:
+            messages.append({"role": role, "content": form(text, images if role == "user" else 0)})
+            images = 0 if role == "user" else images
+        try:
+            return str(self._owner.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            name, reason = type(self._owner).__name__, short_reason(error)
+            raise LoadError(f"the chat template of {name} cannot be rendered ({reason}); {_ADVICE}") from None
+
+    def _parts(self, text: str, images: int) -> list[dict[str, str]]:
+        return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+    def _parts_with_token(self, text: str, images: int) -> list[dict[str, str]]:
+        return [{"type": "text", "text": self._plain(text, images)}]
+
+    def _plain(self, text: str, images: int) -> str:
+        return f"{self._image_token}\n" * images + text
+
+
+def image_token_of(processor: Any) -> str:
+    """What stands for a picture in a prompt's text."""
+    return str(getattr(processor, "image_token", None) or "<image>")
+
+
+def _around(text: str, *texts: str) -> list[str]:
+    """What is written around `texts`, which follow each other in `text`; empty where one of them is missing."""
+    found = []
+    for part in texts:
+        before, there, text = text.partition(part)
+        if not there:
+            return []
+        found.append(before)
+    return [*found, text]
+
+
+def _is_plain(written: str) -> bool:
+    """Whether a template wrote the text of a message, and not the Python list that holds it."""
+    return _QUESTION in written and f"'text': '{_QUESTION}'" not in written and f'"text": "{_QUESTION}"' not in written
+
+
+def _common_start(one: str, other: str) -> str:
+    return one[
+        : next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    ]
+
+
+def _has_letters(text: str) -> bool:
+    return any(character.isalnum() for character in text)
