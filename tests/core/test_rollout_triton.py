@@ -62,7 +62,8 @@ def test_both_launches_compile(
         compiled.append(run(self, *args, warmup=True, **kwargs))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    monkeypatch.setattr(driver, "_active", AbsentGpu(capability))
+    name = "_active" if hasattr(driver, "_active") else "active"  # Triton 3.4 made it a property
+    monkeypatch.setattr(driver, name, AbsentGpu(capability))
     vectors = torch.zeros(2, 50, 4, 96, dtype=dtype).transpose(1, 2)  # (B, H, T, d)
     mask = torch.ones(2, 50, dtype=torch.bool) if masked else None
     tap = AttentionTap(vectors, vectors[:, ::2], vectors, 0.1, causal=masked, valid=mask, hidden_from_last=mask)

@@ -56,7 +56,7 @@ def test_what_is_not_trained_says_so(tiny: Tiny, model: torch.nn.Module, method:
 @pytest.mark.parametrize("keep", INSIDE)
 def test_the_plan_and_the_tensors_agree(tiny: Tiny, model: torch.nn.Module, method: str, keep: int) -> None:
     inputs = prompt(tiny)
-    with tiny.attach(model, method=method, keep=keep) as pruner, torch.no_grad():
+    with tiny.attach(model, method=method, keep=keep, logits="kept") as pruner, torch.no_grad():
         output = model(**inputs)
     trace = pruner.trace
     assert trace is not None
@@ -267,7 +267,7 @@ OTHER_VALUES = {
     "schedule": (20, 14, 8),
     "budget": "prompt",
 }
-FOR_ALL = {"method", "keep", "positions", "cache", "seed", "options"}
+FOR_ALL = {"method", "keep", "positions", "cache", "logits", "seed", "options"}
 
 
 def test_every_common_option_is_for_all_or_for_those_that_read_it() -> None:
