@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test compat lint smoke speed clean
+.PHONY: demo test test-all compat lint smoke speed clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
 
 test: $(VENV)/.installed-dev lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(MAKE) smoke
+
+# also what is marked slow: minutes more
+test-all: $(VENV)/.installed-dev lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not gpu"
 	$(MAKE) smoke
 
 # what a change of torch, transformers or accelerate breaks first, on the lowest and on the newest of them

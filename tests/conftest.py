@@ -17,6 +17,12 @@ settings.register_profile("ivtp", deadline=None, derandomize=True)
 settings.load_profile("ivtp")
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two threads on a busy core wait for each other, and a command that a test runs may leave more behind."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
     """Weights, processor and CLIP side of the tiny LLaVA; `tiny.model()` copies them."""

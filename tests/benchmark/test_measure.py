@@ -237,11 +237,11 @@ def test_ratios_are_of_the_pairs_of_one_round() -> None:
 
 
 def test_an_attached_model_compiles_and_says_how_often_it_breaks(ask: Any) -> None:
-    asked = ask(layers=(1, 3), options={})
+    asked = ask(layers=(1, 3), options={}, methods=("topk",))
     subject = load_subject(asked)
     inputs = make_prompt(subject, POINT, seed=0).inputs
-    runs = {"ivtp": make_runs(subject, asked, 6)["ivtp"]}
-    found = time_compiled(subject.model, inputs, runs, 2, Ticks(), backend="eager")["ivtp"]
+    runs = {"topk": make_runs(subject, asked, 6)["topk"]}
+    found = time_compiled(subject.model, inputs, runs, 2, Ticks(), backend="eager")["topk"]
     assert "error" not in found, found
     assert found["graphs"] >= 1
     assert found["graph_breaks"] >= 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from attention_maps import full_map, taps
 from hypothesis import given, settings
@@ -23,14 +24,25 @@ from ivtp.core.rollout_triton import weighted_column_sum  # noqa: E402
 torch.set_num_threads(1)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=30)
-@given(taps(longest=80))
-def test_the_kernel_gives_what_torch_gives(layer: tuple[AttentionTap, Tensor]) -> None:
+def as_torch(layer: tuple[AttentionTap, Tensor]) -> None:
     tap, weights = layer
     found = weighted_column_sum(tap, weights)
     expected = (weights[:, None].double() @ full_map(tap)).squeeze(1)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found, column_sum_in_blocks(tap, weights), atol=1e-6, rtol=1e-5)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=15)
+@given(taps(longest=80))
+def test_the_kernel_gives_what_torch_gives(layer: tuple[AttentionTap, Tensor]) -> None:
+    as_torch(layer)
+
+
+@pytest.mark.slow
+@settings(deadline=None, derandomize=True, database=None, max_examples=200)
+@given(taps(longest=200))
+def test_the_kernel_gives_what_torch_gives_on_many_layers(layer: tuple[AttentionTap, Tensor]) -> None:
+    as_torch(layer)
 
 
 def test_rows_that_see_nothing_add_nothing() -> None:

@@ -1,5 +1,6 @@
 """Every stage of the recipe runs, learns something, and continues after a kill as if never stopped."""
 
+import contextlib
 import random
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from ivtp.micro.projector import Projector
 from ivtp.micro.recipe import projector_from, tokenizer_in
 from ivtp.micro.stages import StageOptions, align_projector, train_stage
 from ivtp.micro.tasks import LONG, TASKS, ask_many
+from ivtp.micro.threshold import choose_threshold
 from ivtp.micro.tokenizer import build_tokenizer
 from ivtp.micro.world.photo import take_photo
 from tests.micro.test_model import tiny_clip
@@ -251,31 +253,49 @@ def test_a_killed_stage_ends_like_an_uninterrupted_one(stage: int, run: Path, to
     same(whole, killed, "projector", "decoder")
 
 
-@pytest.fixture(scope="module")
-def recipe_followed(tmp_path_factory) -> Path:
-    """The folder in which the small recipe of docs/micro.md was followed to the letter."""
-    folder = tmp_path_factory.mktemp("recipe")
+def small_recipe() -> list[list[str]]:
+    """The commands of the small recipe of docs/micro.md, word by word."""
     text = (Path(__file__).parents[2] / "docs" / "micro.md").read_text()
     lines = text.split("```sh small\n")[1].split("```")[0].strip().splitlines()
     assert len(lines) == 3
-    for line in lines:
-        tool, *rest = line.split()  # python or torchrun, those of this environment
-        command = [str(Path(sys.executable).parent / tool), *rest]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, check=False)
-        assert done.returncode == 0, done.stderr
+    return [line.split() for line in lines]
+
+
+@pytest.fixture(scope="module")
+def recipe_followed(tmp_path_factory) -> Path:
+    """The folder in which this process followed the small recipe of docs/micro.md, what is slow for short."""
+    folder = tmp_path_factory.mktemp("recipe")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "align_projector", lambda *args, **rest: align_projector(*args, **{**rest, "steps": 20}))
+        patch.setattr(train, "choose_threshold", lambda *args: choose_threshold(*args, scenes=20))
+        for words in small_recipe():
+            result = CliRunner().invoke(train.app, words[words.index("ivtp.micro.train") + 1 :])
+            assert result.exit_code == 0, result.output
     return folder / "runs" / "small"
 
 
+@pytest.mark.slow
+def test_the_recipe_is_followed_to_the_letter(tmp_path: Path) -> None:
+    """In processes of its own, two of them where it says so."""
+    for tool, *rest in small_recipe():  # python or torchrun, those of this environment
+        command = [str(Path(sys.executable).parent / tool), *rest]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
+    answers(tmp_path / "runs" / "small")
+
+
 def test_the_recipe_leads_to_an_asset_that_answers(recipe_followed: Path) -> None:
-    model, processor = ivtp.load(recipe_followed / "asset")
+    answers(recipe_followed)
+
+
+def answers(run: Path) -> None:
+    model, processor = ivtp.load(run / "asset")
     assert model.config.text_config.num_hidden_layers == 6
     photo = take_photo("test", 0).picture()
     answer = ivtp.ask(model, processor, photo, "is there a dog?", keep=64, max_new_tokens=2)
     assert answer.trace is not None
     assert answer.trace.kept().shape == (1, 64)
-    assert sorted(path.name for path in recipe_followed.rglob("*.csv")) == [
-        *("decoder.csv", "log.csv", "stage1.csv", "stage2.csv")
-    ]
+    assert sorted(path.name for path in run.rglob("*.csv")) == [*("decoder.csv", "log.csv", "stage1.csv", "stage2.csv")]
 
 
 def test_a_finished_recipe_is_resumed_without_training_again(recipe_followed: Path) -> None:
