@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "trace", "errors", "registry", "machine"),
+    ("config", "trace", "errors", "registry", "machine", "outputs"),
     ("core", "cost", "plan", "sizes"),
     ("methods", "hosts", "compressors"),
     (

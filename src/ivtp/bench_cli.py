@@ -12,6 +12,7 @@ import typer
 from ivtp.arguments import parse_keep, parse_options
 from ivtp.console import err, out
 from ivtp.errors import ConfigError
+from ivtp.outputs import check_output
 
 _SIZES = "llava-1.5-7b, llava-1.5-13b, micro, or a CONFIG.json"
 
@@ -94,11 +95,10 @@ def _run(asked: Any, json_file: Path | None, resume: bool, plot_file: Path | Non
     from rich.progress import Progress
 
     from ivtp.benchmark.plot import check_plot, plot
-    from ivtp.benchmark.sweep import check_output, rounds, sweep
+    from ivtp.benchmark.sweep import rounds, sweep
 
-    check_plot(plot_file)
-    check_output(json_file, "--json")
-    check_output(plot_file, "--plot")
+    check_output(json_file, "--json", inputs=(asked.name,))
+    check_plot(plot_file, inputs=(asked.name, json_file))
     _quiet()
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("preparing", total=rounds(asked))

@@ -20,6 +20,7 @@ from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.bench_cli import bench
 from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
 from ivtp.errors import ConfigError, ImageError, IvtpError
+from ivtp.outputs import PICTURES, check_folder, check_output, whole
 
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
@@ -98,7 +99,8 @@ def ask(
     options = {**parse_options(option, context, answer_question), "seed": seed}
     if threshold is not None:
         options["threshold"] = threshold
-    check_asked(method, keep, options, picture)
+    check_asked(method, keep, options)
+    check_output(picture, "--picture", suffixes=PICTURES, inputs=(image,))
     photo = load_image(image)
     loaded, processor = _load(model)
     with err.status("answering"):
@@ -113,12 +115,13 @@ def ask(
             **options,
         )
     cost = Cost.of(loaded, processor, photo, question, answer.trace)
-    if picture is not None:
-        _draw(photo, answer, loaded, question, threshold).save(picture)
     if as_json:
         print_json(answer_json(answer, cost, model=model, method=method, picture=picture))
     else:
-        print_answer(answer, cost, picture)
+        print_answer(answer, cost)
+    if picture is not None:  # behind the answer, which must not be lost with it
+        _save(_draw(photo, answer, loaded, question, threshold), picture, "--picture")
+        err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -194,6 +197,7 @@ def samples(
     """Write test scenes of the embedded model's world, with questions and answers in samples.json."""
     from ivtp.micro.world import write_samples
 
+    check_folder(folder, "FOLDER")
     with err.status("drawing"):
         files = write_samples(folder, count, split="test", seed=seed)
     for file in [*files, folder / "samples.json"]:
@@ -210,8 +214,10 @@ def demo(
     from ivtp.visualize import draw_comparison
 
     entry = json.loads((_SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
-    photo = load_image(_SAMPLES / entry["image"])
+    photo, file = load_image(_SAMPLES / entry["image"]), output / "demo.png"
+    check_folder(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
+    check_output(file, "--output")
     model, processor = _load("micro")
     out.print(f"image: {_SAMPLES / entry['image']}", markup=False, soft_wrap=True)
     rows = []
@@ -220,8 +226,8 @@ def demo(
         out.print(f"\n{question['text']}  (right answer: {question['answer']})", markup=False)
         out.print(table)
         rows.append((question["text"], panels))
-    file = output / "demo.png"
-    draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model)).save(file)
+    drawn = draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model))
+    _save(drawn, file, "--output")
     out.print(f"\npicture: {file}", markup=False, soft_wrap=True)
 
 
@@ -261,6 +267,11 @@ def _load(model: str) -> tuple[Any, Any]:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         return load(model)
+
+
+def _save(drawn: Any, file: Path, option: str) -> None:
+    with whole(file, option) as partial:
+        drawn.save(partial)
 
 
 def _threshold(model: Any, given: float | None) -> float:

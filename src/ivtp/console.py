@@ -58,7 +58,7 @@ class Cost:
         return f"{self.pruned / size:.1f} {unit}{saved}"
 
 
-def print_answer(answer: Answer, cost: Cost, picture: Path | None) -> None:
+def print_answer(answer: Answer, cost: Cost) -> None:
     """The answer on the standard output, everything about it on the standard error."""
     out.print(answer.text, markup=False, soft_wrap=True)
     time = f"{1000 * answer.seconds:.0f} ms"
@@ -67,8 +67,6 @@ def print_answer(answer: Answer, cost: Cost, picture: Path | None) -> None:
     if words:
         used = ", ".join(f"{w.text} {w.score:.2f}" for w in words if w.used)
         err.print(f"guided by: {used or 'the image alone, no word passed the threshold'}", markup=False)
-    if picture is not None:
-        err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
 def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture: Path | None) -> dict[str, Any]:
@@ -129,6 +127,7 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
 def print_json(document: Any) -> None:
     """One document on the standard output, whatever the width of the terminal."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
 
 
 def _unit(flops: float) -> tuple[float, str]:

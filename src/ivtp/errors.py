@@ -35,3 +35,7 @@ class ImageError(IvtpError, ValueError):
 
 class LoadError(IvtpError, OSError):
     """A model, processor or CLIP text side could not be loaded."""
+
+
+class OutputError(IvtpError, OSError):
+    """A result is there, but its file could not be written."""

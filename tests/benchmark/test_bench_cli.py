@@ -93,7 +93,11 @@ def test_growth_prints_how_fast_scoring_grows(bench: Run, few: tuple[object, ...
         (["--option", "where=layers"], "read by none"),
         (["--option", "guide=instruction"], "processor"),
         (["--json", "nowhere/out.json"], "does not exist"),
+        (["--json", "/proc/out.json"], "cannot be written"),
+        (["--json", "--compile"], "is followed by --compile"),
         (["--plot", "out.docx"], "suffixes"),
+        (["--plot", "/proc/out.png"], "cannot be written"),
+        (["--json", "out.png", "--plot", "out.png"], "would overwrite"),
         (["--resume"], "--json"),
     ],
 )
@@ -105,6 +109,14 @@ def test_bad_arguments_are_one_line_and_code_2(bench: Run, geometry: Path, argum
     assert len(err.strip().splitlines()) == 1, err
     assert err.startswith("error: ")
     assert words in err
+
+
+def test_the_sizes_that_are_read_are_not_overwritten(bench: Run, geometry: Path) -> None:
+    before = geometry.read_text()
+    code, _, err = bench("--geometry", geometry, "--keep", "6", "--json", geometry)
+    assert code == 2
+    assert "would overwrite" in err
+    assert geometry.read_text() == before
 
 
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--batch", "0"], ["--text", "x"], ["--no-such-option"]])

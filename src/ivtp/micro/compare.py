@@ -37,6 +37,7 @@ from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Dtype, Table, write_json
 from ivtp.micro.units import Unit, by_format, collect
+from ivtp.outputs import check_output, write_text
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
@@ -241,6 +242,8 @@ def main(
     json: Annotated[Path | None, typer.Option(help="file for all numbers, rewritten after every method")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
+    check_output(json, "--json", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(json,))
     names = method or [*list_methods()]
     for name in names:
         method_class(name)  # refuses what is no method
@@ -271,8 +274,7 @@ def main(
     if json is not None:
         write_json(json, [Table("methods", rows)], about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 def _digest(model: Any) -> str:

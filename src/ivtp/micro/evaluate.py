@@ -20,6 +20,7 @@ from ivtp.generate import complete, load, prompt_for
 from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
+from ivtp.outputs import check_output, write_text
 from ivtp.plug import attach
 
 LONGEST_ANSWER = 48  # tokens
@@ -132,6 +133,8 @@ def main(
 ) -> None:
     if not (by_type_ or coverage):
         raise typer.BadParameter("nothing to measure; give --by-type or --coverage N")
+    check_output(json, "--json", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(json,))
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     lvlm, processor = load(model, dtype=dtype)
@@ -165,8 +168,7 @@ def main(
     if json is not None:
         write_json(json, tables, about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 if __name__ == "__main__":

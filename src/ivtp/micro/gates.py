@@ -35,6 +35,7 @@ from ivtp.micro.vision_data import keyword_table, make_batch
 from ivtp.micro.vision_eval import retrieved, roc_auc, word_scores
 from ivtp.micro.vision_model import encode_windows
 from ivtp.micro.world.photo import take_photo
+from ivtp.outputs import check_output, write_text
 from ivtp.sizes import MICRO
 
 Report = Callable[[], None]
@@ -177,6 +178,8 @@ def main(
     gates = gate or [1, 2, 3, 4, 5]
     if unknown := [number for number in gates if number not in range(1, 6)]:
         raise typer.BadParameter(f"no gate {unknown[0]}; use 1 to 5")
+    check_output(json, "--json", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(json,))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tables = [speed(model, dtype)] if 5 in gates else []
@@ -203,8 +206,7 @@ def main(
     if json is not None:
         write_json(json, tables, about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 def formats_gate(model: Any, processor: Any, questions: int, report: Report) -> Table:
