@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "trace", "errors", "registry", "machine", "outputs"),
-    ("core", "cost", "plan", "sizes"),
+    ("core", "cost", "plan", "sizes", "checkpoint"),
     ("methods", "hosts", "compressors"),
     (
         "plug",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ivtp.arguments import parse_keep, parse_options
-from ivtp.console import err, out
+from ivtp.console import err, out, quiet
 from ivtp.errors import ConfigError
 from ivtp.outputs import check_output
 
@@ -99,7 +99,7 @@ def _run(asked: Any, json_file: Path | None, resume: bool, plot_file: Path | Non
 
     check_output(json_file, "--json", inputs=(asked.name,))
     check_plot(plot_file, inputs=(asked.name, json_file))
-    _quiet()
+    quiet()
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("preparing", total=rounds(asked))
         command = shlex.join(["ivtp", *sys.argv[1:]])
@@ -139,14 +139,3 @@ def _parse_layers(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise ConfigError(f"--layers {text} is not VIT,LLM; write for example --layers 4,8") from None
     return vision, decoder
-
-
-def _quiet() -> None:
-    """Other libraries' progress bars and notes would tear this command's own bar."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)

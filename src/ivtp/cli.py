@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.bench_cli import bench
-from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
+from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json, quiet
 from ivtp.errors import ConfigError, ImageError, IvtpError
 from ivtp.outputs import PICTURES, check_folder, check_output, whole
 
@@ -260,12 +260,9 @@ def _two_questions(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _load(model: str) -> tuple[Any, Any]:
     with err.status(escape(f"loading {model}")):
-        from transformers.utils import logging
-
         from ivtp.generate import load
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
         return load(model)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from jinja2 import TemplateError, TemplateSyntaxError
 from torch import nn
 
+from ivtp.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
 from ivtp.config import PruneConfig
 from ivtp.errors import LoadError, short_reason
 from ivtp.images import load_image
@@ -35,23 +36,39 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     """A stock model in evaluation mode and its processor.
 
     `name` is "micro" (the embedded model), a local folder or a hub id. On the CPU "auto" means float32, elsewhere the
-    checkpoint's own dtype. Raises `LoadError`.
+    checkpoint's own dtype. Threads load one after the other. Raises `LoadError`, also for a checkpoint that lacks
+    weights which the model has, or whose weights are not finite, or whose chat template cannot be read.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    path = MICRO if str(name) == "micro" else name
     kind = check_device(device)
     if dtype == "auto" and kind == "cpu":
         dtype = torch.float32
-    try:
+
+    def read(path: str) -> tuple[nn.Module, Any]:
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LoadError(
-            f"model {str(name)!r} could not be loaded ({short_reason(error)}); "
-            'use "micro", a folder with a transformers checkpoint, or a hub id'
-        ) from None
-    return model.to(device).eval(), processor
+        _check_template(processor)
+        model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        check_weights(model, report)
+        model = model.to(device).eval()
+        check_finite(model.named_parameters())
+        return model, processor
+
+    path = MICRO if str(name) == "micro" else name
+    advice = 'use "micro", a folder with a transformers checkpoint, or a hub id'
+    return read_checkpoint(path, read, what="model", advice=advice)
+
+
+def _check_template(processor: Any) -> None:
+    """Refuse a chat template that is no template, with a `ValueError`; what it says to a prompt shows there."""
+    if getattr(processor, "chat_template", None):
+        turn = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        try:
+            processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"its chat template is broken in line {error.lineno}: {error.message}") from None
+        except (TemplateError, *FAILURES):
+            return
 
 
 def check_device(device: str) -> str:

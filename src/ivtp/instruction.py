@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivtp.checkpoint import check_finite, read_checkpoint
 from ivtp.core.relevance import Span
 from ivtp.core.select import on_device
-from ivtp.errors import ConfigError, LoadError, short_reason
+from ivtp.errors import ConfigError
 
 _SENTINEL = "instruction-goes-here"
 
@@ -179,13 +180,14 @@ def _check_pair(source: Any) -> tuple[Any, Any]:
 def _load_clip(source: str | Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer, CLIPModel
 
+    parts = ("text_model", "text_projection", "visual_projection")  # what is read; the rest may be anything
+
+    def read(path: str) -> tuple[Any, Any]:
+        model, report = CLIPModel.from_pretrained(path, output_loading_info=True)
+        if any(key.startswith(parts) for key in report["missing_keys"]):
+            raise ValueError("it has no CLIP text side")
+        check_finite((name, weight) for name, weight in model.named_parameters() if name.startswith(parts))
+        return model, AutoTokenizer.from_pretrained(path)
+
     advice = 'pass clip=(model, tokenizer), a folder or a hub id, or use a guide without CLIP: "visual" or "text"'
-    try:
-        model, report = CLIPModel.from_pretrained(source, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = short_reason(error)
-        raise LoadError(f"the CLIP text side {str(source)!r} could not be loaded ({reason}); {advice}") from None
-    if any(key.startswith(("text_model", "text_projection", "visual_projection")) for key in report["missing_keys"]):
-        raise LoadError(f"{str(source)!r} has no CLIP text side; {advice}")
-    return model, tokenizer
+    return read_checkpoint(source, read, what="the CLIP text side", advice=advice)

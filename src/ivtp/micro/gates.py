@@ -24,6 +24,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, CLIPModel
 
+from ivtp.checkpoint import LOADING
 from ivtp.generate import ask, load
 from ivtp.machine import processor_name
 from ivtp.micro import world
@@ -119,7 +120,8 @@ def _mean_difference(pairs: list[tuple[float, float]]) -> float:
 
 def clip_gate(folder: Path, photos: int) -> Table:
     """Retrieval among ``photos`` test photos, and how well words for visible objects are told from absent ones."""
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with LOADING:
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     table = keyword_table(tokenizer)
     taken = [take_photo("test", index) for index in range(photos)]
