@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,23 +108,37 @@ def ask(
     """Answer `question` about `image` (a path, bytes or a PIL image), greedily.
 
     `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
-    The model is left as it was. Raises `ImageError`, `ConfigError` and what `attach` raises.
+    The model is left as it was; threads that ask one model wait for each other. Raises `ImageError`, `ConfigError`
+    and what `attach` raises.
     """
-    picture = load_image(image)
-    if method == "none":
-        check_unpruned(find_host(model))
-        PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused with or without pruning
-        pruning: Any = nullcontext()
-    else:
-        pruning = attach(model, processor, clip=clip, method=method, keep=keep, **config)
-    with pruning as pruner:
-        any_model: Any = model
-        inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
-        inputs = inputs.to(any_model.device, any_model.dtype)
-        began = time.perf_counter()
-        (text,) = complete(model, processor, inputs, max_new_tokens)
-        seconds = time.perf_counter() - began
-        return Answer(text, pruner.trace if pruner else None, seconds)
+    picture, host = load_image(image), find_host(model)
+    with _turn_of(host.model):
+        if method == "none":
+            check_unpruned(host)
+            PruneConfig.of(
+                method=method, keep=keep, **config
+            )  # the same bad options are refused with or without pruning
+            pruning: Any = nullcontext()
+        else:
+            pruning = attach(model, processor, clip=clip, method=method, keep=keep, **config)
+        with pruning as pruner:
+            any_model: Any = model
+            inputs = processor(images=picture, text=prompt_for(processor, question), return_tensors="pt")
+            inputs = inputs.to(any_model.device, any_model.dtype)
+            began = time.perf_counter()
+            (text,) = complete(model, processor, inputs, max_new_tokens)
+            seconds = time.perf_counter() - began
+            return Answer(text, pruner.trace if pruner else None, seconds)
+
+
+def _turn_of(model: nn.Module) -> threading.RLock:
+    """The lock of everyone who asks this model: between attaching and detaching it is nobody else's."""
+    with _TURNS_LOCK:
+        return _TURNS.setdefault(model, threading.RLock())
+
+
+_TURNS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_TURNS_LOCK = threading.Lock()
 
 
 def complete(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
