@@ -75,7 +75,19 @@ def one_line(text: str) -> str:
 
 # ---- ask ------------------------------------------------------------------------------------------------------
 
-ASK_KEYS = ["answer", "model", "method", "tokens", "flops", "seconds", "stages", "words", "fallback", "picture"]
+ASK_KEYS = [
+    "answer",
+    "model",
+    "method",
+    "tokens",
+    "flops",
+    "seconds",
+    "stages",
+    "words",
+    "fallback",
+    "notes",
+    "picture",
+]
 
 
 def ask(run: Run, photo: Path, checkpoint: Path, *more: object) -> Result:

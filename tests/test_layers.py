@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "trace", "errors", "registry", "machine", "outputs"),
+    ("config", "trace", "errors", "registry", "machine", "outputs", "door"),
     ("core", "cost", "plan", "sizes", "checkpoint"),
     ("methods", "hosts", "compressors"),
     (

@@ -19,7 +19,7 @@ from rich.table import Table
 from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.bench_cli import bench
 from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json, quiet
-from ivtp.errors import ConfigError, ImageError, IvtpError
+from ivtp.door import FLAG, run
 from ivtp.outputs import PICTURES, check_folder, check_output, whole
 
 app = typer.Typer(
@@ -43,14 +43,7 @@ Options = Annotated[
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
-    try:
-        app()
-    except IvtpError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(2 if isinstance(error, ConfigError | ImageError) else 1) from None
-    except OSError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    run(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,6 +59,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    traceback: Annotated[bool, typer.Option(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
 ) -> None:
     """Instruction-guided visual token pruning for vision-language models."""
 
@@ -91,15 +85,17 @@ def ask(
 
     JSON keys: answer, model, method, tokens (all, kept, equivalent: mean entering and leaving the decoder's layers),
     flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch), words (text, score,
-    used), fallback, picture.
+    used), fallback, notes (what to know about the answer), picture.
     """
     from ivtp.generate import ask as answer_question
+    from ivtp.generate import check_question
     from ivtp.images import load_image
 
     options = {**parse_options(option, context, answer_question), "seed": seed}
     if threshold is not None:
         options["threshold"] = threshold
     check_asked(method, keep, options)
+    check_question(question)
     check_output(picture, "--picture", suffixes=PICTURES, inputs=(image,))
     photo = load_image(image)
     loaded, processor = _load(model)

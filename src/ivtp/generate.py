@@ -16,7 +16,7 @@ from torch import nn
 
 from ivtp.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
 from ivtp.config import PruneConfig
-from ivtp.errors import LoadError, short_reason
+from ivtp.errors import InputError, LoadError, short_reason
 from ivtp.images import load_image
 from ivtp.plug import attach, check_unpruned, find_host
 from ivtp.sizes import MICRO
@@ -32,6 +32,8 @@ class Answer:
     """The record of the prefill; None without pruning."""
     seconds: float
     """Wall-clock of `generate` alone: prefill and decoding, not reading the image, attaching or preparing inputs."""
+    notes: tuple[str, ...] = ()
+    """What the reader of the answer has to know; of a prompt that is longer than the model was made for."""
 
 
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
@@ -83,6 +85,24 @@ def check_device(device: str) -> str:
         ) from None
 
 
+def check_question(question: object) -> None:
+    """Refuse what asks nothing. Raises `InputError`."""
+    if not isinstance(question, str):
+        raise InputError(f"a question is text, not {type(question).__name__}; pass a str")
+    if not question.strip():
+        raise InputError("the question is empty; ask something about the image")
+    if any("\ud800" <= c <= "\udfff" for c in question):
+        raise InputError(f"the question {question!r} is no valid Unicode (UTF-8 on a command line); write it anew")
+
+
+def _notes(model: Any, tokens: int) -> tuple[str, ...]:
+    """What there is to say about a prompt of so many tokens."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", tokens)
+    if tokens <= most:
+        return ()
+    return (f"the prompt has {tokens} tokens, the model was made for {most}; its answer may be worthless",)
+
+
 def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
     """One user turn with images before the question, as the processor's chat template writes it."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
@@ -108,9 +128,10 @@ def ask(
     """Answer `question` about `image` (a path, bytes or a PIL image), greedily.
 
     `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
-    The model is left as it was; threads that ask one model wait for each other. Raises `ImageError`, `ConfigError`
-    and what `attach` raises.
+    The model is left as it was; threads that ask one model wait for each other. Raises `ImageError`, `ConfigError`,
+    `InputError` for a question that is empty or no text, and what `attach` raises.
     """
+    check_question(question)
     picture, host = load_image(image), find_host(model)
     with _turn_of(host.model):
         if method == "none":
@@ -128,7 +149,8 @@ def ask(
             began = time.perf_counter()
             (text,) = complete(model, processor, inputs, max_new_tokens)
             seconds = time.perf_counter() - began
-            return Answer(text, pruner.trace if pruner else None, seconds)
+            notes = _notes(host.model, inputs["input_ids"].shape[1])
+            return Answer(text, pruner.trace if pruner else None, seconds, notes)
 
 
 def _turn_of(model: nn.Module) -> threading.RLock:

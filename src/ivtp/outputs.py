@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import stat
@@ -93,6 +94,12 @@ def write_text(file: Path, text: str, option: str) -> None:
     """Write `text` as `whole` does."""
     with whole(file, option) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def need_matplotlib(asker: str) -> None:
+    """Refuse what `asker` wants to draw where matplotlib, which an extra brings, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{asker} needs matplotlib; install it with: pip install 'ivtp[train]'")
 
 
 def _mode(path: Path) -> int | None:

@@ -19,7 +19,7 @@ from tests.micro.test_evaluate import folder  # noqa: F401
 
 def test_the_command_compares_resumes_and_writes_files(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     target, page = tmp_path / "methods.json", tmp_path / "methods.md"
-    command = ["--model", str(folder), "--questions", "12", "--json", str(target), "--markdown", str(page)]
+    command = ["--model", str(folder), "--questions", "12", "--output", str(target), "--markdown", str(page)]
     command += ["--keep", "16", "--method", "topk", "--workers", "1"]
     first = CliRunner().invoke(compare.app, command)
     assert first.exit_code == 0, first.output

@@ -86,7 +86,7 @@ def test_the_command_measures_all_gates(
     # random weights never end an answer by themselves
     monkeypatch.setattr(gates, "answer_about", partial(answer_about, longest=2))
     monkeypatch.setattr(gates, "ask", partial(ask, max_new_tokens=2))
-    result = CliRunner().invoke(gates.app, ["--model", str(folder), "--questions", "1", "--json", str(target)])
+    result = CliRunner().invoke(gates.app, ["--model", str(folder), "--questions", "1", "--output", str(target)])
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]
     assert [title.split(",")[0].split(" ")[0] for title in titles] == [

@@ -8,8 +8,7 @@ from typing import Any
 
 from ivtp.benchmark.growth import AXES, steps
 from ivtp.benchmark.results import Document, Row
-from ivtp.errors import ConfigError
-from ivtp.outputs import check_output, whole
+from ivtp.outputs import check_output, need_matplotlib, whole
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -22,10 +21,7 @@ def check_plot(file: Path | None, inputs: Iterable[object] = ()) -> None:
     if file is None:
         return
     check_output(file, "--plot", suffixes=SUFFIXES, inputs=inputs)
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib; install it with: pip install 'ivtp[train]'") from None
+    need_matplotlib("--plot")
 
 
 def plot(document: Document, file: Path) -> None:

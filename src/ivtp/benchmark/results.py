@@ -72,7 +72,7 @@ def read_document(file: Path, asked: Asked, machine: dict[str, Any]) -> Document
 
 def write_document(file: Path, document: Document) -> None:
     """Write all or nothing: an interrupted write leaves the former file."""
-    write_text(file, json.dumps(document, indent=1) + "\n", "--json")
+    write_text(file, json.dumps(document, indent=1) + "\n", "--output")
 
 
 def describe_machine(device: str, threads: int | None) -> dict[str, Any]:

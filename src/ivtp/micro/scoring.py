@@ -134,4 +134,4 @@ def _cell(row: dict[str, Any], name: str) -> str:
 def write_json(path: Path, tables: list[Table], about: dict[str, Any]) -> None:
     """All tables and what they were measured on."""
     document = {"about": about, "tables": [vars(table) for table in tables]}
-    write_text(path, json.dumps(document, indent=2) + "\n", "--json")
+    write_text(path, json.dumps(document, indent=2) + "\n", "--output")
