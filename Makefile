@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-dev
 # a few runs of the embedded model: shows that the benchmark works, its numbers are worth nothing
 smoke: $(VENV)/.installed
 	mkdir -p out
-	$(BIN)/ivtp bench --repeats 3 --tokens 2 --text 32 --json out/smoke.json
+	$(BIN)/ivtp bench --repeats 3 --tokens 2 --text 32 --output out/smoke.json
 
 speed: $(VENV)/.installed
 	$(BIN)/python benchmarks/speed_table.py

@@ -38,7 +38,10 @@ def section(document: dict[str, Any], file: Path) -> str:
     title = f"**{document['model']}** on {machine['device']} ({machine['threads']} CPU threads, "
     title += f"{document['weights']['dtype']}, torch "
     title += f"{machine['torch']}, transformers {machine['transformers']}), medians of {asked['repeats']} rounds"
-    source = f"`{document['command']}` ([file](benchmarks/results/{file.name}))"
+    command = document["command"].replace(
+        " --json ", " --output "
+    )  # what a file was measured with, as it is written now
+    source = f"`{command}` ([file](benchmarks/results/{file.name}))"
     grids = growth_grids(document) if document["growth"] else [summary(document)]
     return "\n\n".join([title + ":", source, *document["notes"], *map(markdown, grids)])
 

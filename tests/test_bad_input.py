@@ -32,6 +32,7 @@ from ivtp.errors import (
     InputError,
     IvtpError,
     LoadError,
+    OutputError,
     UnsupportedModelError,
 )
 
@@ -332,5 +333,6 @@ def test_every_message_is_an_ivtp_error() -> None:
         InputError,
         ImageError,
         LoadError,
+        OutputError,
     ):
         assert issubclass(error, IvtpError)

@@ -87,8 +87,8 @@ ASK_KEYS = [
     "stages",
     "words",
     "fallback",
-    "picture",
     "notes",
+    "picture",
 ]
 
 
@@ -175,6 +175,41 @@ def test_ask_draws_a_picture(run: Run, photo: Path, checkpoint: Path, tmp_path: 
         assert drawn.width > 300
 
 
+def test_the_photo_is_not_overwritten_by_its_picture(run: Run, photo: Path, checkpoint: Path) -> None:
+    before = photo.read_bytes()
+    result = ask(run, photo, checkpoint, "--picture", photo)
+    assert result.code == 2
+    assert "would overwrite" in one_line(result.err)
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize("json_too", [(), ("--json",)])
+def test_the_answer_outlives_a_picture_that_cannot_be_written(
+    run: Run, photo: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_too: tuple[str, ...]
+) -> None:
+    """The disk fills up while the model answers."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    result = ask(run, photo, checkpoint, "--picture", tmp_path / "out.png", *json_too)
+    assert result.code == 1
+    assert result.out.strip()
+    assert not json_too or json.loads(result.out)["answer"]
+    last = result.err.strip().splitlines()[-1]
+    assert last.startswith(f"error: --picture {tmp_path / 'out.png'}")
+    assert "No space left" in last
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [["samples"], ["demo", "--output"]])
+def test_a_file_is_no_folder_to_write_to(run: Run, photo: Path, command: list[str]) -> None:
+    result = run(*command, photo)
+    assert result.code == 2
+    assert "no folder" in one_line(result.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -199,6 +234,8 @@ def test_ask_draws_a_picture(run: Run, photo: Path, checkpoint: Path, tmp_path: 
         (["--picture", "out.docx"], "suffix"),
         (["--picture", "out.mpg"], "suffix"),
         (["--picture", "out.fits"], "suffix"),
+        (["--picture", "out.hdf"], "suffix"),
+        (["--picture", "--json"], "is followed by --json"),
         (["--picture", "nowhere/out.png"], "does not exist"),
     ],
 )

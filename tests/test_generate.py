@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, Tiny
 
 import ivtp
+from ivtp.checkpoint import check_finite
 from ivtp.errors import ImageError, InputError, LoadError
 from ivtp.generate import prompt_for
 
@@ -151,3 +159,156 @@ def test_an_image_token_in_the_question_is_one_clear_line(tiny: Tiny, photo: Pat
         ivtp.ask(model, tiny.processor, photo, "what is left of the <image> sign?", method=method, clip=tiny.clip)
     assert "\n" not in str(caught.value)
     tiny.attach(model).detach()
+
+
+# ---- checkpoints that must not answer ------------------------------------------------------------------------
+
+
+def refused(name: object) -> str:
+    """The one line."""
+    with pytest.raises(LoadError, match="could not be loaded") as caught:
+        ivtp.load(name)  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 500
+    return text
+
+
+@pytest.fixture
+def copied(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change config.json: `part__name=value`."""
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        part, _, key = name.rpartition("__")
+        (config[part] if part else config)[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config__num_hidden_layers": 12}, "weights are missing, such as model.language_model.layers.10"),
+        ({"text_config__num_hidden_layers": 4}, "no place for"),
+        ({"vision_config__num_hidden_layers": 5}, "no place for"),
+        ({"text_config__hidden_size": 96}, "other shapes"),
+        ({"vision_feature_layer": [-2, -3]}, "other shapes"),
+        ({"text_config__hidden_size": "wide"}, "hidden_size"),
+        ({"text_config__num_attention_heads": 0}, "zero"),
+        ({"model_type": "nothing"}, "nothing"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_the_configuration(copied: Path, changes: dict[str, Any], words: str) -> None:
+    edit(copied, **changes)
+    assert words in refused(copied)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(copied: Path, value: float) -> None:
+    file = copied / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
+    weights[name][0, 0] = value
+    save_file(weights, file, {"format": "pt"})
+    assert "not finite" in refused(copied)
+
+
+def test_large_weights_are_finite() -> None:
+    check_finite([("w", torch.full((1000,), 3e38))])
+    check_finite([("w", torch.full((1000,), 6e4, dtype=torch.float16)), ("n", torch.ones(3, dtype=torch.int64))])
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("config.json", "{", "line 1"),
+        ("config.json", "[]", "mapping"),
+        ("config.json", None, "no config.json"),
+        ("model.safetensors", None, "model.safetensors"),
+        ("tokenizer.json", "{}", "lack"),
+        ("processor_config.json", None, "processor"),
+        ("chat_template.jinja", "{% for %}", "chat template is broken in line 1"),
+    ],
+)
+def test_files_that_are_missing_or_broken(copied: Path, file: str, text: str | None, words: str) -> None:
+    if text is None:
+        (copied / file).unlink()
+    else:
+        (copied / file).write_text(text)
+    assert words in refused(copied)
+
+
+def test_names_that_name_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "a file, not a folder" in refused(tmp_path / "file")
+    assert "no config.json" in refused(tmp_path)
+    assert "does not exist" in refused(tmp_path / "missing")
+    assert "NoneType" in refused(None)
+    assert "int" in refused(7)
+    assert "no name" in refused(" ")
+    assert "HF_HUB_OFFLINE" in refused("some/model")
+
+
+@pytest.fixture
+def dead_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """A hub that hangs up on everyone, and an empty cache; the list grows with each connection."""
+    connections: list[int] = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            connections.append(1)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), HangUp) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        place = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+        template = place + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield connections
+        server.shutdown()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(dead_hub: list[int]) -> None:
+    began = time.perf_counter()
+    assert "cannot be reached" in refused("some/model")
+    assert time.perf_counter() - began < 20  # without the check: two and a half minutes of retries
+    assert len(dead_hub) == 1
+
+
+def test_what_was_downloaded_serves_without_the_hub(
+    dead_hub: list[int], checkpoint: Path, tmp_path: Path, photo: Path
+) -> None:
+    folder = tmp_path / "cache" / "models--some--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(checkpoint, folder / "snapshots" / ("0" * 40))
+    _, processor = ivtp.load("some/model")
+    assert processor.chat_template
+    assert len(dead_hub) == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not finite", "no text side"])
+def test_a_damaged_clip_is_one_clear_line(tiny: Tiny, checkpoint: Path, tmp_path: Path, damage: str) -> None:
+    clip, tokenizer = copy.deepcopy(tiny.clip[0]), tiny.clip[1]
+    if damage == "not finite":
+        torch.nn.init.constant_(clip.text_projection.weight, float("nan"))
+    clip.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "no text side":
+        weights = {name: weight for name, weight in load_file(file).items() if not name.startswith("text_model")}
+        save_file(weights, file, {"format": "pt"})
+    model, processor = ivtp.load(checkpoint)
+    with pytest.raises(LoadError, match="CLIP text side") as caught:
+        ivtp.attach(model, processor, keep=8, llm_layers=6, clip=tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(model, "_ivtp_pruner")

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "ivtp"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("config", "trace", "errors", "registry", "machine"),
-    ("core", "cost", "plan", "sizes"),
+    ("config", "trace", "errors", "registry", "machine", "outputs", "door"),
+    ("core", "cost", "plan", "sizes", "checkpoint"),
     ("methods", "hosts", "compressors"),
     (
         "plug",

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw
+from tiny import NUM_PATCHES, Tiny, samples
 
 from ivtp.errors import ConfigError
+from ivtp.micro import world
 from ivtp.trace import PruneTrace, StageTrace, Where, Word
-from ivtp.visualize import Fate, Panel, as_seen, draw, draw_comparison, fates, paint
+from ivtp.visualize import Fate, Panel, as_seen, draw, draw_comparison, fates, fonts, paint
+from ivtp.visualize.fonts import drawable, length, write
+from ivtp.visualize.patches import EDGE, OUTLINE, cut_off
 from ivtp.visualize.text import USED, shorten, wrap
 
 GRID = 6
@@ -74,6 +83,40 @@ def test_samples_and_images_that_are_not_there(row: int, image: int) -> None:
         fates(PruneTrace(PATCHES, (1,)), row, image)
 
 
+def merging(where: Where, kept: list[int], sources: dict[int, int], lost: tuple[int, ...] = ()) -> StageTrace:
+    """A cut that merges: what is neither kept nor named goes into patch 0 of the kept ones."""
+    found = torch.full((1, PATCHES), kept[0])
+    found[0, kept] = torch.tensor(kept)
+    for patch, into in sources.items():
+        found[0, patch] = into
+    found[0, list(lost)] = -1
+    return dataclasses.replace(stage(where, kept), sources=found)
+
+
+def test_merged_patches_are_not_dropped() -> None:
+    one = PruneTrace(PATCHES, (1,), [merging("vision", [2, 9], {10: 9}, lost=(35,))])
+    found = fates(one).ravel()
+    assert {i for i in range(PATCHES) if found[i] == Fate.KEPT} == {2, 9}
+    assert found[35] == Fate.DROPPED_IN_ENCODER
+    assert (found == Fate.MERGED).sum() == PATCHES - 3
+    # what went into a patch that is dropped, or merged, later goes with it
+    later = fates(PruneTrace(PATCHES, (1,), [*one.stages, stage("llm", [2])])).ravel()
+    assert later[9] == later[10] == Fate.DROPPED_IN_DECODER
+    assert later[3] == Fate.MERGED
+    again = fates(PruneTrace(PATCHES, (1,), [*one.stages, merging("vision", [2], {})])).ravel()
+    assert again[9] == again[10] == again[3] == Fate.MERGED
+    assert again[35] == Fate.DROPPED_IN_ENCODER
+
+
+def test_merged_patches_of_a_real_method(tiny: Tiny) -> None:
+    with torch.no_grad(), tiny.attach(tiny.model(), method="tome") as pruner:
+        pruner.host.model(**tiny.inputs(*samples(tiny, "two images")))
+    for number in range(2):
+        found = fates(pruner.trace, 0, number)
+        assert (found == Fate.KEPT).sum() == 8
+        assert (found == Fate.MERGED).sum() == NUM_PATCHES - 8
+
+
 # ---- where on the picture -------------------------------------------------------------------------------------
 
 
@@ -99,7 +142,7 @@ def test_kept_patches_keep_their_pixels_and_dropped_ones_lose_colour() -> None:
         return painted[row * 16 + 3 : row * 16 + 13, column * 16 + 3 : column * 16 + 13].reshape(-1, 3).astype(int)
 
     assert (centre(7) == (250, 120, 120)).all()
-    assert centre(35).max() < 80  # dropped in the encoder: dark and grey
+    assert 80 < centre(35).max() < 140  # dropped in the encoder: grey, dark, but not so dark that shapes are lost
     assert np.ptp(centre(35), axis=1).max() == 0
     assert (centre(0)[:, 2] > centre(0)[:, 0] + 40).all()  # dropped in the decoder: blue
     assert len(np.unique(centre(0), axis=0)) > 1  # and hatched
@@ -108,6 +151,36 @@ def test_kept_patches_keep_their_pixels_and_dropped_ones_lose_colour() -> None:
 def test_keeping_everything_changes_no_pixel() -> None:
     picture = noise((GRID * 10, GRID * 10))
     assert not ImageChops.difference(paint(picture, fates(PruneTrace(PATCHES, (1,)))), picture).getbbox()
+
+
+@pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0), OUTLINE])
+def test_kept_patches_stand_out_on_any_picture(colour: tuple[int, int, int]) -> None:
+    painted = np.asarray(paint(Image.new("RGB", (GRID * 18, GRID * 18), colour), fates(two_stages([7], [7]))))
+    patch = painted[18:36, 18:36]
+    rim = [tuple(map(int, patch[0, 9])), tuple(map(int, patch[1, 9]))]
+    assert rim == [EDGE, OUTLINE]
+    assert (patch[4:14, 4:14] == colour).all()
+    assert max(np.abs(np.array(line) - colour).max() for line in rim) > 100
+
+
+def test_shapes_in_dropped_patches_of_a_dark_picture_can_be_seen() -> None:
+    dark = np.zeros((GRID * 16, GRID * 16, 3), np.uint8)
+    dark[:, ::2] = 80
+    painted = np.asarray(paint(Image.fromarray(dark), fates(two_stages([7], [7])))).astype(int)
+    dropped = painted[-16:, -16:]
+    assert dropped.min() >= 25
+    assert np.ptp(dropped) >= 30
+
+
+def test_what_the_crop_cut_off_is_said() -> None:
+    assert cut_off(Image.new("RGB", (50, 50))) == ""
+    assert "middle 75% of the width (400 x 300" in cut_off(Image.new("RGB", (400, 300)))
+    assert "middle 50% of the height (100 x 200" in cut_off(Image.new("RGB", (100, 200)))
+    trace = two_stages([0, 1, 7], [7], WORDS)
+    wide, square = (Image.new("RGB", size, "white") for size in ((300, 150), (150, 150)))
+    assert draw(wide, trace).height > draw(square, trace).height
+    panels = [("Is it?", [Panel("IVTP", trace)])]
+    assert draw_comparison(wide, panels).height > draw_comparison(square, panels).height
 
 
 # ---- whole pages ----------------------------------------------------------------------------------------------
@@ -163,7 +236,14 @@ def test_several_images_side_by_side() -> None:
     trace = PruneTrace(PATCHES, (2,), [stage("llm", [0, PATCHES + 35])])
     pictures = [noise((60, 60), seed) for seed in (1, 2)]
     one = draw(pictures[0], PruneTrace(PATCHES, (1,)))
-    assert draw(pictures, trace).width > 1.8 * one.width
+    page = draw(pictures, trace)
+    assert page.width > 1.8 * one.width
+    # each has its own legend: here they are the same, and like that of one image alone
+    alone = draw(pictures[0], PruneTrace(PATCHES, (1,), [stage("llm", [0])]))
+    legends = [np.asarray(page)[470:, left : left + 400] for left in (24, 24 + page.width // 2 - 12)]
+    assert (legends[0] == legends[1]).all()
+    assert (legends[0] == np.asarray(alone)[470:, 24:424]).all()
+    assert (legends[0] != 255).any()
     with pytest.raises(ConfigError, match="2 images"):
         draw(pictures[0], trace)
 
@@ -190,10 +270,109 @@ def test_a_comparison_grows_with_its_panels_and_questions() -> None:
         draw_comparison(picture, [])
 
 
+# ---- any script ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_system_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine on which no font is installed."""
+    fonts._font_with.cache_clear()
+    monkeypatch.setattr(fonts, "_system_fonts", lambda: ())
+    yield
+    fonts._font_with.cache_clear()
+
+
+def rendered(text: str) -> np.ndarray:  # type: ignore[type-arg]
+    """Pixels of a line."""
+    page = Image.new("L", (600, 40), 255)
+    write(ImageDraw.Draw(page), (5, 5), text, 0, 20)  # type: ignore[arg-type]
+    return np.asarray(page)
+
+
+def test_chinese_is_drawn_without_any_installed_font(no_system_fonts: None) -> None:
+    assert drawable("标志上写着什么？") == "标志上写着什么？"
+    box = rendered("\U0010fffd")
+    lines = [rendered(char) for char in "标志上写着什么"]
+    assert all((line < 128).sum() > 20 for line in lines)
+    assert len({line.tobytes() for line in [*lines, box]}) == len(lines) + 1
+    known = set("".join(path.read_text(encoding="utf-8") for path in Path(world.__file__).parent.glob("*.py")))
+    assert all(drawable(char) == char for char in known if "\u4e00" <= char <= "\u9fff")
+
+
+def test_other_alphabets_are_drawn_without_any_installed_font(
+    no_system_fonts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("naïve café", "ελληνικά", "русский", "™ → ☃"):
+        assert drawable(text) == text
+        assert (rendered(text) < 128).sum() > 20
+    monkeypatch.setattr(fonts.features, "check", lambda name: True)
+    assert drawable("كلب שלום") == "كلب שלום"
+    fonts._font_with.cache_clear()
+    # without the library that joins and turns its letters, Arabic would be wrong
+    monkeypatch.setattr(fonts.features, "check", lambda name: False)
+    assert drawable("كلب") == "U+0643 U+0644 U+0628"
+
+
+def test_what_no_font_has_becomes_words_and_never_a_box(no_system_fonts: None) -> None:
+    assert drawable("🐶 left of 🏠") == "[dog face] left of [house building]"
+    assert drawable("ก็") == "U+0E01 U+0E47"
+    assert drawable("\x1b[31m") == "U+001B[31m"
+    assert drawable("👩\u200d🚀\ufe0f") == "[woman] [rocket]"
+    assert drawable("e\u0301\ta") == "é a"
+    page = draw(noise((60, 60)), two_stages([0], [0], [Word("🐶", 0.3, True)]), question="🐶?" * 50, answer="ก็")
+    named = draw(
+        noise((60, 60)),
+        two_stages([0], [0], [Word("[dog face]", 0.3, True)]),
+        question="[dog face]?" * 50,
+        answer="U+0E01 U+0E47",
+    )
+    assert not ImageChops.difference(page, named).getbbox()
+
+
+@given(st.text(max_size=30))
+def test_every_character_is_drawn_by_a_font_that_has_it(text: str) -> None:
+    shown = drawable(text)
+    assert drawable(shown) == shown
+    for file, part in fonts._runs(shown):
+        assert all(char.isspace() or fonts._has(file, char) for char in part)
+
+
+def test_a_font_says_which_characters_it_has(tmp_path: Path) -> None:
+    with fonts._SHIPPED[1].open("rb") as opened:
+        data = opened.read()
+    characters = fonts.read_characters(io.BytesIO(data))
+    covered = {c for a, b in zip(characters.starts, characters.ends, strict=True) for c in range(a, b + 1)}
+    assert {ord(c) for c in "标志の"} <= covered
+    assert ord("🐶") not in covered
+    assert not covered & set(range(0xAC00, 0xD7A4))
+    for broken in (b"", b"ttcf", data[:200], b"\0" * 500):
+        (tmp_path / "broken.ttf").write_bytes(broken)
+        fonts._characters.cache_clear()
+        assert not fonts._has(tmp_path / "broken.ttf", "a")
+
+
+def test_mixed_scripts_share_a_baseline_and_an_anchor() -> None:
+    for anchor in ("la", "lm", "rm", "ms", "rs"):
+        page = Image.new("L", (400, 100), 255)
+        write(ImageDraw.Draw(page), (200, 50), "H标H", 0, 20, anchor=anchor)  # type: ignore[arg-type]
+        plain = Image.new("L", (400, 100), 255)
+        write(ImageDraw.Draw(plain), (200, 50), "HHHH", 0, 20, anchor=anchor)  # type: ignore[arg-type]
+        bottoms = [np.nonzero((np.asarray(p) < 128).any(axis=1))[0].max() for p in (page, plain)]
+        assert abs(bottoms[0] - bottoms[1]) <= 4  # the sign reaches a little below the line
+        columns = np.nonzero((np.asarray(page) < 128).any(axis=0))[0]
+        wide = length("H标H", 20)
+        left = 200 - {"l": 0, "m": 0.5, "r": 1}[anchor[0]] * wide
+        assert left - 3 <= columns.min() <= columns.max() <= left + wide + 3
+
+
+def test_chinese_wraps_without_spaces() -> None:
+    lines = wrap("这张图片里的标志上写着什么字" * 4, 20, 300, 4)
+    assert len(lines) == 4
+    assert "".join(lines) == "这张图片里的标志上写着什么字" * 4
+
+
 @given(st.text(max_size=200), st.integers(40, 400))
 def test_text_never_leaves_its_column(text: str, width: int) -> None:
-    from ivtp.visualize.text import font
-
     for line in wrap(text, 16, width, 3):
-        assert font(16).getlength(line) <= width
-    assert font(16).getlength(shorten(text.replace("\n", " "), 16, width)) <= width
+        assert length(line, 16) <= width
+    assert length(shorten(text.replace("\n", " "), 16, width), 16) <= width

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -45,19 +44,11 @@ def parse_options(given: list[str] | None, context: typer.Context, function: Cal
     return options
 
 
-def check_asked(method: str, keep: str, options: dict[str, Any], picture: Path | None) -> None:
+def check_asked(method: str, keep: str, options: dict[str, Any]) -> None:
     """Refuse what is wrong in itself before a model is loaded."""
-    from PIL import Image
-
     from ivtp.config import PruneConfig
     from ivtp.registry import method_class
 
     PruneConfig.of(method=method, keep=parse_keep(keep), **options)
     if method != "none":
         method_class(method)
-    if picture is not None and Image.registered_extensions().get(picture.suffix.lower()) not in Image.SAVE:
-        raise ConfigError(
-            f"--picture {picture} has no suffix of an image that can be written; name a .png or .jpg file"
-        )
-    if picture is not None and not picture.parent.is_dir():
-        raise ConfigError(f"--picture {picture}: the folder {picture.parent} does not exist; create it first")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from ivtp.arguments import parse_keep, parse_options
-from ivtp.console import err, out
+from ivtp.console import err, out, quiet
 from ivtp.errors import ConfigError
+from ivtp.outputs import check_output
 
 _SIZES = "llava-1.5-7b, llava-1.5-13b, micro, or a CONFIG.json"
 
@@ -51,21 +52,21 @@ def bench(
     growth: Annotated[
         bool, typer.Option("--growth", help="Vary text, images and batch one by one: 32..4096, 1..20, 1..32.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number here.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what the --json file holds already.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number here, as JSON.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip what the --output file holds already.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves here.")] = None,
 ) -> None:
     """Time full model, oracle and methods, interleaved: prefill, first token, decoding, memory, FLOPs.
 
     The oracle is the same model that is handed the same token counts in every layer for free. Ratios are medians of
-    the ratios of each round. The file of --json is rewritten after each configuration, so --resume can go on with it.
+    the ratios of each round. The file of --output is rewritten after each configuration, so --resume can go on with it.
     """
     from ivtp.plug import attach
 
     if model is not None and geometry is not None:
         raise ConfigError("--model has its own weights and --geometry random ones; give one of them")
-    if resume and json_file is None:
-        raise ConfigError("--resume goes on with a result file; name it with --json FILE")
+    if resume and output is None:
+        raise ConfigError("--resume goes on with a result file; name it with --output FILE")
     from ivtp.benchmark.asked import Asked
 
     asked = Asked(
@@ -87,25 +88,24 @@ def bench(
         compile=compiled,
         growth=growth,
     )
-    _run(asked, json_file, resume, plot_file)
+    _run(asked, output, resume, plot_file)
 
 
-def _run(asked: Any, json_file: Path | None, resume: bool, plot_file: Path | None) -> None:
+def _run(asked: Any, output: Path | None, resume: bool, plot_file: Path | None) -> None:
     from rich.progress import Progress
 
     from ivtp.benchmark.plot import check_plot, plot
-    from ivtp.benchmark.sweep import check_output, rounds, sweep
+    from ivtp.benchmark.sweep import rounds, sweep
 
-    check_plot(plot_file)
-    check_output(json_file, "--json")
-    check_output(plot_file, "--plot")
-    _quiet()
+    check_output(output, "--output", inputs=(asked.name,))
+    check_plot(plot_file, inputs=(asked.name, output))
+    quiet()
     with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("preparing", total=rounds(asked))
         command = shlex.join(["ivtp", *sys.argv[1:]])
         document = sweep(
             asked,
-            file=json_file,
+            file=output,
             resume=resume,
             command=command,
             report=lambda done: progress.update(task, advance=1, description=done),
@@ -113,7 +113,7 @@ def _run(asked: Any, json_file: Path | None, resume: bool, plot_file: Path | Non
     _print(document)
     if plot_file is not None:
         plot(document, plot_file)
-    for file in filter(None, (json_file, plot_file)):
+    for file in filter(None, (output, plot_file)):
         err.print(f"written: {file}", markup=False, soft_wrap=True)
 
 
@@ -139,14 +139,3 @@ def _parse_layers(text: str | None) -> tuple[int, int] | None:
     except ValueError:
         raise ConfigError(f"--layers {text} is not VIT,LLM; write for example --layers 4,8") from None
     return vision, decoder
-
-
-def _quiet() -> None:
-    """Other libraries' progress bars and notes would tear this command's own bar."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)

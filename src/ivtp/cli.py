@@ -18,8 +18,9 @@ from rich.table import Table
 
 from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.bench_cli import bench
-from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
-from ivtp.errors import ConfigError, ImageError, IvtpError
+from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json, quiet
+from ivtp.door import FLAG, run
+from ivtp.outputs import PICTURES, check_folder, check_output, whole
 
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
@@ -42,14 +43,7 @@ Options = Annotated[
 
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
-    try:
-        app()
-    except IvtpError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(2 if isinstance(error, ConfigError | ImageError) else 1) from None
-    except OSError as error:
-        err.print(f"error: {error}", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+    run(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -65,6 +59,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    traceback: Annotated[bool, typer.Option(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
 ) -> None:
     """Instruction-guided visual token pruning for vision-language models."""
 
@@ -90,16 +85,19 @@ def ask(
 
     JSON keys: answer, model, method, tokens (all, kept, equivalent: mean entering and leaving the decoder's layers),
     flops (full, pruned), seconds, stages (where, layer, kept, sources: who stands for each patch, stand_ins: kept
-    places of tokens that are no patches), words (text, score, used), fallback, picture, notes (what must be known of
-    the method, such as that it is untrained).
+    places of tokens that are no patches), words (text, score, used), fallback, notes (what to know about the answer,
+    such as that the method is untrained), picture.
     """
     from ivtp.generate import ask as answer_question
+    from ivtp.generate import check_question
     from ivtp.images import load_image
 
     options = {**parse_options(option, context, answer_question), "seed": seed}
     if threshold is not None:
         options["threshold"] = threshold
-    check_asked(method, keep, options, picture)
+    check_asked(method, keep, options)
+    check_question(question)
+    check_output(picture, "--picture", suffixes=PICTURES, inputs=(image,))
     photo = load_image(image)
     loaded, processor = _load(model)
     with err.status("answering"):
@@ -114,12 +112,13 @@ def ask(
             **options,
         )
     cost = Cost.of(loaded, processor, photo, question, answer.trace)
-    if picture is not None:
-        _draw(photo, answer, loaded, question, threshold).save(picture)
     if as_json:
         print_json(answer_json(answer, cost, model=model, method=method, picture=picture))
     else:
-        print_answer(answer, cost, picture)
+        print_answer(answer, cost)
+    if picture is not None:  # behind the answer, which must not be lost with it
+        _save(_draw(photo, answer, loaded, question, threshold), picture, "--picture")
+        err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -201,6 +200,7 @@ def samples(
     """Write test scenes of the embedded model's world, with questions and answers in samples.json."""
     from ivtp.micro.world import write_samples
 
+    check_folder(folder, "FOLDER")
     with err.status("drawing"):
         files = write_samples(folder, count, split="test", seed=seed)
     for file in [*files, folder / "samples.json"]:
@@ -217,8 +217,10 @@ def demo(
     from ivtp.visualize import draw_comparison
 
     entry = json.loads((_SAMPLES / "samples.json").read_text(encoding="utf-8"))[0]
-    photo = load_image(_SAMPLES / entry["image"])
+    photo, file = load_image(_SAMPLES / entry["image"]), output / "demo.png"
+    check_folder(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
+    check_output(file, "--output")
     model, processor = _load("micro")
     out.print(f"image: {_SAMPLES / entry['image']}", markup=False, soft_wrap=True)
     rows = []
@@ -227,8 +229,8 @@ def demo(
         out.print(f"\n{question['text']}  (right answer: {question['answer']})", markup=False)
         out.print(table)
         rows.append((question["text"], panels))
-    file = output / "demo.png"
-    draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model)).save(file)
+    drawn = draw_comparison(photo, rows, threshold=_threshold(model, None), square=_square(model))
+    _save(drawn, file, "--output")
     out.print(f"\npicture: {file}", markup=False, soft_wrap=True)
 
 
@@ -261,13 +263,15 @@ def _two_questions(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _load(model: str) -> tuple[Any, Any]:
     with err.status(escape(f"loading {model}")):
-        from transformers.utils import logging
-
         from ivtp.generate import load
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet()
         return load(model)
+
+
+def _save(drawn: Any, file: Path, option: str) -> None:
+    with whole(file, option) as partial:
+        drawn.save(partial)
 
 
 def _threshold(model: Any, given: float | None) -> float:

@@ -74,8 +74,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < low):
                 raise ConfigError(f"{name}={value!r} is not a number of layers; use a whole number from {low} up")
-        if not _is_int(self.seed) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up to 2**64 - 1")
         if self.threshold is not None and not _is_cosine(self.threshold):
             raise ConfigError(f"threshold={self.threshold!r} is not a cosine; use a number from -1 to 1 (default 0.2)")
         for name, accepted in _CHOICES.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ivtp.door import printable
+
 if TYPE_CHECKING:
     from ivtp.cost import FlopsReport
     from ivtp.generate import Answer
-    from ivtp.trace import PruneTrace
+    from ivtp.trace import PruneTrace, Word
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -58,19 +61,31 @@ class Cost:
         return f"{self.pruned / size:.1f} {unit}{saved}"
 
 
-def print_answer(answer: Answer, cost: Cost, picture: Path | None) -> None:
+def print_answer(answer: Answer, cost: Cost) -> None:
     """The answer on the standard output, everything about it on the standard error."""
     out.print(answer.text, markup=False, soft_wrap=True)
     time = f"{1000 * answer.seconds:.0f} ms"
     err.print(f"{cost.tokens()} visual tokens, prefill {cost.flops()}, {time}", markup=False)
     words = answer.trace.words[0] if answer.trace and answer.trace.words else []
     if words:
-        used = ", ".join(f"{w.text} {w.score:.2f}" for w in words if w.used)
-        err.print(f"guided by: {used or 'the image alone, no word passed the threshold'}", markup=False)
-    for note in answer.trace.notes if answer.trace else ():
-        err.print(f"note: {note}", markup=False)
-    if picture is not None:
-        err.print(f"picture: {picture}", markup=False, soft_wrap=True)
+        used = guided_by(words) or "the image alone, no word passed the threshold"
+        err.print(f"guided by: {used}", markup=False)
+    for note in answer.notes:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def guided_by(words: Sequence[Word], most: int = 10) -> str:
+    """The words of the pseudo CLS token with their relevance, each once: the `most` relevant ones, as they were asked.
+
+    For example "left 0.31, dog 0.24".
+    """
+    best: dict[str, float] = {}
+    for word in words:
+        if word.used:
+            best[word.text] = max(word.score, best.get(word.text, word.score))
+    shown = set(sorted(best, key=lambda text: -best[text])[:most])
+    named = ", ".join(f"{printable(text)} {score:.2f}" for text, score in best.items() if text in shown)
+    return named + (f" and {len(best) - most} less relevant words" if len(best) > most else "")
 
 
 def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture: Path | None) -> dict[str, Any]:
@@ -95,8 +110,8 @@ def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture:
         ],
         "words": [asdict(word) for word in (trace.words[0] if trace and trace.words else [])],
         "fallback": bool(trace and trace.fallback and trace.fallback[0]),
+        "notes": list(answer.notes),
         "picture": None if picture is None else str(picture),
-        "notes": list(trace.notes if trace else ()),
     }
 
 
@@ -133,8 +148,27 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
 
 
 def print_json(document: Any) -> None:
-    """One document on the standard output, whatever the width of the terminal."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    """One document on the standard output, whatever the terminal's width; escapes where it has no such characters."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def quiet() -> None:
+    """Other libraries' progress bars and notes would tear a command's own; what goes wrong is said in its one line."""
+    import logging
+
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (transformers_logging, hub_logging):
+        library.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
 
 def _unit(flops: float) -> tuple[float, str]:

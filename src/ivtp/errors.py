@@ -9,8 +9,10 @@ class IvtpError(Exception):
 
 def short_reason(error: BaseException) -> str:
     """What another library says went wrong, in at most one short line."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 160 else lines[0][:157] + "..."
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    if first.endswith(":") and rest:  # a heading alone says nothing
+        first = f"{first} {rest[0].strip()}"
+    return first if len(first) <= 160 else first[:157] + "..."
 
 
 class ConfigError(IvtpError, ValueError):
@@ -35,3 +37,7 @@ class ImageError(IvtpError, ValueError):
 
 class LoadError(IvtpError, OSError):
     """A model, processor or CLIP text side could not be loaded."""
+
+
+class OutputError(IvtpError, OSError):
+    """A result is there, but its file could not be written."""

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ivtp.errors import ImageError, short_reason
 
 _ACCEPTED = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+_MAX_BYTES = 1 << 30
+"""Of a file: more than its largest image would take without any compression."""
 _MAX_ASPECT = 100
 """Long over short side: processors scale the short side up to 336, a 1 x 9000 strip to a gigapixel."""
 
@@ -38,7 +40,8 @@ def _read(source: str | Path) -> bytes:
     path = Path(source)
     try:
         kind = "a directory" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None
-        data = b"" if kind else path.read_bytes()
+        size = 0 if kind else path.stat().st_size
+        data = b"" if kind or size > _MAX_BYTES else path.read_bytes()
     except FileNotFoundError:
         raise ImageError(f"'{path}' does not exist; check the path of the image") from None
     except (OSError, UnicodeError) as error:
@@ -48,6 +51,8 @@ def _read(source: str | Path) -> bytes:
         raise ImageError(f"{str(source)!r} is no file name; check the path of the image") from None
     if kind:
         raise ImageError(f"'{path}' is {kind}; name one image file ({_ACCEPTED})")
+    if size > _MAX_BYTES:
+        raise ImageError(f"'{path}' has {size / 1e9:.1f} GB, too much for an image; name one image file ({_ACCEPTED})")
     return data
 
 
@@ -70,6 +75,8 @@ def _open(data: bytes, name: str) -> Image.Image:
             raise ImageError(f"{name} is not an image that can be read; use {_ACCEPTED}") from None
         except ImageError:
             raise
+        except MemoryError:
+            raise ImageError(f"{name} takes more memory than there is; scale it down") from None
         except Exception as error:  # decoders of damaged files raise anything, struct.error or IndexError
             raise _damaged(name, error) from None
 

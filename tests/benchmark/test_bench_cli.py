@@ -40,7 +40,7 @@ def few(geometry: Path) -> tuple[object, ...]:
 
 def test_tables_on_stdout_and_files_beside(bench: Run, few: tuple[object, ...], tmp_path: Path) -> None:
     numbers, picture = tmp_path / "out.json", tmp_path / "out.png"
-    code, out, err = bench(*few, "--method", "ivtp", "--method", "topk", "--json", numbers, "--plot", picture)
+    code, out, err = bench(*few, "--method", "ivtp", "--method", "topk", "--output", numbers, "--plot", picture)
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0].startswith(str(few[1]))
@@ -53,8 +53,8 @@ def test_tables_on_stdout_and_files_beside(bench: Run, few: tuple[object, ...], 
     assert document["command"].startswith("ivtp bench --geometry ")
     assert document["asked"]["layers"] == [3, 4]
     assert picture.stat().st_size > 1000
-    assert bench(*few, "--method", "ivtp", "--method", "topk", "--json", numbers, "--resume")[0] == 0
-    code, _, err = bench(*few, "--method", "ivtp", "--json", numbers, "--resume")
+    assert bench(*few, "--method", "ivtp", "--method", "topk", "--output", numbers, "--resume")[0] == 0
+    code, _, err = bench(*few, "--method", "ivtp", "--output", numbers, "--resume")
     assert code == 2
     assert "methods" in err
 
@@ -92,9 +92,13 @@ def test_growth_prints_how_fast_scoring_grows(bench: Run, few: tuple[object, ...
         (["--option", "keep=8"], "use --keep"),
         (["--option", "where=layers"], "read by none"),
         (["--option", "guide=instruction"], "processor"),
-        (["--json", "nowhere/out.json"], "does not exist"),
+        (["--output", "nowhere/out.json"], "does not exist"),
+        (["--output", "/proc/out.json"], "cannot be written"),
+        (["--output", "--compile"], "is followed by --compile"),
         (["--plot", "out.docx"], "suffixes"),
-        (["--resume"], "--json"),
+        (["--plot", "/proc/out.png"], "cannot be written"),
+        (["--output", "out.png", "--plot", "out.png"], "would overwrite"),
+        (["--resume"], "--output"),
     ],
 )
 def test_bad_arguments_are_one_line_and_code_2(bench: Run, geometry: Path, arguments: list[str], words: str) -> None:
@@ -105,6 +109,14 @@ def test_bad_arguments_are_one_line_and_code_2(bench: Run, geometry: Path, argum
     assert len(err.strip().splitlines()) == 1, err
     assert err.startswith("error: ")
     assert words in err
+
+
+def test_the_sizes_that_are_read_are_not_overwritten(bench: Run, geometry: Path) -> None:
+    before = geometry.read_text()
+    code, _, err = bench("--geometry", geometry, "--keep", "6", "--output", geometry)
+    assert code == 2
+    assert "would overwrite" in err
+    assert geometry.read_text() == before
 
 
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--batch", "0"], ["--text", "x"], ["--no-such-option"]])
@@ -121,7 +133,7 @@ def test_an_interruption_writes_nothing_half(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sweeping, "measure", interrupt)
-    code, out, _ = bench(*few, "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png")
+    code, out, _ = bench(*few, "--output", tmp_path / "out.json", "--plot", tmp_path / "out.png")
     assert code != 0
     assert out == ""
     assert list(tmp_path.iterdir()) == []

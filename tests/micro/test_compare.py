@@ -47,7 +47,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[compare.Run]:
 
 
 def command(model: Path, target: Path, *more: str) -> list[str]:
-    return [*FEW, "--model", str(model), "--keep", "16", "--json", str(target), *more]
+    return [*FEW, "--model", str(model), "--keep", "16", "--output", str(target), *more]
 
 
 def rows_of(target: Path) -> list[dict[str, Any]]:

@@ -104,12 +104,12 @@ def test_answers_are_read_from_generate(lvlm) -> None:
 
 
 def test_the_command_measures_and_writes_files(folder: Path, tmp_path: Path) -> None:
-    files = {"--json": tmp_path / "out.json", "--markdown": tmp_path / "out.md"}
+    files = {"--output": tmp_path / "out.json", "--markdown": tmp_path / "out.md"}
     command = ["--model", str(folder), "--by-type", "--coverage", "2", "--questions", "2"]
     command += [str(x) for pair in files.items() for x in pair]
     result = CliRunner().invoke(evaluate.app, command)
     assert result.exit_code == 0, result.output
-    content = json.loads(files["--json"].read_text())
+    content = json.loads(files["--output"].read_text())
     assert len(content["tables"]) == 2
     assert files["--markdown"].read_text().count("###") == 2
 

@@ -86,7 +86,7 @@ def test_the_command_measures_all_gates(
     # random weights never end an answer by themselves
     monkeypatch.setattr(gates, "answer_about", partial(answer_about, longest=2))
     monkeypatch.setattr(gates, "ask", partial(ask, max_new_tokens=2))
-    command = ["--model", str(folder), "--questions", "1", "--threads", "1", "--json", str(target)]
+    command = ["--model", str(folder), "--questions", "1", "--threads", "1", "--output", str(target)]
     result = CliRunner().invoke(gates.app, command)
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]

@@ -77,6 +77,7 @@ class Asked:
             raise ConfigError("--layers takes a slice of random weights; name their sizes with --geometry")
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype {self.dtype} is unknown; use one of {', '.join(DTYPES)}")
+        PruneConfig(seed=self.seed)  # refuses what is no seed
         if len(set(self.methods)) != len(self.methods):
             raise ConfigError(f"--method {' '.join(self.methods)} names a method twice; name each once")
         if self.growth and len(self.keeps) > 1:

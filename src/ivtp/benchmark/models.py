@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ivtp.benchmark.asked import Asked
+from ivtp.checkpoint import LOADING
 from ivtp.errors import ConfigError
 from ivtp.generate import check_device, load
 from ivtp.hosts.base import Host
@@ -106,7 +107,7 @@ def random_model(config: Any, *, dtype: torch.dtype, device: str, seed: int) -> 
     from accelerate import init_empty_weights
     from transformers import AutoModelForImageTextToText
 
-    with init_empty_weights(include_buffers=False):
+    with LOADING, init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     draw = torch.Generator(device).manual_seed(seed)
     for module in model.modules():

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ivtp.benchmark.growth import AXES, steps
 from ivtp.benchmark.results import Document, Row
-from ivtp.errors import ConfigError
+from ivtp.outputs import check_output, need_matplotlib, whole
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def check_plot(file: Path | None) -> None:
-    """Refuse a file or an installation that could not be drawn with, before anything is measured."""
+def check_plot(file: Path | None, inputs: Iterable[object] = ()) -> None:
+    """Refuse a file or an installation that could not be drawn with, before anything is measured.
+
+    `inputs`: what the command reads or also writes.
+    """
     if file is None:
         return
-    if file.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"--plot {file} has none of the suffixes {', '.join(SUFFIXES)}; name such a file")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib; install it with: pip install 'ivtp[train]'") from None
+    check_output(file, "--plot", suffixes=SUFFIXES, inputs=inputs)
+    need_matplotlib("--plot")
 
 
 def plot(document: Document, file: Path) -> None:
     """Latency against keep, or what grows along each axis. The file is written whole or not at all."""
     figure = _growth(document) if document["growth"] else _latency(document)
-    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
-    try:
+    with whole(file, "--plot") as partial:
         figure.savefig(partial, dpi=120)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _latency(document: Document) -> Any:

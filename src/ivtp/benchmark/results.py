@@ -22,6 +22,7 @@ from ivtp.benchmark.parts import PARTS
 from ivtp.benchmark.runs import oracle_of
 from ivtp.errors import ConfigError, short_reason
 from ivtp.machine import processor_name
+from ivtp.outputs import write_text
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -71,12 +72,7 @@ def read_document(file: Path, asked: Asked, machine: dict[str, Any]) -> Document
 
 def write_document(file: Path, document: Document) -> None:
     """Write all or nothing: an interrupted write leaves the former file."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(file, json.dumps(document, indent=1) + "\n", "--output")
 
 
 def describe_machine(device: str, threads: int | None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from ivtp.benchmark.prompts import make_prompt
 from ivtp.benchmark.results import Document, Row, describe_machine, new_document, read_document, result_of
 from ivtp.benchmark.results import write_document as write
 from ivtp.benchmark.runs import Runs, config_for, make_runs
-from ivtp.errors import ConfigError
 from ivtp.generate import check_device
 from ivtp.registry import method_class
 
@@ -95,10 +94,3 @@ def _measure(subject: Subject, asked: Asked, point: Point, runs: Runs, report: R
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return {**dataclasses.asdict(point), "error": "out of memory"}
-
-
-def check_output(file: Path | None, option: str) -> None:
-    """Refuse a file that could not be written once everything is measured."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        what = "is a folder" if file.is_dir() else f"lies in a folder that does not exist ({file.parent})"
-        raise ConfigError(f"{option} {file} {what}; name a file in a folder that exists")

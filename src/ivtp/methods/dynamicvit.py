@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,7 +48,7 @@ class DynamicVit(Method):
         super().__init__(config, geometry)
         self.predictors = Predictors(geometry.vision_hidden, len(self.plan.cuts), config.seed)
         if self.options.predictors is not None:
-            self.predictors.load(Path(self.options.predictors))
+            self.predictors.load(Path(str(self.options.predictors)))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ class Predictors(nn.ModuleList):
         """Read trained weights. Raises `ConfigError` for a file that is not there or holds other tensors."""
         try:
             self.load_state_dict(load_file(file))
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{file} holds no predictors of this encoder ({reason}); leave predictors out") from None
 

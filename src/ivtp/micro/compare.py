@@ -10,7 +10,8 @@ among processes (small models make poor use of more than one thread); finished o
 from __future__ import annotations
 
 import hashlib
-import json as json_module
+import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -30,13 +31,17 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
 
+from ivtp.config import PruneConfig
 from ivtp.cost import flops, prompt_tokens
+from ivtp.door import run
+from ivtp.errors import short_reason
 from ivtp.generate import complete, load, prompt_for
 from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.formats.base import Example
 from ivtp.micro.scoring import Dtype, Table, write_json
 from ivtp.micro.units import Unit, by_format, collect
+from ivtp.outputs import check_output, write_text
 from ivtp.plug import Pruner, attach
 from ivtp.registry import list_formats, list_methods, method_class
 from ivtp.sizes import sizes
@@ -230,20 +235,25 @@ console = Console()
 def main(
     model: Annotated[str, typer.Option(help='"micro", or a folder with an exported model')] = "micro",
     method: Annotated[list[str] | None, typer.Option(help="a method (repeat); default: all")] = None,
-    keep: Annotated[list[int] | None, typer.Option(help="visual tokens that stay (repeat); default: 16 64 128")] = None,
-    questions: Annotated[int, typer.Option(help="test questions, a multiple of 12 is taken")] = 1000,
+    keep: Annotated[
+        list[int] | None, typer.Option(min=1, help="visual tokens that stay (repeat); default: 16 64 128")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="test questions, a multiple of 12 is taken")] = 1000,
     positions: Annotated[str, typer.Option(help="original or compact")] = "original",
-    batch: Annotated[int, typer.Option(help="questions a batch")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="questions a batch")] = 16,
     dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
-    workers: Annotated[int, typer.Option(help="processes that share the methods, one CPU thread each")] = 2,
-    threads: Annotated[int, typer.Option(help="CPU threads while milliseconds are measured")] = 2,
-    resume: Annotated[bool, typer.Option("--resume", help="go on behind what the JSON file holds")] = False,
-    json: Annotated[Path | None, typer.Option(help="file for all numbers, rewritten after every method")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes that share the methods, one CPU thread each")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads while milliseconds are measured")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="go on behind what the --output file holds")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all numbers, rewritten after every method")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
-    names = method or [*list_methods()]
-    for name in names:
-        method_class(name)  # refuses what is no method
+    check_output(output, "--output", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(model, output))
+    names, keeps = method or [*list_methods()], keep or [16, 64, 128]
+    for name, count in itertools.product(names, keeps):  # refuses what can be known before a model is loaded
+        method_class(name)
+        PruneConfig.of(method=name, keep=count, positions=positions).tokens(world.GRID**2)
     _set_up(threads)
     start = (model, questions, batch, dtype)
     bench = Bench(*start)
@@ -251,16 +261,16 @@ def main(
     about = {"model": model, "questions": count, "positions": positions, "dtype": str(bench.model.dtype)}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "weights": _digest(bench.model)}
     about["machine"] = f"{processor_name()}, {threads} CPU threads"
-    rows = _finished(json, about) if resume and json else []
+    rows = _finished(output, about) if resume and output else []
     done = [(row["method"], row["keep"]) for row in rows]
-    wanted = [("none", world.GRID**2), *((name, k) for k in keep or (16, 64, 128) for name in names)]
+    wanted = [("none", world.GRID**2), *((name, k) for k in keeps for name in names)]
     runs = list(dict.fromkeys([*wanted, *done]))
     left = [run for run in runs if run not in done]
     found = measure_all(left, positions, workers, start) if left else ()
     for row in track(found, "methods", total=len(left), console=console):
         rows.append(row)
-        if json is not None:
-            write_json(json, [Table("methods", rows)], about)
+        if output is not None:
+            write_json(output, [Table("methods", rows)], about)
     rows.sort(key=lambda row: runs.index((row["method"], row["keep"])))
     times = time_prefills(bench, runs, positions)
     for row in rows:
@@ -268,11 +278,10 @@ def main(
     asked = f"{count} questions, {positions} positions, {str(bench.model.dtype).removeprefix('torch.')}"
     text = "\n".join(table.markdown() for table in tables(rows, asked))
     console.print(Markdown(text))
-    if json is not None:
-        write_json(json, [Table("methods", rows)], about)
+    if output is not None:
+        write_json(output, [Table("methods", rows)], about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 def _digest(model: Any) -> str:
@@ -283,16 +292,19 @@ def _digest(model: Any) -> str:
     return digest.hexdigest()[:12]
 
 
-def _finished(json: Path, about: dict[str, Any]) -> list[Row]:
+def _finished(file: Path, about: dict[str, Any]) -> list[Row]:
     """The rows of a file that was measured in the same way; none where there is no file."""
-    if not json.is_file():
+    if not file.is_file():
         return []
-    found = json_module.loads(json.read_text())
-    if found["about"] != about:
-        raise typer.BadParameter(f"{json} was measured with {found['about']}; give another --json, or no --resume")
-    rows: list[Row] = found["tables"][0]["rows"]
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        measured, rows = found["about"], list(found["tables"][0]["rows"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise typer.BadParameter(f"--resume: {file} holds no comparison ({short_reason(error)})") from None
+    if measured != about:
+        raise typer.BadParameter(f"{file} was measured with {measured}; give another --output, or no --resume")
     return rows
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

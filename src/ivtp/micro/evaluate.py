@@ -16,10 +16,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ivtp.config import PruneConfig
+from ivtp.door import run
 from ivtp.generate import complete, load, prompt_for
 from ivtp.machine import processor_name
 from ivtp.micro import world
 from ivtp.micro.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
+from ivtp.outputs import check_output, write_text
 from ivtp.plug import attach
 
 LONGEST_ANSWER = 48  # tokens
@@ -119,19 +122,22 @@ console = Console()
 def main(
     model: Annotated[str, typer.Option(help='"micro", or a folder with an exported model')] = "micro",
     by_type_: Annotated[bool, typer.Option("--by-type", help="exact match by question type")] = False,
-    coverage: Annotated[int, typer.Option(help="photos for the coverage count, 0 to leave it out")] = 0,
+    coverage: Annotated[int, typer.Option(min=0, help="photos for the coverage count, 0 to leave it out")] = 0,
     keep: Annotated[int, typer.Option(help="visual tokens that stay")] = 64,
-    questions: Annotated[int, typer.Option(help="test questions of each table")] = 1000,
+    questions: Annotated[int, typer.Option(min=1, help="test questions of each table")] = 1000,
     split: Annotated[str, typer.Option(help="test or validation")] = "test",
-    seed: Annotated[int, typer.Option(help="which questions")] = 0,
-    batch: Annotated[int, typer.Option(help="questions a batch")] = 8,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="which questions")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="questions a batch")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all numbers")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
     if not (by_type_ or coverage):
         raise typer.BadParameter("nothing to measure; give --by-type or --coverage N")
+    PruneConfig(keep=keep).tokens(world.GRID**2)
+    check_output(output, "--output", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(model, output))
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     lvlm, processor = load(model, dtype=dtype)
@@ -162,12 +168,11 @@ def main(
     }
     text = "\n".join(table.markdown() for table in tables)
     console.print(Markdown(text))
-    if json is not None:
-        write_json(json, tables, about)
+    if output is not None:
+        write_json(output, tables, about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -24,6 +24,8 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, CLIPModel
 
+from ivtp.checkpoint import LOADING
+from ivtp.door import run
 from ivtp.generate import ask, load
 from ivtp.machine import processor_name
 from ivtp.micro import world
@@ -35,6 +37,7 @@ from ivtp.micro.vision_data import keyword_table, make_batch
 from ivtp.micro.vision_eval import retrieved, roc_auc, word_scores
 from ivtp.micro.vision_model import encode_windows
 from ivtp.micro.world.photo import take_photo
+from ivtp.outputs import check_output, write_text
 from ivtp.sizes import MICRO
 
 Report = Callable[[], None]
@@ -118,7 +121,8 @@ def _mean_difference(pairs: list[tuple[float, float]]) -> float:
 
 def clip_gate(folder: Path, photos: int) -> Table:
     """Retrieval among ``photos`` test photos, and how well words for visible objects are told from absent ones."""
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with LOADING:
+        clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     table = keyword_table(tokenizer)
     taken = [take_photo("test", index) for index in range(photos)]
@@ -167,16 +171,18 @@ console = Console()
 @app.command(help=__doc__)
 def main(
     model: Annotated[str, typer.Option(help='"micro", or a folder with an exported model')] = "micro",
-    questions: Annotated[int, typer.Option(help="questions of every format")] = 300,
+    questions: Annotated[int, typer.Option(min=1, help="questions of every format")] = 300,
     gate: Annotated[list[int] | None, typer.Option(help="gates to measure (repeat); default: all")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
     dtype: Annotated[Dtype, typer.Option(help="what to compute in; auto is float32")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="file for all numbers")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for all numbers")] = None,
     markdown: Annotated[Path | None, typer.Option(help="file for the tables")] = None,
 ) -> None:
     gates = gate or [1, 2, 3, 4, 5]
     if unknown := [number for number in gates if number not in range(1, 6)]:
         raise typer.BadParameter(f"no gate {unknown[0]}; use 1 to 5")
+    check_output(output, "--output", inputs=(model,))
+    check_output(markdown, "--markdown", inputs=(model, output))
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tables = [speed(model, dtype)] if 5 in gates else []
@@ -200,11 +206,10 @@ def main(
     console.print(Markdown(text))
     about = {"model": model, "questions": questions, "dtype": str(lvlm.dtype), "torch": torch.__version__}
     about["machine"] = f"{processor_name()}, {threads} CPU threads"
-    if json is not None:
-        write_json(json, tables, about)
+    if output is not None:
+        write_json(output, tables, about)
     if markdown is not None:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text)
+        write_text(markdown, text, "--markdown")
 
 
 def formats_gate(model: Any, processor: Any, questions: int, report: Report) -> Table:
@@ -243,4 +248,4 @@ def oracle_gate(model: Any, processor: Any, questions: int, report: Report) -> l
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

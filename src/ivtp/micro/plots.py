@@ -5,11 +5,17 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from ivtp.outputs import need_matplotlib, whole
+
 _LEFT_OUT = ("step", "minutes", "seconds", "images", "level", "window", "rate", "box_error_px")
 
 
 def plot_log(log: Path) -> Path:
-    """Writes ``LOG.png``: columns that stay within 0..1 are drawn as shares, the others as losses."""
+    """Writes ``LOG.png``: columns that stay within 0..1 are drawn as shares, the others as losses.
+
+    Raises `ConfigError` without matplotlib.
+    """
+    need_matplotlib("plot")
     from matplotlib.figure import Figure
 
     with log.open(newline="") as file:
@@ -32,5 +38,6 @@ def plot_log(log: Path) -> Path:
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
     target = log.with_suffix(".png")
-    figure.savefig(target, dpi=100)
+    with whole(target, "plot:") as partial:
+        figure.savefig(partial, dpi=100)
     return target

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ivtp.errors import ConfigError
 from ivtp.micro import world
 from ivtp.micro.world.photo import Photo, take_photo
+from ivtp.outputs import write_text
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 RESAMPLES = 1000
@@ -132,5 +133,5 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 def write_json(path: Path, tables: list[Table], about: dict[str, Any]) -> None:
     """All tables and what they were measured on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about, "tables": [vars(table) for table in tables]}, indent=2) + "\n")
+    document = {"about": about, "tables": [vars(table) for table in tables]}
+    write_text(path, json.dumps(document, indent=2) + "\n", "--output")

@@ -22,7 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import distributed
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
+from ivtp.door import run
 from ivtp.errors import ConfigError
+from ivtp.generate import check_device
 from ivtp.micro import recipe
 from ivtp.micro.decoder import DecoderOptions, SymbolicImage, train_decoder
 from ivtp.micro.features import FeatureStore, build_store
@@ -33,21 +35,22 @@ from ivtp.micro.projector import Projector
 from ivtp.micro.recipe import SIZES
 from ivtp.micro.stages import StageOptions, align_projector, train_stage
 from ivtp.micro.threshold import choose_threshold
+from ivtp.outputs import check_folder
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 console = Console()
 
 Out = Annotated[Path, typer.Option(help="folder of all checkpoints and logs")]
-Steps = Annotated[int | None, typer.Option(help="length in steps (repeats exactly)")]
-Minutes = Annotated[float | None, typer.Option(help="length by the clock; the schedule follows it")]
+Steps = Annotated[int | None, typer.Option(min=1, help="length in steps (repeats exactly)")]
+Minutes = Annotated[float | None, typer.Option(min=0, help="length by the clock; the schedule follows it")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue this stage from its checkpoint")]
 Weights = Annotated[Path | None, typer.Option(help="checkpoint whose weights a new run starts from")]
-Scenes = Annotated[int, typer.Option(help="photos a batch and process")]
-Images = Annotated[int, typer.Option(help="training photos whose features are stored, 221 KB each")]
+Scenes = Annotated[int, typer.Option(min=1, help="photos a batch and process")]
+Images = Annotated[int, typer.Option(min=1, help="training photos whose features are stored, 221 KB each")]
 Asset = Annotated[Path, typer.Option(help="exported folder")]
 SizeName = Annotated[str, typer.Option("--size", help=f"sizes of the model: {', '.join(SIZES)}")]
-Seed = Annotated[int, typer.Option(help="seed of data and initialisation")]
-Threads = Annotated[int, typer.Option(help="CPU threads of this process")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="seed of data and initialisation")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of this process")]
 Device = Annotated[str, typer.Option(help="cpu or cuda")]
 MuonRate = Annotated[float, typer.Option(help="rate of the hidden matrices")]
 AdamRate = Annotated[float, typer.Option(help="rate of everything else")]
@@ -74,8 +77,15 @@ def _joined() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stage(name: str, threads: int, seed: int) -> Iterator[Callable[[float, str], None]]:
-    """Seeds, joins the processes of torchrun, and shows a progress bar; yields its ``report(fraction, text)``."""
+def _stage(
+    name: str, out: Path, threads: int, seed: int, device: str = "cpu"
+) -> Iterator[Callable[[float, str], None]]:
+    """Seeds, joins the processes of torchrun, and shows a progress bar; yields its ``report(fraction, text)``.
+
+    What could not work is refused first: a folder that takes no file, a device that is not there.
+    """
+    check_folder(out, "--out")
+    check_device(device)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     columns = (TextColumn(name), BarColumn(), TextColumn("{task.percentage:.1f}%"), TimeElapsedColumn())
@@ -105,6 +115,8 @@ def vision(
     """Contrastive and dense training of the CLIP."""
     from ivtp.micro.vision import Recipe, Trainer
 
+    check_folder(out, "--out")
+    check_device(device)
     torch.set_num_threads(threads)
     sizes = _size(size)
     options = Recipe(
@@ -125,7 +137,7 @@ def decoder(
     out: Out = RUNS,
     size: SizeName = "micro",
     weights: Weights = None,
-    level: Annotated[int, typer.Option(help="curriculum step to begin at, 0..3")] = 0,
+    level: Annotated[int, typer.Option(min=0, max=3, help="curriculum step to begin at, 0..3")] = 0,
     minutes: Minutes = None,
     steps: Steps = None,
     resume: Resume = False,
@@ -138,7 +150,7 @@ def decoder(
     device: Device = DEVICE,
 ) -> None:
     """The decoder's language pre-training, on symbolic scenes."""
-    with _stage("decoder", threads, seed) as report:
+    with _stage("decoder", out, threads, seed, device) as report:
         tokenizer, sizes = recipe.tokenizer_in(out), _size(size)
         if weights is None or resume:
             model = build_decoder(tokenizer, layers=sizes.layers, width=sizes.width)
@@ -163,7 +175,7 @@ def features(
     out: Out = RUNS, images: Images = 6000, seed: Seed = 0, threads: Threads = 1, device: Device = DEVICE
 ) -> None:
     """Patch features of the first training photos."""
-    with _stage("features", threads, seed) as report:
+    with _stage("features", out, threads, seed, device) as report:
         folder, dtype = out / "vision" / "clip", compute_dtype(torch.device(device))
         tower = CLIPModel.from_pretrained(folder, dtype=dtype).vision_model.to(device).eval()
         images_of = CLIPImageProcessor.from_pretrained(folder)
@@ -173,13 +185,13 @@ def features(
 @app.command()
 def align(
     out: Out = RUNS,
-    images: Annotated[int, typer.Option(help="photos of the regression")] = 600,
-    steps: Annotated[int, typer.Option(help="steps of the regression")] = 2000,
+    images: Annotated[int, typer.Option(min=1, help="photos of the regression")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="steps of the regression")] = 2000,
     seed: Seed = 0,
     threads: Threads = 1,
 ) -> None:
     """Initialises the projector by regression onto the symbolic embeddings."""
-    with _stage("align", threads, seed) as report:
+    with _stage("align", out, threads, seed) as report:
         store, symbolic = FeatureStore(out / "features"), recipe.symbolic_from(out / "decoder.pt")
         projector = Projector(store.width, symbolic.width)
         error = align_projector(projector, symbolic, store, images=images, steps=steps, seed=seed, report=report)
@@ -199,7 +211,7 @@ def _llava_stage(
     threads: int,
     device: str,
 ) -> None:
-    with _stage(f"stage {stage}", threads, loop.seed) as report:
+    with _stage(f"stage {stage}", out, threads, loop.seed, device) as report:
         tokenizer, path = recipe.tokenizer_in(out), out / f"stage{stage}.pt"
         start = path if resume else start
         projector, model = recipe.projector_from(start).to(device), recipe.decoder_from(start, tokenizer)
@@ -254,6 +266,7 @@ def stage2(
 @app.command()
 def export(out: Out = RUNS, weights: Weights = None, asset: Asset = ASSET, threads: Threads = 1) -> None:
     """Writes the stock checkpoint folder; the relevance threshold is chosen on validation photos."""
+    check_folder(asset, "--asset")
     torch.set_num_threads(threads)
     checkpoint, folder = weights or out / "stage2.pt", out / "vision" / "clip"
     tokenizer, clip = recipe.tokenizer_in(out), CLIPModel.from_pretrained(folder).eval()
@@ -269,8 +282,10 @@ def export(out: Out = RUNS, weights: Weights = None, asset: Asset = ASSET, threa
 def llava(
     out: Out = RUNS,
     images: Images = 6000,
-    minutes: Annotated[float | None, typer.Option(help="length of stage 2; stage 1 gets a tenth of it")] = None,
-    steps: Annotated[int | None, typer.Option(help="length of stage 2 in steps; stage 1 gets a tenth of it")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="length of stage 2; stage 1 gets a tenth of it")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="length of stage 2 in steps; stage 1 gets a tenth of it")
+    ] = None,
     scenes: Scenes = 8,
     asset: Asset = ASSET,
     resume: Annotated[bool, typer.Option("--resume", help="skip what is finished, continue what is not")] = False,
@@ -278,6 +293,7 @@ def llava(
     device: Device = DEVICE,
 ) -> None:
     """From the tower and the pre-trained decoder to the asset: features, align, stage 1, stage 2, export."""
+    check_folder(asset, "--asset")
     short = (None if minutes is None else minutes / 10, None if steps is None else max(1, steps // 10))
     with _joined():
         features(out, images, threads=threads, device=device)
@@ -297,6 +313,7 @@ def llava(
 @app.command()
 def unpack(out: Out = RUNS, asset: Asset = ASSET, seed: Seed = 0) -> None:
     """Turns an exported folder into a run to go on from: tokenizer, ``vision/clip`` and ``stage2.pt``."""
+    check_folder(out, "--out")
     torch.manual_seed(seed)
     try:
         new = recipe.unpack(asset, out)
@@ -319,4 +336,4 @@ def plot(out: Out = RUNS) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    run(app)

@@ -11,11 +11,20 @@ from PIL import Image, ImageDraw
 
 from ivtp.errors import ConfigError
 from ivtp.trace import PruneTrace
-from ivtp.visualize.patches import OUTLINE, Fate, as_seen, fates, paint
-from ivtp.visualize.text import INK, MUTED, Bars, font, shorten, wrap
+from ivtp.visualize.fonts import write
+from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, outline, paint
+from ivtp.visualize.text import INK, MUTED, Bars, shorten, wrap
 
 _MARGIN = 24
 _SIDE = 432
+_PITCH = 22
+"""Pixels from line to line of a legend."""
+_NAMES = {
+    Fate.KEPT: "kept",
+    Fate.MERGED: "merged into a kept one",
+    Fate.DROPPED_IN_DECODER: "dropped in the decoder (stage 2)",
+    Fate.DROPPED_IN_ENCODER: "dropped in the vision encoder (stage 1)",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,10 @@ def draw(
     threshold: float | None = None,
     square: int = 336,
 ) -> Image.Image:
-    """Kept patches in colour, dropped ones dimmed, and the relevance of every word of the instruction.
+    """Kept patches in colour, merged and dropped ones dimmed, and the relevance of every word of the instruction.
+
+    Patches are counted below each picture; a picture that is no square is shown as the model saw it, and the share that
+    was cut off is said.
 
     `image`: the picture of sample `row`, or all of them in the order of the prompt. `square`: side in
     pixels of the model's input, to which each picture is scaled and cropped. `threshold`: drawn as a line
@@ -56,15 +68,19 @@ def draw(
     head = wrap(question, 20, width - 2 * _MARGIN, 3) if question else []
     foot = wrap(f"Answer: {answer}", 18, pictures_width, 4) if answer else []
     top = _MARGIN + 28 * len(head) + (8 if head else 0)
-    below = top + panels[0].height + 12
-    height = below + 3 * 22 + 26 * len(foot) + _MARGIN
+    crops = [cut_off(picture) for picture in pictures]
+    below = top + panels[0].height + 12 + (_PITCH if any(crops) else 0)
+    legend = _PITCH * max(3, *(len(np.unique(fate)) for fate in maps))
+    height = below + legend + 26 * len(foot) + _MARGIN
     page = Image.new("RGB", (width, max(height, top + bars.height + _MARGIN if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
-    for m, panel in enumerate(panels):
-        page.paste(panel, (_MARGIN + m * (panel.width + _MARGIN), top))
-    _legend(page, np.stack(maps), _MARGIN, below)
-    _lines(pen, foot, _MARGIN, below + 3 * 22 + 6, 18, 26)
+    for m, (panel, crop) in enumerate(zip(panels, crops, strict=True)):
+        left = _MARGIN + m * (panel.width + _MARGIN)
+        page.paste(panel, (left, top))
+        write(pen, (left, below - _PITCH), shorten(crop, 14, panel.width), MUTED, 14)
+        _legend(page, maps[m], left, below)
+    _lines(pen, foot, _MARGIN, below + legend + 6, 18, 26)
     if bars:
         bars.draw(page, _MARGIN + pictures_width + _MARGIN, top)
     return page
@@ -83,7 +99,8 @@ def draw_comparison(
     """
     if not rows or not all(panels for _, panels in rows):
         raise ConfigError("a comparison needs at least one question with at least one panel")
-    strips = [_strip(_enlarged(image, square), question, panels, threshold) for question, panels in rows]
+    crop = cut_off(image)
+    strips = [_strip(_enlarged(image, square), crop, question, panels, threshold) for question, panels in rows]
     page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
     top = 0
     for strip in strips:
@@ -92,7 +109,9 @@ def draw_comparison(
     return page
 
 
-def _strip(picture: Image.Image, question: str, panels: Sequence[Panel], threshold: float | None) -> Image.Image:
+def _strip(
+    picture: Image.Image, crop: str, question: str, panels: Sequence[Panel], threshold: float | None
+) -> Image.Image:
     maps = [None if p.trace is None else fates(p.trace) for p in panels]
     painted = [picture if f is None else paint(picture, f) for f in maps]
     side = max(p.width for p in painted)
@@ -102,18 +121,20 @@ def _strip(picture: Image.Image, question: str, panels: Sequence[Panel], thresho
     head = wrap(question, 20, width - 2 * _MARGIN, 2)
     answers = [wrap(p.answer, 20, side, 3) for p in panels]
     top = _MARGIN + 28 * len(head) + 32
-    below = top + side + 12
-    height = below + 28 * max(len(a) for a in answers) + 26 + 3 * 22 + 8
+    below = top + side + 12 + (_PITCH if crop else 0)
+    legend = _PITCH * max(3, *(len(np.unique(fate)) for fate in maps if fate is not None), 0)
+    height = below + 28 * max(len(a) for a in answers) + 26 + legend + 8
     page = Image.new("RGB", (width, max(height, top + bars.height if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
     for index, (panel, picture_of, fate) in enumerate(zip(panels, painted, maps, strict=True)):
         left = _MARGIN + index * (side + _MARGIN)
-        pen.text((left, top - 26), shorten(panel.title, 17, side), MUTED, font(17))
+        write(pen, (left, top - 26), shorten(panel.title, 17, side), MUTED, 17)
         page.paste(picture_of, (left, top))
+        write(pen, (left, below - _PITCH), shorten(crop, 14, side), MUTED, 14)
         _lines(pen, answers[index], left, below, 20, 28)
         note = below + 28 * max(len(a) for a in answers)
-        pen.text((left, note), shorten(panel.note, 14, side), MUTED, font(14))
+        write(pen, (left, note), shorten(panel.note, 14, side), MUTED, 14)
         if fate is not None:
             _legend(page, fate, left, note + 26)
     if bars:
@@ -135,23 +156,18 @@ def _bars(trace: PruneTrace, row: int, threshold: float | None) -> Bars | None:
 def _legend(page: Image.Image, fate: NDArray[np.uint8], left: int, top: int) -> None:
     """A swatch, drawn like the patches themselves, and the count of every fate that occurs."""
     pen = ImageDraw.Draw(page)
-    names = {
-        Fate.KEPT: "kept",
-        Fate.DROPPED_IN_DECODER: "dropped in the decoder (stage 2)",
-        Fate.DROPPED_IN_ENCODER: "dropped in the vision encoder (stage 1)",
-    }
-    for kind, name in names.items():
+    for kind, name in _NAMES.items():
         count = int((fate == kind).sum())
         if not count:
             continue
-        swatch = paint(Image.new("RGB", (16, 16), (110, 110, 110)), np.full((1, 1), kind, np.uint8))
-        page.paste(swatch, (left, top))
+        swatch = np.array(paint(Image.new("RGB", (16, 16), (225, 225, 225)), np.full((1, 1), kind, np.uint8)))
         if kind == Fate.KEPT:
-            pen.rectangle((left, top, left + 15, top + 15), outline=OUTLINE)
-        pen.text((left + 24, top + 8), f"{count} {name}", INK, font(14), anchor="lm")
-        top += 22
+            outline(swatch, np.ones((16, 16), np.bool_))
+        page.paste(Image.fromarray(swatch), (left, top))
+        write(pen, (left + 24, top + 8), f"{count} {name}", INK, 14, anchor="lm")
+        top += _PITCH
 
 
 def _lines(pen: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, size: int, pitch: int) -> None:
     for index, line in enumerate(lines):
-        pen.text((left, top + index * pitch), line, INK, font(size))
+        write(pen, (left, top + index * pitch), line, INK, size)

@@ -7,13 +7,21 @@ from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 
 from ivtp.errors import ConfigError
 from ivtp.trace import PruneTrace
 
 OUTLINE = (255, 176, 0)
+EDGE = (31, 36, 48)
+"""Around the outline: one of the two is seen on any picture."""
 TINT = (74, 134, 232)
+MERGED = (150, 96, 200)
+_SHADE = 0.45
+"""Of the grey picture in a dropped patch; lifted, so that dark places keep their shapes."""
+_LIFT = 30.0
+_ROOMY = 8
+"""Pixels of a patch that leave something to be seen inside of two lines."""
 
 
 class Fate(IntEnum):
@@ -22,11 +30,20 @@ class Fate(IntEnum):
     KEPT = 0
     DROPPED_IN_DECODER = 1
     DROPPED_IN_ENCODER = 2
+    MERGED = 3
 
 
 def as_seen(image: Image.Image, square: int) -> Image.Image:
     """The picture as CLIP's processor crops it: short side scaled to `square`, then the middle square."""
     return ImageOps.fit(image.convert("RGB"), (square, square), Image.Resampling.BICUBIC)
+
+
+def cut_off(image: Image.Image) -> str:
+    """What to say of a picture whose ends the model did not see; nothing of a square."""
+    width, height = image.size
+    share = round(100 * min(width, height) / max(width, height))
+    side = "width" if width > height else "height"
+    return "" if share == 100 else f"the model saw the middle {share}% of the {side} ({width} x {height} pixels)"
 
 
 def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> NDArray[np.uint8]:
@@ -42,23 +59,26 @@ def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> NDArray[np.uint8]:
     grid = math.isqrt(trace.num_patches)
     if grid**2 != trace.num_patches:
         raise ConfigError(f"{trace.num_patches} patches form no square, so they cannot be drawn on one")
-    result = np.full(trace.num_patches, Fate.DROPPED_IN_ENCODER, dtype=np.uint8)
-    result[_of_image(trace, row, image, encoder_only=True)] = Fate.DROPPED_IN_DECODER
-    result[_of_image(trace, row, image, encoder_only=False)] = Fate.KEPT
+    first = image * trace.num_patches
+    own = np.arange(first, first + trace.num_patches)
+    stands = own.copy()  # the patch that stands for each one, as long as one does
+    result = np.full(trace.num_patches, Fate.KEPT, dtype=np.uint8)
+    for stage in trace.stages:
+        there = stands >= 0
+        if stage.sources is not None:
+            stands[there] = stage.sources[row].numpy()[stands[there]]
+        stands[~np.isin(stands, stage.kept[row].numpy())] = -1
+        dropped = Fate.DROPPED_IN_ENCODER if stage.where == "vision" else Fate.DROPPED_IN_DECODER
+        result[there & (stands < 0)] = dropped
+    result[(stands >= 0) & (stands != own)] = Fate.MERGED
     return result.reshape(grid, grid)
 
 
-def _of_image(trace: PruneTrace, row: int, image: int, *, encoder_only: bool) -> NDArray[np.int64]:
-    kept = trace.kept("vision" if encoder_only else None)[row].cpu().numpy()  # (k,)
-    first = image * trace.num_patches
-    return kept[(kept >= first) & (kept < first + trace.num_patches)] - first
-
-
 def paint(picture: Image.Image, fate: NDArray[np.uint8]) -> Image.Image:
-    """Dim the dropped patches of a square picture and outline the kept ones.
+    """Dim the merged and dropped patches of a square picture and outline the kept ones.
 
-    Dropped in the encoder: dark grey. Dropped in the decoder: blue and hatched. The result's side is the
-    multiple of the grid that is nearest to the picture's.
+    Merged into a kept one: violet. Dropped in the encoder: grey. Dropped in the decoder: blue and hatched. The result's
+    side is the multiple of the grid that is nearest to the picture's.
     """
     grid = len(fate)
     cell = max(1, round(picture.width / grid))
@@ -71,25 +91,22 @@ def paint(picture: Image.Image, fate: NDArray[np.uint8]) -> Image.Image:
     tint = np.array(TINT, dtype=np.float32)
     tinted = 0.35 * grey + 0.40 * tint
     tinted = np.where(hatch, 0.3 * tinted + 0.7 * tint, tinted)
-    dimmed = np.where(where == Fate.DROPPED_IN_DECODER, tinted, 0.28 * grey)
-    painted = Image.fromarray(np.where(where == Fate.KEPT, colour, dimmed).clip(0, 255).astype(np.uint8))
+    dimmed = np.where(where == Fate.DROPPED_IN_DECODER, tinted, _SHADE * grey + _LIFT)
+    merged = 0.50 * grey + 0.40 * np.array(MERGED, dtype=np.float32)
+    dimmed = np.where(where == Fate.MERGED, merged, dimmed)
+    painted = np.where(where == Fate.KEPT, colour, dimmed).clip(0, 255).astype(np.uint8)
     if (fate != Fate.KEPT).any():
-        _outline(painted, fate == Fate.KEPT, cell)
-    return painted
+        outline(painted, where[..., 0] == Fate.KEPT, 2 if cell >= _ROOMY else 1)
+    return Image.fromarray(painted)
 
 
-def _outline(picture: Image.Image, kept: NDArray[np.bool_], cell: int) -> None:
-    """Lines where a kept patch meets one that is not (or the rim)."""
-    pen = ImageDraw.Draw(picture)
-    rim = np.pad(kept, 1)
-    for row, column in zip(*np.nonzero(kept), strict=True):
-        top, left = int(row) * cell, int(column) * cell
-        bottom, right = top + cell - 1, left + cell - 1
-        for neighbour, line in (
-            (rim[row, column + 1], (left, top, right, top)),
-            (rim[row + 2, column + 1], (left, bottom, right, bottom)),
-            (rim[row + 1, column], (left, top, left, bottom)),
-            (rim[row + 1, column + 2], (right, top, right, bottom)),
-        ):
-            if not neighbour:
-                pen.line(line, fill=OUTLINE, width=1)
+def outline(pixels: NDArray[np.uint8], kept: NDArray[np.bool_], lines: int = 2) -> None:
+    """Draw the rim of the kept pixels (S, S) on `pixels` (S, S, 3), inside of it: dark outside, bright inside."""
+    inside = kept
+    for colour in (EDGE, OUTLINE)[-lines:]:
+        near = np.pad(inside, 1)
+        height, width = inside.shape
+        shifts = [near[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        within: NDArray[np.bool_] = np.logical_and.reduce(shifts)
+        pixels[inside & ~within] = colour
+        inside = within

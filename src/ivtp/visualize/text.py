@@ -1,16 +1,17 @@
-"""Text and word bars with Pillow's own scalable font, so that no font has to be installed."""
+"""Lines of text and word bars."""
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ivtp.trace import Word
+from ivtp.visualize.fonts import drawable, length, write
 
 INK = (31, 36, 48)
 MUTED = (116, 124, 138)
@@ -19,24 +20,19 @@ UNUSED = (186, 193, 204)
 
 _LONGEST = 400
 """Letters that any column has room for; measuring more of a text would only take time."""
+_PIECE = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]|[^\u3000-\u30ff\u3400-\u9fff\uff00-\uffef]+")
 _ROW = 24
 _COLUMN = 290
 _SHOWN = 44
 """Words that fit beside a picture in two columns; of longer instructions the most relevant ones are shown."""
 
 
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's default font at `size` pixels."""
-    return ImageFont.load_default(size)
-
-
 def wrap(text: str, size: int, width: int, max_lines: int = 4) -> list[str]:
     """Lines of `text` that fit `width` pixels; what exceeds `max_lines` ends in an ellipsis."""
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word[:_LONGEST]}".strip()
-        if font(size).getlength(longer) <= width:
+    for glue, word in _pieces(drawable(text)):
+        longer = f"{lines[-1]}{glue}{word[:_LONGEST]}".strip()
+        if length(longer, size) <= width:
             lines[-1] = longer
         else:
             lines.append(word[:_LONGEST])
@@ -48,16 +44,26 @@ def wrap(text: str, size: int, width: int, max_lines: int = 4) -> list[str]:
     return [shorten(line, size, width) for line in lines]
 
 
+def _pieces(text: str) -> Iterator[tuple[str, str]]:
+    """What a line may break before, each with what stands before it in a line: words, and Chinese letter by letter."""
+    for word in text.split():
+        for number, piece in enumerate(_PIECE.findall(word)):
+            yield "" if number else " ", piece
+
+
 def shorten(text: str, size: int, width: int) -> str:
     """`text`, cut with an ellipsis where it is wider than `width` pixels."""
-    if font(size).getlength(text[:_LONGEST]) <= width and len(text) <= _LONGEST:
+    text = drawable(text)
+    if length(text[:_LONGEST], size) <= width and len(text) <= _LONGEST:
         return text
 
     def pixels(letters: int) -> int:
-        return math.ceil(font(size).getlength(f"{text[:letters]}..."))
+        return math.ceil(length(f"{text[:letters]}...", size))
 
-    fits = bisect.bisect_right(range(_LONGEST), width, key=pixels) - 1
-    return f"{text[: max(0, fits)]}..."
+    fits = max(0, bisect.bisect_right(range(_LONGEST), width, key=pixels) - 1)
+    while fits and pixels(fits) > width:  # in some scripts a letter more may take fewer pixels
+        fits -= 1
+    return f"{text[:fits]}..."
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Bars:
         """Put the list on `page`."""
         pen = ImageDraw.Draw(page)
         shown = self._shown
-        pen.text((left, top), "Relevance of each word to the image", INK, font(15))
+        write(pen, (left, top), "Relevance of each word to the image", INK, 15)
         per_column = -(-len(shown) // self._columns)
         for column in range(self._columns):
             part = shown[column * per_column : (column + 1) * per_column]
@@ -105,10 +111,10 @@ class Bars:
             notes += ["no word passed the threshold:", "the image's own CLS token was the guide"]
         elif any(w.used for w in shown):
             pen.rectangle((left, below + 3, left + 11, below + 14), USED)
-            pen.text((left + 18, below), "words that made the pseudo CLS token", MUTED, font(13))
+            write(pen, (left + 18, below), "words that made the pseudo CLS token", MUTED, 13)
             below += 18
         for note in notes:
-            pen.text((left, below), note, MUTED, font(13))
+            write(pen, (left, below), note, MUTED, 13)
             below += 18
 
     def _column(self, pen: ImageDraw.ImageDraw, words: list[Word], left: int, top: int) -> None:
@@ -124,9 +130,9 @@ class Bars:
             y = top + _ROW * index
             ink, bar = (INK, USED) if word.used else (MUTED, UNUSED)
             label = shorten(word.text, 14, 96)
-            pen.text((left + 98, y + _ROW // 2), label, ink, font(14), anchor="rm")
+            write(pen, (left + 98, y + _ROW // 2), label, ink, 14, anchor="rm")
             pen.rectangle((min(x(0.0), x(word.score)), y + 5, max(x(0.0), x(word.score)), y + _ROW - 6), bar)
-            pen.text((start + span + 6, y + _ROW // 2), f"{word.score:.2f}", ink, font(12), anchor="lm")
+            write(pen, (start + span + 6, y + _ROW // 2), f"{word.score:.2f}", ink, 12, anchor="lm")
         bottom = top + _ROW * len(words)
         pen.line((x(0.0), top, x(0.0), bottom), MUTED)
         if self.threshold is not None:
@@ -134,4 +140,4 @@ class Bars:
             for y in range(top - 4, bottom, 6):
                 pen.line((at, y, at, min(y + 3, bottom)), INK)
             anchor, label = "rs" if at > start + span - 20 else "ms", f"threshold {self.threshold:.2f}"
-            pen.text((at, top - 8), label, INK, font(12), anchor=anchor)
+            write(pen, (at, top - 8), label, INK, 12, anchor=anchor)
