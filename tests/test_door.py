@@ -239,10 +239,10 @@ def test_a_prompt_longer_than_the_model_says_so(
     assert json.loads(short.out)["notes"] == []
     result = ask(run, photo, QUESTIONS[0] * 3, folder)
     assert result.code == 0
-    (line,) = [line for line in result.err.splitlines() if line.startswith("warning: ")]
+    (line,) = [line for line in result.err.splitlines() if line.startswith("note: ")]
     assert "60" in line
     notes = json.loads(ask(run, photo, QUESTIONS[0] * 3, folder, "--json", "--method", "none").out)["notes"]
-    assert [f"warning: {note}" for note in notes] == [line]
+    assert [f"note: {note}" for note in notes] == [line]
 
 
 def test_words_that_guide_are_named_once_and_ten_at_most() -> None:

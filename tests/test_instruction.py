@@ -315,7 +315,7 @@ def test_all_methods_read_the_same_question(tiny: Tiny, method: str, monkeypatch
                 lambda entry, visual, text, tail: seen.append((text, tail)) or stock(entry, visual, text, tail),
             )
         model(**tiny.inputs(sample))
-        prompts = pruner.last.prompts
+        prompts = pruner.thread.record.prompts
     assert set(prompts.instructions[0].columns) == asked_columns(tiny, sample)
     for text, tail in seen:
         gone = prompts.length - text.shape[1]
@@ -329,7 +329,7 @@ def test_without_a_processor_all_text_behind_the_image_is_read(tiny: Tiny, metho
     slots = (inputs["input_ids"][0] == tiny.processor.image_token_id).nonzero().flatten()
     with torch.no_grad(), ivtp.attach(model, None, tiny.config(method=method)) as pruner:
         model(**inputs)
-        question = pruner.last.prompts.question[0]
+        question = pruner.thread.record.prompts.question[0]
     assert question.nonzero().flatten().tolist() == list(range(int(slots[-1]) + 1, inputs["input_ids"].shape[1]))
 
 
@@ -341,7 +341,7 @@ def test_a_question_in_front_of_its_image(tiny: Tiny, method: str) -> None:
     moved = Sample(behind, sample.question, sample.images)
     with torch.no_grad(), tiny.attach(model, method=method) as pruner:
         model(**tiny.inputs(moved))
-        assert set(pruner.last.prompts.question[0].nonzero().flatten().tolist()) == asked_columns(tiny, moved)
+        assert set(pruner.thread.record.prompts.question[0].nonzero().flatten().tolist()) == asked_columns(tiny, moved)
         kept = pruner.trace.kept().tolist()
         model(**tiny.inputs(Sample(behind.replace("small", "blue"), "", sample.images)))
         assert pruner.trace.kept().shape[1] == len(kept[0])
@@ -389,7 +389,7 @@ def test_decomposed_letters_are_as_relevant_as_composed_ones(tiny: Tiny) -> None
         with torch.no_grad(), tiny.attach(model, threshold=-1) as pruner:
             model(**tiny.inputs(tiny.sample(question)))
         found[form] = pruner.trace.words[0]
-        prompts, token = pruner.last.prompts, pruner.last.guides[0].token
+        prompts, token = pruner.thread.record.prompts, pruner.thread.record.guides[0].token
         typed = prompts.instructions[0]
         columns = [c for c, (a, b) in zip(typed.columns, typed.spans, strict=True) if typed.text[a:b].strip()]
         mean = model.get_input_embeddings().weight[prompts.ids[0, columns]].mean(dim=0)

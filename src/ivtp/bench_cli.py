@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ivtp.arguments import parse_keep, parse_options
-from ivtp.console import err, out, quiet
+from ivtp.console import err, out
+from ivtp.door import quiet
 from ivtp.errors import ConfigError
 from ivtp.outputs import check_output
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from ivtp.arguments import check_asked, parse_keep, parse_options
 from ivtp.bench_cli import bench
-from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json, quiet
-from ivtp.door import FLAG, run
+from ivtp.console import Cost, answer_json, err, out, parts, print_answer, print_flops, print_json
+from ivtp.door import FLAG, quiet, run
 from ivtp.outputs import PICTURES, check_folder, check_output, whole
 
 app = typer.Typer(
@@ -188,7 +188,7 @@ def methods(as_json: Json = False) -> None:
     out.print("\nnotes", style="bold")
     for row in rows:
         if row["note"]:
-            out.print(f"{row['name']:<{width}}  {row['note']}", markup=False)
+            out.print(f"{row['name']:<{width}}  {row['note']}", markup=False, soft_wrap=True)
 
 
 @app.command()

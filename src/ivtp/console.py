@@ -158,19 +158,6 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
-def quiet() -> None:
-    """Other libraries' progress bars and notes would tear a command's own; what goes wrong is said in its one line."""
-    import logging
-
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (transformers_logging, hub_logging):
-        library.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-
-
 def _unit(flops: float) -> tuple[float, str]:
     scale = ((1e12, "TFLOPs"), (1e9, "GFLOPs"))
     return next(((size, unit) for size, unit in scale if flops >= size), (1e6, "MFLOPs"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,6 +28,17 @@ def run(command: Callable[[], Any]) -> None:
         print(f"error: {printable(_line(error))}", file=sys.stderr)
         asked = isinstance(error, ConfigError | ImageError | InputError)
         raise SystemExit(2 if asked else 1) from None
+
+
+def quiet() -> None:
+    """Other libraries' progress bars and notes would tear a command's own; what goes wrong is said in its one line."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (transformers_logging, hub_logging):
+        library.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
 
 
 def printable(text: str) -> str:

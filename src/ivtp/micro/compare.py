@@ -33,7 +33,7 @@ from rich.progress import track
 
 from ivtp.config import PruneConfig
 from ivtp.cost import flops, prompt_tokens
-from ivtp.door import run
+from ivtp.door import quiet, run
 from ivtp.errors import short_reason
 from ivtp.generate import complete, load, prompt_for
 from ivtp.machine import processor_name
@@ -58,6 +58,7 @@ class Bench:
     def __init__(self, model: str, questions: int, batch: int, dtype: str) -> None:
         self.model: Any
         self.processor: Any
+        quiet()
         self.model, self.processor = load(model, dtype=dtype)
         each = -(-questions // len(list_formats()))
         self.units = sorted((u for group in collect("test", each) for u in group), key=lambda u: u.form.title)

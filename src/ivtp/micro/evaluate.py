@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ivtp.config import PruneConfig
-from ivtp.door import run
+from ivtp.door import quiet, run
 from ivtp.generate import complete, load, prompt_for
 from ivtp.machine import processor_name
 from ivtp.micro import world
@@ -140,6 +140,7 @@ def main(
     check_output(markdown, "--markdown", inputs=(model, output))
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    quiet()
     lvlm, processor = load(model, dtype=dtype)
     items = sample_items(questions, split=split, seed=seed)
     covered = sample_items(coverage, split=split, seed=seed + 1, kinds=OBJECT_KINDS)

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, CLIPModel
 
 from ivtp.checkpoint import LOADING
-from ivtp.door import run
+from ivtp.door import quiet, run
 from ivtp.generate import ask, load
 from ivtp.machine import processor_name
 from ivtp.micro import world
@@ -150,6 +150,7 @@ def speed(name: str, dtype: str) -> Table:
     loading, answering = [], []
     for _ in range(3):
         began = time.perf_counter()
+        quiet()
         model, processor = load(name, dtype=dtype)
         loading.append(time.perf_counter() - began)
     for index in range(21):
@@ -186,6 +187,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     tables = [speed(model, dtype)] if 5 in gates else []
+    quiet()
     lvlm, processor = load(model, dtype=dtype)
     columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
