@@ -11,9 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from attention_maps import full_map
 from torch import Tensor
 
-from ivtp.core.rollout import AttentionTap, _fused_column_sum, importance, rollout_row, weighted_column_sum
+from ivtp.core.rollout import (
+    AttentionTap,
+    _fused_column_sum,
+    column_sum_in_blocks,
+    importance,
+    rollout_row,
+    weighted_column_sum,
+)
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -108,6 +116,35 @@ def kept(taps: list[AttentionTap], count: int) -> Tensor:
 def on_cpu(tap: AttentionTap) -> AttentionTap:
     valid = None if tap.valid is None else tap.valid.cpu()
     return AttentionTap(tap.query.cpu(), tap.key.cpu(), tap.value.cpu(), tap.scale, tap.causal, valid)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("heads", [(16, 16, 64), (32, 32, 128), (28, 4, 128), (3, 1, 80)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernel_gives_what_torch_gives(
+    dtype: torch.dtype, heads: tuple[int, int, int], causal: bool, padded: bool
+) -> None:
+    """Heads of queries and keys, and their width, of ViT-L, Llama, Qwen and of no model."""
+    fused = _fused_column_sum(torch.device("cuda", torch.cuda.current_device()))
+    assert fused is not None
+    query_heads, key_heads, width = heads
+    draw, length = torch.Generator("cuda").manual_seed(0), 577
+
+    def vectors(heads: int) -> Tensor:  # (B, heads, T, d)
+        return torch.randn(2, length, heads, width, generator=draw, device="cuda").to(dtype).transpose(1, 2)
+
+    valid = torch.arange(length, device="cuda") >= torch.tensor([[0], [70]], device="cuda") if padded else None
+    key = vectors(key_heads)
+    tap = AttentionTap(vectors(query_heads), key, key, 1.5 * width**-0.5, causal, valid)
+    weights = torch.rand(2, length, generator=draw, device="cuda")
+    weights = weights if valid is None else weights * valid
+    found = fused(tap, weights)
+    expected = (weights[:, None].double() @ full_map(tap)).squeeze(1)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found, column_sum_in_blocks(tap, weights), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.gpu
