@@ -188,7 +188,7 @@ def methods(as_json: Json = False) -> None:
     out.print("\nnotes", style="bold")
     for row in rows:
         if row["note"]:
-            out.print(f"{row['name']:<{width}}  {row['note']}", markup=False, soft_wrap=True)
+            out.print(f"{row['name']:<{width}}  {row['note']}", markup=False)
 
 
 @app.command()
