@@ -21,8 +21,8 @@ test-all: $(VENV)/.installed-dev lint
 	$(MAKE) smoke
 
 # what a change of torch, transformers or accelerate breaks first, on the lowest and on the newest of them
-COMPAT_TESTS := tests/core tests/methods tests/plug tests/hosts tests/test_parity.py tests/test_cache.py \
-	tests/test_lifecycle.py tests/test_calls.py tests/test_batching.py tests/test_reference.py tests/test_training.py
+COMPAT_TESTS := tests/core tests/methods tests/hosts tests/prefill tests/plug tests/test_parity.py tests/test_batching.py \
+	tests/test_reference.py tests/test_training.py
 
 compat: $(VENV)/lowest/.installed $(VENV)/newest/.installed
 	for end in lowest newest; do \

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ivtp.benchmark.results import describe_machine
-from ivtp.micro import train
+from recipes.micro import train
 
 
 def main(

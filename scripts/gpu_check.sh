@@ -25,7 +25,7 @@ esac
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; else python=python3; fi
 python=${PYTHON:-$python}
 out=${OUT:-out/gpu}
-export PYTHONPATH=$PWD/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+export PYTHONPATH=$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 SECONDS=0
 failed=0
 ready=""
@@ -136,7 +136,7 @@ fi
 tests=("$python" -m pytest -q -ra --tb=short --durations=5 -p no:cacheprovider -o addopts= -m gpu)
 # the versions of that machine may warn of what those that are tested do not
 tests+=(-W default --disable-warnings)
-bench=("$python" -c "from ivtp.cli import main; main()" bench --keep 64 --tokens 0 --output "$out/bench.json")
+bench=("$python" -c "from ivtp.cli.app import main; main()" bench --keep 64 --tokens 0 --output "$out/bench.json")
 training=("$python" benchmarks/training_throughput.py --output "$out/training.json")
 if [ "$mode" = --rehearse ]; then
     bench+=(--geometry micro --layers 1,3 --text 64 --batch 1 --repeats 1 --threads 1 --method ivtp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is on no disk is refused at once
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny import Tiny
+
+from ivtp.hosts.llava import HOST
 
 torch.set_num_threads(1)
 # a busy machine must not fail a property, and the same examples on every machine make a failure repeatable
@@ -27,3 +30,11 @@ def one_thread() -> None:
 def tiny() -> Tiny:
     """Weights, processor and CLIP side of the tiny LLaVA; `tiny.model()` copies them."""
     return Tiny()
+
+
+@pytest.fixture(scope="session")
+def geometry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's sizes as a CONFIG.json."""
+    folder = tmp_path_factory.mktemp("geometry")
+    HOST.tiny()[0].config.save_pretrained(folder)
+    return folder / "config.json"

@@ -10,9 +10,9 @@ from reference import Reference, prompt_of
 from transformers import AutoTokenizer, CLIPModel
 
 import ivtp
+from ivtp.files.sidecar import MICRO
 from ivtp.generate import prompt_for
 from ivtp.micro.world.photo import take_photo
-from ivtp.sizes import MICRO
 
 QUESTIONS = ("what color is the disc behind the crown?", "which object is left of the dog?", "read the sign.")
 

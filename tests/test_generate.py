@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, Tiny
 
 import ivtp
-from ivtp.checkpoint import check_finite
 from ivtp.errors import ImageError, InputError, LoadError
+from ivtp.files.checkpoint import check_finite
 from ivtp.generate import prompt_for
 
 

@@ -62,7 +62,9 @@ def test_nothing_moved(tiny: Tiny, case: str) -> None:
     found = json.loads(json.dumps(observe(tiny, method, rest.removeprefix(name).strip(), OPTIONS[name])))
     for key in ("kept", "tokens", "flops"):
         assert found[key] == golden[key], key
-    assert [[(w[0], w[2]) for w in row] for row in found["words"]] == [[(w[0], w[2]) for w in r] for r in golden["words"]]
+    assert [[(w[0], w[2]) for w in row] for row in found["words"]] == [
+        [(w[0], w[2]) for w in r] for r in golden["words"]
+    ]
     torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(golden["logits"]), atol=1e-3, rtol=1e-3)
 
 

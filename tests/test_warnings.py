@@ -10,8 +10,8 @@ import pytest
 @pytest.mark.parametrize(
     ("kind", "module"),
     [
-        (DeprecationWarning, "ivtp.prefill"),
-        (DeprecationWarning, "tests.micro.test_train"),
+        (DeprecationWarning, "ivtp.prefill.run"),
+        (DeprecationWarning, "tests.recipes.test_train"),
         (DeprecationWarning, __name__),
         (RuntimeWarning, "torch.nn.functional"),
         (FutureWarning, "transformers.cache_utils"),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivtp.config import PruneConfig
-    from ivtp.cost import FlopsReport, flops
+    from ivtp.cost.flops import FlopsReport, flops
     from ivtp.errors import IvtpError
     from ivtp.generate import Answer, ask, load
     from ivtp.plug import Pruner, attach
@@ -37,7 +37,7 @@ __all__ = [
 _HOMES = {
     "config": ("PruneConfig",),
     "errors": ("IvtpError",),
-    "cost": ("FlopsReport", "flops"),
+    "cost.flops": ("FlopsReport", "flops"),
     "generate": ("Answer", "ask", "load"),
     "plug": ("Pruner", "attach"),
     "registry": ("list_hosts", "list_methods"),

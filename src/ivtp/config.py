@@ -1,4 +1,4 @@
-"""What the user asks for (`PruneConfig`) and the sizes of the model that is asked (`Geometry`)."""
+"""What the user asks for."""
 
 from __future__ import annotations
 
@@ -172,31 +172,3 @@ def _check_options(options: object) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise ConfigError(f"options={options!r} are no names with values; use a dictionary")
     return dict(options)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of one vision-language model that pruning and its cost depend on."""
-
-    name: str
-    num_patches: int
-    """N: patch tokens of one image."""
-    patch_size: int
-    vision_layers: int
-    """Encoder layers whose output reaches the projector (23 of LLaVA-1.5's 24)."""
-    vision_depth: int
-    """All encoder layers."""
-    vision_hidden: int
-    vision_mlp: int
-    vision_heads: int
-    vision_cls: int
-    """CLS tokens in front of the patches: 1."""
-    text_layers: int
-    text_hidden: int
-    text_mlp: int
-    text_heads: int
-    text_kv_heads: int
-    text_head_dim: int
-    text_mlp_matrices: int
-    """Weight matrices of one feed-forward block: 3 when gated, else 2."""
-    vocab_size: int

@@ -12,13 +12,13 @@ import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from torch import nn
 
-from ivtp.chat import ChatTemplate, image_token_of
-from ivtp.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
 from ivtp.config import PruneConfig
 from ivtp.errors import InputError, LoadError, short_reason
+from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
+from ivtp.files.sidecar import MICRO
 from ivtp.images import load_image
 from ivtp.plug import attach, check_unpruned, exclusive, find_host
-from ivtp.sizes import MICRO
+from ivtp.prompt.chat import ChatTemplate, image_token_of
 from ivtp.trace import PruneTrace
 
 

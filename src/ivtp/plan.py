@@ -1,14 +1,41 @@
-"""What a method does to a model, from sizes alone: where it cuts, and how many visual tokens every layer then sees."""
+"""Where a method cuts, from a model's sizes alone, and how many visual tokens every layer then sees."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from ivtp.config import Geometry
 from ivtp.trace import TokensPerLayer, Where
 
 Place = Literal["inside", "behind", "projected"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one vision-language model that pruning and its cost depend on."""
+
+    name: str
+    num_patches: int
+    """N: patch tokens of one image."""
+    patch_size: int
+    vision_layers: int
+    """Encoder layers whose output reaches the projector (23 of LLaVA-1.5's 24)."""
+    vision_depth: int
+    """All encoder layers."""
+    vision_hidden: int
+    vision_mlp: int
+    vision_heads: int
+    vision_cls: int
+    """CLS tokens in front of the patches: 1."""
+    text_layers: int
+    text_hidden: int
+    text_mlp: int
+    text_heads: int
+    text_kv_heads: int
+    text_head_dim: int
+    text_mlp_matrices: int
+    """Weight matrices of one feed-forward block: 3 when gated, else 2."""
+    vocab_size: int
 
 
 @dataclass(frozen=True)

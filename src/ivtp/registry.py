@@ -1,4 +1,4 @@
-"""Names to modules: every file in `methods/`, `hosts/` and `micro/formats/` registers itself by existing."""
+"""Names to modules: every file in `methods/` and `hosts/` registers itself by existing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import difflib
 import importlib
 import pkgutil
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from ivtp.errors import ConfigError
-
-Room = Literal["methods", "hosts", "micro.formats"]
 
 
 # Published methods are called PruMerge+ or the like, and a file's name cannot hold the sign: it says `_plus` instead.
 @cache
-def _names(room: Room) -> tuple[str, ...]:
+def names_in(room: str) -> tuple[str, ...]:
+    """The names of what the files of a room register, in alphabetical order."""
     package = importlib.import_module(f"ivtp.{room}")
     files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "compose"))
     return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
@@ -23,17 +22,12 @@ def _names(room: Room) -> tuple[str, ...]:
 
 def list_methods() -> list[str]:
     """Names of the pruning methods, in alphabetical order."""
-    return list(_names("methods"))
+    return list(names_in("methods"))
 
 
 def list_hosts() -> list[str]:
     """Names of the model families that can be pruned, in alphabetical order."""
-    return list(_names("hosts"))
-
-
-def list_formats() -> list[str]:
-    """Names of the micro world's benchmark formats, in alphabetical order."""
-    return list(_names("micro.formats"))
+    return list(names_in("hosts"))
 
 
 def method_class(name: str | type[Any]) -> Any:
@@ -45,22 +39,17 @@ def method_class(name: str | type[Any]) -> Any:
         if not issubclass(name, importlib.import_module("ivtp.methods.base").Method):
             raise ConfigError(f"{name.__name__} is no pruning method; subclass ivtp.methods.base.Method")
         return name
-    known = _names("methods")
+    known = names_in("methods")
     for place, sign in enumerate(str(name)):
         first, second = str(name)[:place], str(name)[place + 1 :]
         if sign == "+" and first in known and second in known:
             return _composed(first, second)
-    return _load("methods", name, "METHOD")
+    return load_named("methods", name, "METHOD")
 
 
 def host_class(name: str) -> Any:
     """The `Host` subclass called `name`. Raises `ConfigError` with the nearest names."""
-    return _load("hosts", name, "HOST")
-
-
-def format_class(name: str) -> Any:
-    """The `Format` subclass called `name`. Raises `ConfigError` with the nearest names."""
-    return _load("micro.formats", name, "FORMAT")
+    return load_named("hosts", name, "HOST")
 
 
 @cache
@@ -69,10 +58,11 @@ def _composed(first: str, second: str) -> Any:
     return compose(method_class(first), method_class(second), f"{first}+{second}")
 
 
-def _load(room: Room, name: str, attribute: str) -> Any:
-    if name not in _names(room):
-        near = difflib.get_close_matches(str(name), _names(room), n=3, cutoff=0.5)
+def load_named(room: str, name: str, attribute: str) -> Any:
+    """What the file of that name gives as `attribute`. Raises `ConfigError` with the nearest names."""
+    if name not in names_in(room):
+        near = difflib.get_close_matches(str(name), names_in(room), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         noun = room.rpartition(".")[2][:-1]
-        raise ConfigError(f"unknown {noun} {name!r}; {hint}available: {', '.join(_names(room))}")
+        raise ConfigError(f"unknown {noun} {name!r}; {hint}available: {', '.join(names_in(room))}")
     return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)

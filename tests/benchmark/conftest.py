@@ -20,14 +20,6 @@ def subject() -> Subject:
     return Subject(model, find_host(model), options={"guide": "text", "llm_layers": 6})
 
 
-@pytest.fixture(scope="session")
-def geometry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model's sizes as a CONFIG.json."""
-    folder = tmp_path_factory.mktemp("geometry")
-    HOST.tiny()[0].config.save_pretrained(folder)
-    return folder / "config.json"
-
-
 @pytest.fixture
 def ask(geometry: Path) -> Any:
     """Asks for the fewest runs of the tiny geometry; keywords change that."""

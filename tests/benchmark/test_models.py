@@ -12,10 +12,10 @@ from ivtp.benchmark.asked import Point
 from ivtp.benchmark.models import Subject, load_subject, scale_layers, slice_layers
 from ivtp.benchmark.prompts import make_prompt
 from ivtp.benchmark.runs import config_for
+from ivtp.cost.sizes import model_config, sizes
 from ivtp.errors import ConfigError, LoadError
 from ivtp.hosts.llava import HOST
 from ivtp.plug import find_host
-from ivtp.sizes import model_config, sizes
 
 
 def test_a_geometry_becomes_a_stock_model_with_seeded_weights(ask: Any) -> None:

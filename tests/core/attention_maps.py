@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ivtp.core.rollout import AttentionTap
+from ivtp.core.tap import AttentionTap
 
 
 def full_map(tap: AttentionTap) -> Tensor:

@@ -15,7 +15,8 @@ from attention_maps import full_map, taps
 from hypothesis import given, settings
 from torch import Tensor
 
-from ivtp.core.rollout import AttentionTap, column_sum_in_blocks
+from ivtp.core.rollout import column_sum_in_blocks
+from ivtp.core.tap import AttentionTap
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "see the top of this file"
 

@@ -15,14 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ivtp.core import rollout
-from ivtp.core.rollout import (
-    AttentionTap,
-    attention_row,
-    column_sum_in_blocks,
-    importance,
-    rollout_row,
-    weighted_column_sum,
-)
+from ivtp.core.rollout import attention_row, column_sum_in_blocks, importance, rollout_row, weighted_column_sum
+from ivtp.core.tap import AttentionTap
 
 AGGREGATIONS = ("residual", "mean", "max", "multiply", "layer")
 

@@ -14,14 +14,8 @@ import torch
 from attention_maps import full_map
 from torch import Tensor
 
-from ivtp.core.rollout import (
-    AttentionTap,
-    _fused_column_sum,
-    column_sum_in_blocks,
-    importance,
-    rollout_row,
-    weighted_column_sum,
-)
+from ivtp.core.rollout import _fused_column_sum, column_sum_in_blocks, importance, rollout_row, weighted_column_sum
+from ivtp.core.tap import AttentionTap
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 

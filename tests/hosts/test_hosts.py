@@ -10,10 +10,10 @@ import torch
 
 import ivtp
 from ivtp.config import PAPER
+from ivtp.cost.sizes import sizes
 from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
-from ivtp.sizes import sizes
 
 HOSTS = list_hosts()
 

@@ -17,9 +17,11 @@ from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
 from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min
 from ivtp.core.merge import follow, nearest_grid, pool_grid, sizes, take_up_neighbours
-from ivtp.core.rollout import AttentionTap, attention_row, column_sum_in_blocks, full_width_row
+from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
 from ivtp.core.select import highest, iqr_outliers, others, ranks
+from ivtp.core.tap import AttentionTap
+from ivtp.cost.sizes import sizes as sizes_of
 from ivtp.hosts.llava import HOST
 from ivtp.methods.base import Window
 from ivtp.methods.cdpruner import conditional_kernel
@@ -34,7 +36,6 @@ from ivtp.methods.tome import ToMe, match
 from ivtp.methods.visionzip import contextual_count, merge_contextual
 from ivtp.methods.vispruner import important_and_distinct
 from ivtp.plan import Cut
-from ivtp.sizes import sizes as sizes_of
 
 CLEAR = 2e-5
 """A decision that is won by less, relative to the values, is left to rounding."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ivtp.errors import ConfigError
+from ivtp.micro.formats import format_class, list_formats
 from ivtp.micro.formats.base import (
     LETTERS,
     Example,
@@ -29,7 +30,6 @@ from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH, PHRASES_ZH, POSITIONS
 from ivtp.micro.world.compose import compose
 from ivtp.micro.world.photo import take_photo
 from ivtp.micro.world.vocabulary import COLOURS, NAMES, POSITIONS
-from ivtp.registry import format_class, list_formats
 
 FORMATS = list_formats()
 indices = st.integers(0, 2**39)

@@ -16,13 +16,13 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from ivtp.files.sidecar import MICRO
 from ivtp.micro import world
-from ivtp.micro.corpus import corpus
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
-from ivtp.micro.projector import Projector
-from ivtp.micro.threshold import best_split, visible_words, word_relevance
 from ivtp.micro.tokenizer import build_tokenizer
-from ivtp.sizes import MICRO
+from recipes.micro.corpus import corpus
+from recipes.micro.projector import Projector
+from recipes.micro.threshold import best_split, visible_words, word_relevance
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ivtp.benchmark.asked import Asked
-from ivtp.checkpoint import LOADING
+from ivtp.cost.sizes import model_config, sizes
 from ivtp.errors import ConfigError
+from ivtp.files.checkpoint import LOADING
 from ivtp.generate import check_device, load
 from ivtp.hosts.base import Host
 from ivtp.plug import find_host
-from ivtp.sizes import model_config, sizes
 
 
 @dataclass(frozen=True)

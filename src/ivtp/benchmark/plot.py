@@ -8,7 +8,7 @@ from typing import Any
 
 from ivtp.benchmark.growth import AXES, steps
 from ivtp.benchmark.results import Document, Row
-from ivtp.outputs import check_output, need_matplotlib, whole
+from ivtp.files.outputs import check_output, need_matplotlib, whole
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivtp.benchmark.asked import Point
 from ivtp.benchmark.models import Subject
-from ivtp.cost import prompt_tokens
+from ivtp.cost.flops import prompt_tokens
 from ivtp.errors import ConfigError
 from ivtp.generate import prompt_for
 

@@ -21,8 +21,8 @@ from ivtp.benchmark.measure import Measured, Times, stock_name
 from ivtp.benchmark.parts import PARTS
 from ivtp.benchmark.runs import oracle_of
 from ivtp.errors import ConfigError, short_reason
-from ivtp.machine import processor_name
-from ivtp.outputs import write_text
+from ivtp.files.machine import processor_name
+from ivtp.files.outputs import write_text
 
 Document = dict[str, Any]
 Row = dict[str, Any]

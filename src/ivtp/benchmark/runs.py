@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ivtp.benchmark.asked import Asked
 from ivtp.benchmark.models import Subject
-from ivtp.config import Geometry, PruneConfig
-from ivtp.guide import GuideMaker
+from ivtp.config import PruneConfig
+from ivtp.guide.pseudo_cls import GuideMaker
 from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.plan import Geometry
 from ivtp.plug import Pruner, attach
 from ivtp.registry import method_class
 

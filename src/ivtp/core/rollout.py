@@ -10,31 +10,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.tap import AttentionTap
+
 FEWEST_ROWS, MOST_ROWS = 64, 256
 """Query rows whose attention torch holds at a time: extra memory is B * H * rows * T floats."""
 CELLS = 2**22
 """Floats that these rows should not exceed: more than a processor's cache (16 MiB) is slower, not faster."""
-
-
-@dataclass(frozen=True)
-class AttentionTap:
-    """The queries, keys and values of one layer, as its attention used them (rotary positions applied)."""
-
-    query: Tensor  # (B, H, T, d)
-    key: Tensor  # (B, H_kv, T, d)
-    value: Tensor  # (B, H_kv, T, d)
-    scale: float
-    causal: bool
-    valid: Tensor | None = None
-    """(B, T) bool: keys that may be seen; None when there is no padding."""
-    hidden_from_last: Tensor | None = None
-    """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ivtp.core.rollout import AttentionTap
+from ivtp.core.tap import AttentionTap
 
 
 def weighted_column_sum(tap: AttentionTap, weights: Tensor) -> Tensor:
@@ -165,6 +165,6 @@ def _visible(queries, keys, batch, length, valid, hidden_from_last, CAUSAL: tl.c
     if valid is not None:
         seen &= tl.load(valid + batch * length + keys, mask=keys < length, other=0) != 0
     if hidden_from_last is not None:
-        hidden = tl.load(hidden_from_last + batch * length + keys, mask=keys < length, other=0) != 0
-        seen &= (queries != length - 1) | ~hidden
+        shown = tl.load(hidden_from_last + batch * length + keys, mask=keys < length, other=0) == 0
+        seen &= (queries != length - 1) | shown
     return seen

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
-from ivtp.core.select import on_device, right_aligned, take
-from ivtp.errors import InputError
+from ivtp.core.select import on_device, right_aligned
 
 
 @dataclass(frozen=True)
@@ -152,151 +149,3 @@ def join_images(tensor: Tensor, images: tuple[int, ...], fill: float) -> Tensor:
         rows[row, : len(flat)] = flat
         first += count
     return rows
-
-
-class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
-    """A cache layer that holds fewer tokens than the prompt had and still reports the prompt's length.
-
-    `generate` and multi-turn code slice new input by `get_seq_length()`, so that stays the logical length, while
-    masks are made for the tokens that are there. `removed` is their difference, `prompt_valid` (B, kept) marks
-    padding among the kept prompt tokens (None: no padding), `prompt_length` is the unpruned length of what the prefill
-    read, `fixed_length` that of its prompt without drafted tokens,
-    `shift` (B, 1) what compact positions lie behind, and `part` is the same for layers that hold the same tokens.
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        prompt_length: int,
-        fixed_length: int,
-        prompt_valid: Tensor | None,
-        shift: Tensor | None,
-        part: int,
-    ) -> None:
-        super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.prompt_length = prompt_length
-        self.fixed_length = fixed_length
-        self.removed = prompt_length - keys.shape[-2]
-        self.prompt_valid = prompt_valid
-        self.shift = shift
-        self.part = part
-        self.expected = False
-        """Whether the attached pruner has prepared the step that comes next."""
-
-    def get_seq_length(self) -> int:
-        """The logical length: the whole prompt and everything after it."""
-        return int(super().get_seq_length()) + self.removed
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that are there, and the offset that makes column j of them the logical token j + removed.
-
-        Raises `InputError` where only an attached pruner could make the right mask and none is at work.
-        """
-        if (self.prompt_valid is not None or self.shift is not None) and not self.expected:
-            raise InputError(
-                "this cache holds a pruned prompt; go on with it while the pruner is attached, or start a new cache"
-            )
-        return int(super().get_seq_length()) + query_length, self.removed
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append a step's keys and values."""
-        self.expected = False
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
-
-    def crop(self, max_length: int) -> None:
-        """Remove -`max_length` tokens from the end, or (older transformers) all behind that logical length.
-
-        Raises `InputError` where that reaches into the prompt: which of its tokens are there is not known by number.
-        """
-        surplus = -max_length if max_length <= 0 else self.get_seq_length() - max_length
-        if surplus <= 0:
-            return
-        left = self.get_seq_length() - surplus
-        if left < self.fixed_length:
-            raise InputError("a pruned prompt cannot be cropped; start a new cache with the shorter prompt")
-        self.keys = self.keys[..., :-surplus, :]
-        self.values = self.values[..., :-surplus, :]
-        drafted = self.prompt_length - left  # tokens of the prefill that were no prompt
-        if drafted > 0:
-            self.prompt_length = left
-            self.prompt_valid = None if self.prompt_valid is None else self.prompt_valid[:, :-drafted]
-
-    def reset(self) -> None:
-        """Empty the layer; what was pruned is forgotten with it."""
-        super().reset()
-        self.removed, self.prompt_length, self.fixed_length = 0, 0, 0
-        self.prompt_valid = self.shift = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Permute the batch for beam search."""
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices])
-
-    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.prompt_valid = None if self.prompt_valid is None else change(self.prompt_valid)
-        self.shift = None if self.shift is None else change(self.shift)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the decoder layers from `first_layer` on saw, until the next cut.
-
-    `guide` says that the last column is the pseudo CLS token; `index` (B, T') gathers this sequence into the next one
-    (None for the last). The guide is in no `index` that leads out of the layers that carry it.
-    """
-
-    first_layer: int
-    sequence: TokenSequence
-    guide: bool
-    index: Tensor | None = None
-
-
-def prune_cache(
-    cache: Cache, seen: Many[Seen], *, prompt_length: int, fixed_length: int, shift: Tensor | None, evict: bool
-) -> None:
-    """Shorten every layer of `cache` in place, to the final tokens (`evict`) or to what that layer saw.
-
-    The guide token never stays. The lengths and `shift` are what `PrunedLayer` needs to know.
-    """
-    for number, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False):
-            continue
-        place = max(i for i, part in enumerate(seen) if part.first_layer <= number)
-        sequence, index = _final_tokens(seen[place:]) if evict else _own_tokens(seen[place])
-        keys, values = layer.keys, layer.values
-        if index is not None:
-            index = index.to(keys.device)
-            keys, values = take(keys, index, dim=2), take(values, index, dim=2)
-        valid = sequence.valid if sequence.padded else None
-        cache.layers[number] = PrunedLayer(
-            keys, values, prompt_length, fixed_length, valid, shift, part=0 if evict else place
-        )
-
-
-def _final_tokens(parts: Many[Seen]) -> tuple[TokenSequence, Tensor | None]:
-    index: Tensor | None = None
-    for part in reversed(parts[:-1]):
-        assert part.index is not None
-        index = part.index if index is None else part.index.gather(1, index)
-    return parts[-1].sequence, index
-
-
-def _own_tokens(part: Seen) -> tuple[TokenSequence, Tensor | None]:
-    if not part.guide:
-        return part.sequence, None
-    sequence = part.sequence.without_guide()
-    return sequence, torch.arange(sequence.length, device=sequence.patch.device).expand_as(sequence.patch)

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ivtp.config import Geometry
-from ivtp.sizes import local_folder, recommended, sidecar
+from ivtp.config import PAPER
+from ivtp.files.sidecar import local_folder, sidecar
+from ivtp.plan import Geometry
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls a cache among a forward's arguments: from 5.24 on, and before."""
+
+
+OPENAI_CLIP = {
+    # (hidden size, layers, patch size, patches) of a vision tower: the CLIP model that it was taken from
+    (1024, 24, 14, 576): "openai/clip-vit-large-patch14-336",
+    (1024, 24, 14, 256): "openai/clip-vit-large-patch14",
+}
+
+
+def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
+    named = {k: v for k, v in sidecar.items() if k in PAPER}
+    return {"llm_layers": min(PAPER["llm_layers"], geometry.text_layers), **named}
+
+
+def openai_clip(geometry: Geometry, layers: int) -> str | None:
+    """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
+    return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
 
 
 def cache_name(function: Callable[..., Any]) -> str:
@@ -29,6 +48,9 @@ class Host:
     """Also the file's name."""
     model_class: ClassVar[str]
     """Name of the stock transformers class."""
+
+    stock: ClassVar[tuple[str, ...]] = ()
+    """Names of well-known sizes, for `stock_config`."""
 
     model: nn.Module
     """The stock model, as the user calls it."""
@@ -50,6 +72,11 @@ class Host:
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """Sizes of the model that `config` describes."""
+        raise NotImplementedError
+
+    @classmethod
+    def stock_config(cls, name: str) -> Any:
+        """The transformers configuration of one of the `stock` names."""
         raise NotImplementedError
 
     @classmethod

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from ivtp.config import Geometry
 from ivtp.errors import InputError, UnsupportedModelError
-from ivtp.hosts.base import Host, cache_name
-from ivtp.sizes import openai_clip
+from ivtp.hosts.base import Host, cache_name, openai_clip
+from ivtp.plan import Geometry
 
 _CACHE = cache_name(create_causal_mask)
 _DECODERS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+_STOCK = {
+    "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32},
+    "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "layers": 40},
+}
 
 
 class LlavaHost(Host):
@@ -24,6 +29,7 @@ class LlavaHost(Host):
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
+    stock = tuple(_STOCK)
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -65,6 +71,26 @@ class LlavaHost(Host):
             text_head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             text_mlp_matrices=3,
             vocab_size=text.vocab_size,
+        )
+
+    @classmethod
+    def stock_config(cls, name: str) -> Any:
+        """LLaVA-1.5 of the given size, with CLIP ViT-L/14 at 336 pixels."""
+        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+        decoder = dict(_STOCK[name])
+        layers = decoder.pop("layers")
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            ),
+            text_config=LlamaConfig(**decoder, num_hidden_layers=layers, num_attention_heads=layers, vocab_size=32064),
         )
 
     @classmethod

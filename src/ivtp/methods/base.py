@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ivtp.config import Geometry, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.core.merge import take_up_neighbours
-from ivtp.core.rollout import AttentionTap, full_width_row
+from ivtp.core.rollout import full_width_row
 from ivtp.core.schedule import linear, quarters
+from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
-from ivtp.plan import Cut, Plan
+from ivtp.plan import Cut, Geometry, Plan
 
 __all__ = [
     "Cut",

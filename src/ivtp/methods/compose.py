@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ivtp.config import Geometry, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Merged, Method, MethodInfo, Plan, Window
+from ivtp.plan import Geometry
 
 _OWN = ("schedule",)
 """Common options that two methods would read in two ways."""

@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ivtp.config import Geometry, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, quarters_of
+from ivtp.plan import Geometry
 
 
 @dataclass(frozen=True)

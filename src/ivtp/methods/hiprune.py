@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivtp.core.rollout import AttentionTap, weighted_column_sum
+from ivtp.core.rollout import weighted_column_sum
 from ivtp.core.select import highest, ranks
+from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
 

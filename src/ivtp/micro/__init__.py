@@ -1,1 +1,1 @@
-"""The embedded micro LVLM: its synthetic world, its training recipe and its released weights."""
+"""The embedded micro LVLM: its synthetic world, the formats of its questions, and its released weights."""

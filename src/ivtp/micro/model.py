@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from ivtp.micro import world
-from ivtp.micro.projector import Projector
 from ivtp.micro.tokenizer import IMAGE
 from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH, POSITIONS_ZH
 from ivtp.micro.world.vocabulary import plural
+from recipes.micro.projector import Projector
 
 WIDTH = 192
 ROPE_THETA = 1e6

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ivtp.core.select import take
 from ivtp.plug.transformers import forward_slot
-from ivtp.prefill import Prefill
+from ivtp.prefill.run import Prefill
 
 
 @dataclass(frozen=True)

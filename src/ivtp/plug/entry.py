@@ -9,12 +9,13 @@ from torch import nn
 from ivtp import registry
 from ivtp.config import READS_CLIP, PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
-from ivtp.guide import GuideMaker, reads_question
+from ivtp.guide.clip import ClipText
+from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
-from ivtp.instruction import ClipText, InstructionReader
 from ivtp.methods.base import Method
 from ivtp.plug.pruner import Pruner, check_unpruned
 from ivtp.plug.transformers import execution_device, floating_dtype
+from ivtp.prompt.instruction import InstructionReader
 
 
 def attach(

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ivtp.config import PruneConfig
-from ivtp.decode import continue_inputs, is_prefill
 from ivtp.errors import AttachError, InputError
-from ivtp.guide import GuideMaker
+from ivtp.guide.pseudo_cls import GuideMaker
 from ivtp.hosts.base import CACHE_NAMES, Host, cache_name
-from ivtp.layers import cut_layer
 from ivtp.methods.base import Method, Plan
 from ivtp.plug.calls import (
     Call,
@@ -33,10 +31,12 @@ from ivtp.plug.calls import (
 )
 from ivtp.plug.changes import Changes, exclusive
 from ivtp.plug.transformers import encodes_ahead, execution_device, forward_slot, reruns_hooks, set_image_features
-from ivtp.prefill import Prefill
-from ivtp.probe import AttentionProbe
-from ivtp.prompt import read_prompts
-from ivtp.report import build_trace
+from ivtp.prefill.cache import continue_inputs, is_prefill
+from ivtp.prefill.layers import cut_layer
+from ivtp.prefill.probe import AttentionProbe
+from ivtp.prefill.record import build_trace
+from ivtp.prefill.run import Prefill
+from ivtp.prompt.batch import read_prompts
 from ivtp.trace import PruneTrace
 
 MARK = "_ivtp_pruner"

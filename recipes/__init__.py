@@ -1,0 +1,1 @@
+"""How what ships with the library was made; no part of the wheel."""

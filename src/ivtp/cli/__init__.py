@@ -1,0 +1,1 @@
+"""The `ivtp` command: parse, call the library, print."""

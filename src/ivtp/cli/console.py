@@ -1,0 +1,163 @@
+"""How the command line words its results: for people, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ivtp.cli.door import printable
+
+if TYPE_CHECKING:
+    from ivtp.cost.flops import FlopsReport
+    from ivtp.generate import Answer
+    from ivtp.trace import PruneTrace, Word
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+PARTS = ("vision", "projector", "llm", "head", "pruning")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Visual tokens of the prompt and those that are left, FLOPs of the full and of the pruned prefill."""
+
+    patches: int
+    kept: int
+    full: float
+    pruned: float
+
+    @classmethod
+    def of(cls, model: Any, processor: Any, photo: Any, question: str, trace: PruneTrace | None) -> Cost:
+        """The cost of one question about one image; None is the trace of the untouched model."""
+        from ivtp.cost.flops import flops as count
+        from ivtp.cost.flops import prompt_tokens
+        from ivtp.cost.sizes import sizes
+        from ivtp.generate import prompt_for
+
+        geometry = sizes(model).geometry
+        patches = geometry.num_patches
+        ids = processor(images=photo, text=prompt_for(processor, question))["input_ids"][0]
+        full = count(model, method="none", text_tokens=prompt_tokens(len(ids), geometry)).total
+        if trace is None:
+            return cls(patches, patches, full, full)
+        return cls(patches, int((trace.kept()[0] >= 0).sum()), full, trace.flops)
+
+    def tokens(self) -> str:
+        """For example "64 of 576"."""
+        return f"{self.kept} of {self.patches}"
+
+    def flops(self) -> str:
+        """For example "3.2 GFLOPs (-48.6%)"."""
+        size, unit = _unit(self.full)
+        saved = "" if self.pruned == self.full else f" ({100 * (self.pruned / self.full - 1):+.1f}%)"
+        return f"{self.pruned / size:.1f} {unit}{saved}"
+
+
+def print_answer(answer: Answer, cost: Cost) -> None:
+    """The answer on the standard output, everything about it on the standard error."""
+    out.print(answer.text, markup=False, soft_wrap=True)
+    time = f"{1000 * answer.seconds:.0f} ms"
+    err.print(f"{cost.tokens()} visual tokens, prefill {cost.flops()}, {time}", markup=False)
+    words = answer.trace.words[0] if answer.trace and answer.trace.words else []
+    if words:
+        used = guided_by(words) or "the image alone, no word passed the threshold"
+        err.print(f"guided by: {used}", markup=False)
+    for note in answer.notes:
+        err.print(f"note: {note}", markup=False, soft_wrap=True)
+
+
+def guided_by(words: Sequence[Word], most: int = 10) -> str:
+    """The words of the pseudo CLS token with their relevance, each once: the `most` relevant ones, as they were asked.
+
+    For example "left 0.31, dog 0.24".
+    """
+    best: dict[str, float] = {}
+    for word in words:
+        if word.used:
+            best[word.text] = max(word.score, best.get(word.text, word.score))
+    shown = set(sorted(best, key=lambda text: -best[text])[:most])
+    named = ", ".join(f"{printable(text)} {score:.2f}" for text, score in best.items() if text in shown)
+    return named + (f" and {len(best) - most} less relevant words" if len(best) > most else "")
+
+
+def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture: Path | None) -> dict[str, Any]:
+    """The document of `ivtp ask --json`."""
+    trace = answer.trace
+    return {
+        "answer": answer.text,
+        "model": model,
+        "method": method,
+        "tokens": {"all": cost.patches, "kept": cost.kept, "equivalent": _equivalent(trace, cost)},
+        "flops": {"full": cost.full, "pruned": cost.pruned},
+        "seconds": answer.seconds,
+        "stages": [
+            {
+                "where": stage.where,
+                "layer": stage.layer,
+                "kept": stage.kept[0].tolist(),
+                "sources": None if stage.sources is None else stage.sources[0].tolist(),
+                "stand_ins": [] if stage.stand_ins is None else stage.kept[0][stage.stand_ins[0]].tolist(),
+            }
+            for stage in (trace.stages if trace else [])
+        ],
+        "words": [asdict(word) for word in (trace.words[0] if trace and trace.words else [])],
+        "fallback": bool(trace and trace.fallback and trace.fallback[0]),
+        "notes": list(answer.notes),
+        "picture": None if picture is None else str(picture),
+    }
+
+
+def _equivalent(trace: PruneTrace | None, cost: Cost) -> list[float]:
+    """Visual tokens that enter and that leave the decoder's layers, on average."""
+    counted = trace.tokens_per_layer if trace else None
+    return [float(cost.patches)] * 2 if counted is None else list(counted.equivalent)
+
+
+def parts(report: FlopsReport) -> dict[str, float]:
+    """FLOPs part by part, and in total."""
+    return {name: getattr(report, name) for name in (*PARTS, "total")}
+
+
+def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
+    """Both costs side by side, with the saving in percent of the printed totals, as papers print it."""
+    size, unit = _unit(full.total)
+    totals = [round(report.total / size, 1) for report in (full, pruned)]
+    table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
+    table.add_column(unit, "total")
+    table.add_column(f"all {full.keep} tokens", f"{totals[0]}", justify="right")
+    table.add_column(f"{pruned.method}, {pruned.keep} tokens", f"{totals[1]}", justify="right")
+    for name in PARTS:
+        table.add_row(name, *(f"{getattr(report, name) / size:.3f}" for report in (full, pruned)))
+    out.print(f"{full.model}, {full.text_tokens} prompt tokens", markup=False)
+    out.print(table)
+    printed, exact = totals[1] / totals[0] - 1, pruned.total / full.total - 1
+    entering, leaving = pruned.equivalent
+    if entering != leaving:
+        out.print(f"equivalent tokens: {entering:.1f} enter a layer of the decoder on average, {leaving:.1f} leave it")
+    out.print(f"saved: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")
+    for note in pruned.notes:
+        out.print(f"note: {note}", markup=False)
+
+
+def print_json(document: Any) -> None:
+    """One document on the standard output, whatever the terminal's width; escapes where it has no such characters."""
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(document, indent=2)
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _unit(flops: float) -> tuple[float, str]:
+    scale = ((1e12, "TFLOPs"), (1e9, "GFLOPs"))
+    return next(((size, unit) for size, unit in scale if flops >= size), (1e6, "MFLOPs"))

@@ -1,0 +1,1 @@
+"""What a prefill costs, from sizes alone."""

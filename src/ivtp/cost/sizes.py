@@ -1,0 +1,134 @@
+"""The sizes of a model by which its cost is counted: from a name, a folder, a config or the model itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ivtp.errors import LoadError, UnsupportedModelError
+from ivtp.files.sidecar import MICRO, local_folder, read_json, sidecar
+from ivtp.hosts.base import openai_clip, recommended
+from ivtp.plan import Geometry
+from ivtp.registry import host_class, list_hosts
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What Eq. 5 adds: CLIP's text encoder, and the vision layers behind the one that feeds the projector."""
+
+    text_layers: int
+    text_hidden: int
+    text_mlp: int
+    projection: int
+    """Width of CLIP's shared space."""
+    context: int = 77
+    """Positions of the text encoder, BOS and EOS included; longer instructions are encoded in windows."""
+    vision_layers: int = 1
+    """Encoder layers between the one that feeds the projector and CLIP's output (LLaVA-1.5 skips one)."""
+    compared: int = 1
+    """Vision tokens of an image in the shared space: the pooled CLS, or every patch."""
+
+    def windows(self, tokens: int) -> tuple[int, int]:
+        """Number and length of the encoded windows for `tokens` CLIP tokens without BOS and EOS."""
+        inside = self.context - 2
+        return max(1, -(-tokens // inside)), min(tokens, inside) + 2
+
+
+_CLIP_L14 = Relevance(text_layers=12, text_hidden=768, text_mlp=3072, projection=768)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the cost of a model depends on."""
+
+    geometry: Geometry
+    clip: Relevance | None
+    """The CLIP that the vision tower is from; None where it is not known: its text encoder is then not counted."""
+    recommended: Mapping[str, Any]
+    """Options for this checkpoint, see `recommended`."""
+
+
+def sizes(model: Any) -> Sizes:
+    """The sizes of a model in any of the forms that `flops` takes."""
+    if isinstance(model, Geometry):
+        return Sizes(model, _openai_text_side(model, 1), recommended(model, {}))
+    name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
+    folder: Path | None = None
+    if isinstance(model, str | Path):
+        folder = None if _stock_host(name) else _folder_of(model)
+        config = model_config(model)
+    else:
+        config = getattr(model, "config", model)
+        folder = local_folder(getattr(model, "name_or_path", None))
+    host = next((h for h in map(host_class, list_hosts()) if h.matches(config)), None)
+    if host is None:
+        kind = getattr(config, "model_type", None) or type(model).__name__
+        families = ", ".join(list_hosts())
+        raise UnsupportedModelError(f"{kind!r} is no model family that can be pruned; use one of {families}")
+    geometry: Geometry = host.geometry(config)
+    if isinstance(model, str | Path):
+        geometry = dataclasses.replace(geometry, name=name or str(model))
+    behind = config.vision_config.num_hidden_layers - geometry.vision_layers
+    beside = sidecar(folder)
+    clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
+    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(geometry, beside))
+
+
+def model_config(model: str | Path) -> Any:
+    """The transformers configuration that a name, a folder, a JSON file or a downloaded hub id stands for.
+
+    Raises `LoadError` where there is none on this machine.
+    """
+    name = str(model).removeprefix("llava-hf/").removesuffix("-hf")
+    host = _stock_host(name)
+    return host.stock_config(name) if host else _local_config(model, _folder_of(model))
+
+
+def _stock_host(name: str | None) -> Any:
+    """The family that knows sizes of this name, or None."""
+    return next((host for host in map(host_class, list_hosts()) if name in host.stock), None)
+
+
+def _folder_of(model: str | Path) -> Path | None:
+    return local_folder(MICRO if model == "micro" else model)
+
+
+def _local_config(model: str | Path, folder: Path | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder or str(model), local_files_only=True)
+    except (OSError, ValueError):
+        names = [*(name for host in list_hosts() for name in host_class(host).stock), "micro"]
+        near = difflib.get_close_matches(str(model), names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise LoadError(
+            f"there is no configuration of {str(model)!r} on this machine; {hint}use {', '.join(names)}, "
+            "a folder with a config.json, or a hub id that was downloaded before"
+        ) from None
+
+
+def _openai_text_side(geometry: Geometry, behind: int) -> Relevance | None:
+    """The text side of OpenAI's CLIP ViT-L/14, which is the same at both of its image sizes."""
+    known = openai_clip(geometry, geometry.vision_layers + behind)
+    return dataclasses.replace(_CLIP_L14, vision_layers=behind) if known else None
+
+
+def _clip_beside(folder: Path, behind: int) -> Relevance | None:
+    """The CLIP in a folder of the checkpoint."""
+    clip = read_json(folder / "config.json")
+    text = clip.get("text_config")
+    if text is None:
+        return None
+    return Relevance(
+        text_layers=text["num_hidden_layers"],
+        text_hidden=text["hidden_size"],
+        text_mlp=text["intermediate_size"],
+        projection=clip["projection_dim"],
+        context=text.get("max_position_embeddings", Relevance.context),
+        vision_layers=behind,
+    )

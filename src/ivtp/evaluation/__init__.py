@@ -1,0 +1,1 @@
+"""Accuracy: methods compared on the same questions."""

@@ -1,0 +1,39 @@
+"""What lies beside a checkpoint's weights: `ivtp.json`, with recommended options and the folder of its CLIP model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ivtp.errors import LoadError, short_reason
+
+MICRO = Path(__file__).parents[1] / "micro" / "assets"
+"""The folder of the embedded model."""
+
+
+def local_folder(name: object) -> Path | None:
+    """The folder that a model's name means on this machine; None for a hub id, or no name at all."""
+    folder = Path(str(name or ""))
+    return folder if folder.parts and folder.is_dir() else None
+
+
+def sidecar(folder: Path | None) -> dict[str, Any]:
+    """The `ivtp.json` of a checkpoint: recommended options, and `clip`, the folder of its CLIP model; or nothing.
+
+    Raises `LoadError` for a file that cannot be read or holds something else.
+    """
+    return read_json(folder / "ivtp.json") if folder else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} cannot be read as JSON ({short_reason(error)}); repair or remove it") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{file} holds a {type(content).__name__}, no JSON object; repair or remove it")
+    return content

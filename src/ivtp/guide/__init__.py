@@ -1,0 +1,1 @@
+"""The pseudo CLS token of a prompt, and the text sides that rate its words."""

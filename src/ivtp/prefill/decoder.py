@@ -1,0 +1,233 @@
+"""Stage 2 of a prefill: cuts inside the decoder, of hidden states, masks, rotary embeddings and the guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivtp.core.select import keep_highest, on_device, take
+from ivtp.core.sequence import TokenSequence, join_images, offset_images
+from ivtp.core.tap import AttentionTap
+from ivtp.hosts.base import CACHE_NAMES, Host
+from ivtp.methods.base import Cut, Method, Window
+from ivtp.prefill.cache import Seen
+from ivtp.prefill.stage import Stage
+from ivtp.prompt.batch import PromptBatch
+
+
+class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
+    """Raised once the queries and keys of a layer that is only looked at are there."""
+
+
+class DecoderStage(Stage):
+    """Stage 2: the visual tokens of a prompt beside its text, which stays; the guide leaves with the last cut."""
+
+    where = "llm"
+
+    def __init__(
+        self,
+        host: Host,
+        method: Method,
+        prompts: PromptBatch,
+        sequence: TokenSequence,
+        sources: Tensor,
+        embeddings: Tensor,
+    ) -> None:
+        """`sources` (slots, N) is `Encoded.sources` for every image of the rows; `embeddings` (B, T, D) enter."""
+        super().__init__(host, method)
+        self.prompts = prompts
+        self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
+        self._inputs: dict[str, Any] | None = None
+        self._peeking = False
+        self._text: Tensor | None = None
+        self._turn: tuple[Tensor, Tensor] | None = None
+        if method.reads_text:
+            question, tail = prompts.question_in(sequence), prompts.tail + (method.plan.guide_layers > 0)
+            with torch.no_grad():
+                self._text = method.read_text(embeddings, sequence.visual, question, tail)
+        if method.info.merges:
+            patches = host.size.num_patches
+            self._sources = join_images(offset_images(sources, prompts.images, patches), prompts.images, -1)
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """What the layer that runs now sees."""
+        return self.seen[-1].sequence
+
+    def entry_mask(self, hidden: Tensor) -> Tensor:
+        """The mask that the decoder is handed: of padding, or whole where the guide must not see the answer."""
+        valid = self.sequence.valid.long()
+        visible = self._visible()
+        if visible is not None:
+            whole: Tensor = self.host.causal_mask(hidden, valid, visible)
+            return whole
+        # also given without padding: gaps in the positions must not be taken for packed sequences
+        return valid
+
+    def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
+        """Cut (B, T, D) within or behind a layer; later layers get `layer_inputs`."""
+        part, sequence = self.seen[-1], self.sequence
+        window = self._window(cut, hidden)
+        merged = self._merge(window)
+        scores: Tensor | None = None
+        if merged is None:
+            scores = self._score(window)
+            gone = sequence.visual & ~self._highest(window, scores)
+        else:
+            hidden = merged.hidden
+            gone = sequence.visual & (merged.into != torch.arange(sequence.length, device=hidden.device))
+        drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
+        if drops_guide:
+            gone, sequence = gone[:, :-1], sequence.without_guide()
+        removed = self.method.plan.entering(cut, self.host.size) - cut.keep
+        after, index = sequence.drop(gone, [n * removed for n in self.prompts.images])
+        self.results.append(self._result(window, scores, after.patch, merged))
+        self.seen[-1] = Seen(part.first_layer, part.sequence, part.guide, index)
+        self.seen.append(Seen(cut.layer + 1, after, part.guide and not drops_guide))
+        self._inputs = None
+        return take(hidden, index)
+
+    @torch.no_grad()
+    def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """See what the layer behind a cut would compute of all tokens (B, T, D); nothing is written to the cache."""
+        layer = self.host.text_layers[cut.taps[-1]]
+        arguments = {k: v for k, v in arguments.items() if k not in (*CACHE_NAMES, "use_cache")}
+        self._peeking = True
+        try:
+            self.host.attend("llm", layer, hidden, **arguments)
+        except Peeked:
+            pass
+        finally:
+            self._peeking = False
+
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """Remember what a tapped layer computed; ends a look ahead."""
+        super().see(layer, query, key, value, scale)
+        if self._peeking:
+            raise Peeked
+
+    def layer_inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a decoder layer: mask and rotary embeddings cut as the tokens are."""
+        # rotary embeddings are made; FlashAttention would take gaps in position ids for packed sequences
+        kwargs = {**kwargs, "position_ids": None}
+        if self._turn is None and self.method.reads_states:
+            self._turn = self._first_turn(*kwargs["position_embeddings"])
+        if len(self.seen) == 1:
+            return kwargs
+        if self._inputs is None:  # once for all layers up to the next cut
+            self._inputs = {
+                "attention_mask": self._mask(hidden),
+                "position_embeddings": tuple(take(t, self._index()) for t in kwargs["position_embeddings"]),
+            }
+        return {**kwargs, **self._inputs}
+
+    def release(self) -> None:
+        """Let go of the masks and rotary embeddings."""
+        super().release()
+        self._inputs = self._turn = None
+
+    def _window(self, cut: Cut, hidden: Tensor) -> Window:
+        sequence, text = self.sequence, self._text
+        if text is not None and len(self.seen) > 1:
+            text = text.gather(1, self._index())
+        taps = self._take_taps(cut)
+        normed = keys = None
+        if self.method.reads_states:
+            normed, keys = self._states(hidden, taps[-1].key)
+        return Window(
+            cut,
+            taps,
+            hidden,
+            sequence.patch,
+            self._reference(),
+            normed=normed,
+            keys=keys,
+            images=self.prompts.images,
+            segment=self._segment(),
+            sources=self._sources,
+            text=text,
+            tail=self.prompts.tail,
+        )
+
+    @torch.no_grad()
+    def _states(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`Window.normed` and `Window.keys` of the layer that was tapped last."""
+        assert self._turn is not None
+        return self.host.final_norm(hidden), self.host.turn_back(key, self._turn)
+
+    def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d)."""
+        empty = [min(slack, cos.shape[1] - 1) for slack in self.seen[0].sequence.slack]
+        first = on_device(empty, cos.device).unsqueeze(1)
+        return take(cos, first), take(sin, first)
+
+    def _segment(self) -> Tensor | None:
+        """`Window.segment`."""
+        if self.method.config.budget == "prompt" or max(self.prompts.images) <= 1:
+            return None
+        patch = self.sequence.patch
+        return torch.where(patch >= 0, patch // self.host.size.num_patches, -1)
+
+    def _highest(self, window: Window, scores: Tensor) -> Tensor:
+        """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's.
+
+        Those that the prompt's mask hides leave first.
+        """
+        keep = window.cut.keep
+        if self.sequence.holes:
+            scores = scores.masked_fill(~self.sequence.valid, torch.finfo(scores.dtype).min)
+        if window.segment is not None:
+            return keep_highest(scores, window.visual, keep, window.segment)
+        total = on_device([n * keep for n in window.images], scores.device)
+        return keep_highest(scores, window.visual, total)
+
+    def _reference(self) -> int | Tensor:
+        """The guide or else the last token of the prompt, which an answer or padding may follow."""
+        sequence = self.sequence
+        answer = self.prompts.answer_in(sequence)
+        if self.seen[-1].guide or (answer is None and not sequence.holes):
+            return -1
+        prompt = sequence.valid if answer is None else sequence.valid & ~answer
+        columns = torch.arange(sequence.length, device=prompt.device)
+        return torch.where(prompt, columns, 0).amax(dim=1)
+
+    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+        sequence = self.sequence
+        return AttentionTap(
+            query,
+            key,
+            value,
+            scale,
+            causal=True,
+            valid=sequence.valid if sequence.padded else None,
+            hidden_from_last=self.prompts.answer_in(sequence) if self.seen[-1].guide else None,
+        )
+
+    def _index(self) -> Tensor:
+        """Columns (B, T') of the first layer's sequence that are left."""
+        index: Tensor | None = None
+        for part in self.seen[:-1]:
+            assert part.index is not None
+            index = part.index if index is None else index.gather(1, part.index)
+        assert index is not None
+        return index
+
+    def _mask(self, hidden: Tensor) -> Any:
+        visible = self._visible()
+        needed = self.sequence.padded or visible is not None
+        return self.host.causal_mask(hidden, self.sequence.valid.long() if needed else None, visible)
+
+    def _visible(self) -> Callable[..., Tensor] | None:
+        """Hides the answer from the guide, the last column; None where there is nothing to hide."""
+        answer = self.prompts.answer_in(self.sequence) if self.seen[-1].guide else None
+        if answer is None:
+            return None
+        hidden, last = answer, self.sequence.length - 1
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query != last) | ~hidden[batch, key]
+
+        return visible

@@ -1,0 +1,123 @@
+"""Stage 1 of a prefill: cuts inside the vision encoder, behind it and behind the projector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ivtp.core.merge import sizes
+from ivtp.core.select import keep_highest, right_aligned, take
+from ivtp.core.tap import AttentionTap
+from ivtp.hosts.base import Host
+from ivtp.methods.base import Cut, Method, Window
+from ivtp.prefill.stage import Stage
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder gives for I images."""
+
+    patches: Tensor  # (I, k): which patches the features stand for
+    features: Tensor  # (I, k, D): projected
+    cls: Tensor  # (I, D_vision): CLS of the layer that the projector reads
+    pooled: Tensor  # (I, D_vision): post-normalised CLS of the last layer
+    sources: Tensor  # (I, N): the patch that stands for each one, -1 where it was dropped
+
+    def __getitem__(self, images: Tensor) -> Encoded:
+        return Encoded(*(part[images] for part in (self.patches, self.features, self.cls, self.pooled, self.sources)))
+
+
+class EncoderStage(Stage):
+    """Stage 1: each image by itself; every row has the same number of tokens."""
+
+    where = "vision"
+
+    def __init__(self, host: Host, method: Method) -> None:
+        super().__init__(host, method)
+        self._patch = torch.empty(0)
+        self._feature: Tensor | None = None
+        self._relevance: Tensor | None = None
+        self._reordered = False
+
+    def run(self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None) -> Encoded:
+        """Run the encoder on (I, 3, H, W); hooks on its layers call the other methods meanwhile.
+
+        `relevance` rates the patches (I, N) by the last layer's output (I, 1 + N, D), for methods that ask for it.
+        """
+        size = self.host.size
+        indices = torch.arange(-size.vision_cls, size.num_patches, device=pixels.device).clamp_min(-1)
+        self._patch = indices.expand(pixels.shape[0], -1)  # (I, 1 + N)
+        self._sources = self._patch[:, size.vision_cls :]
+        pooled, last = self.host.run_vision(pixels)
+        if relevance is not None:
+            self._relevance = relevance(last)
+        assert self._feature is not None
+        hidden = self._feature
+        cls = hidden[:, 0]
+        behind, projected = (
+            [c for c in self.method.plan.cuts if c.is_after_encoder(size) and c.place == place]
+            for place in ("behind", "projected")
+        )
+        for cut in behind:
+            hidden = self.cut(cut, hidden)
+        features = self.host.project(hidden[:, size.vision_cls :])
+        self._patch = self._patch[:, size.vision_cls :]
+        for cut in projected:
+            features = self.cut(cut, features)
+        patches = self._patch
+        if self._reordered and self.method.config.positions == "original":  # position ids only grow
+            patches, order = patches.sort(dim=1)
+            features = take(features, order)
+        return Encoded(patches, features, cls, pooled, self._sources)
+
+    def release(self) -> None:
+        """Let go of the images' features."""
+        super().release()
+        self._feature = self._relevance = None
+
+    def feature_layer_done(self, hidden: Tensor) -> None:
+        """Take the output (I, T, D) of the layer that the projector reads."""
+        self._feature = hidden
+
+    def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
+        """Cut (I, T, D), of the encoder or of projected features."""
+        window = Window(
+            cut,
+            self._take_taps(cut),
+            hidden,
+            self._patch,
+            reference=0,
+            sources=self._sources,
+            relevance=self._relevance,
+        )
+        others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
+        merged = self._merge(window)
+        scores: Tensor | None = None
+        if merged is None:
+            scores = self._score(window)
+            keep = keep_highest(scores, window.visual, cut.keep) | ~window.visual  # CLS stays
+            index = right_aligned(keep, cut.keep + others)
+        else:
+            hidden = merged.hidden
+            columns = torch.arange(hidden.shape[1], device=hidden.device)
+            index = right_aligned((merged.into == columns) | ~window.visual, cut.keep + others)
+            if merged.order is not None:
+                self._reordered = True
+                index = torch.cat([index[:, :others], merged.order], dim=1)
+        self._patch = window.patch.gather(1, index)
+        kept = self._patch if merged is None else self._patch.sort(dim=1).values
+        self.results.append(self._result(window, scores, kept, merged))
+        return take(hidden, index)
+
+    def bias(self, cut: Cut) -> Tensor | None:
+        """What to add to the attention logits of a layer whose attention counts merged tokens by their size."""
+        if not cut.sized:
+            return None
+        assert self._sources is not None
+        return sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
+
+    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+        return AttentionTap(query, key, value, scale, causal=False)

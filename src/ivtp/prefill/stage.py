@@ -1,0 +1,87 @@
+"""What the two stages of a prefill share: the tensors that a cut reads, and the record of what it decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivtp.core.merge import follow
+from ivtp.core.tap import AttentionTap
+from ivtp.hosts.base import Host
+from ivtp.methods.base import Cut, Merged, Method, Window
+from ivtp.trace import Where
+
+
+@dataclass(frozen=True)
+class CutResult:
+    """What one cut decided: the patches that entered it, their scores, and those that stayed; -1 pads."""
+
+    cut: Cut
+    candidates: Tensor  # (B, T) patch of every token, -1 for others
+    scores: Tensor | None  # (B, T); None where it merged
+    kept: Tensor  # (B, T') patch of every token that stayed, -1 for others
+    sources: Tensor | None = None  # (B, N) the patch that stands for each, -1: none; None where nothing merges
+    stand_ins: Tensor | None = None  # (B, m) patches at whose places tokens stand that are none; None without any
+
+
+class Stage:
+    """What both stages share: taps that wait for their cut, and the record of the cuts."""
+
+    where: Where
+
+    def __init__(self, host: Host, method: Method) -> None:
+        self.host = host
+        self.method = method
+        self.results: list[CutResult] = []
+        self._taps: dict[int, AttentionTap] = {}
+        self._sources: Tensor | None = None
+        self._awaited = {tap for cut in method.plan.cuts if cut.where == self.where for tap in cut.taps}
+
+    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """Remember what a tapped layer computed, until the cut that reads it."""
+        if layer in self._awaited:
+            self._taps[layer] = self._tap(query.detach(), key.detach(), value.detach(), scale)
+
+    def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
+        """Cut (B, T, D) within or behind a layer."""
+        raise NotImplementedError
+
+    def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """See what the layer behind a cut computes of (B, T, D)."""
+        raise NotImplementedError
+
+    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+        raise NotImplementedError
+
+    def _take_taps(self, cut: Cut) -> tuple[AttentionTap, ...]:
+        self._awaited -= set(cut.taps)
+        return tuple(self._taps.pop(layer) for layer in cut.taps)
+
+    def release(self) -> None:
+        """Let go of the layers' tensors; the results stay."""
+        self._taps.clear()
+        self._sources = None
+
+    @torch.no_grad()
+    def _score(self, window: Window) -> Tensor:
+        """The choice of tokens is not differentiated; gradients flow through the tokens that stay."""
+        with torch.autocast(window.hidden.device.type, enabled=False):  # scores are float32 whatever the model is
+            return self.method.score(window)
+
+    def _merge(self, window: Window) -> Merged | None:
+        with torch.autocast(window.hidden.device.type, enabled=False):
+            merged = self.method.merge(window)
+        if merged is not None:
+            assert window.sources is not None
+            self._sources = follow(window.sources, window.patch, merged.into)
+        return merged
+
+    def _result(self, window: Window, scores: Tensor | None, kept: Tensor, merged: Merged | None) -> CutResult:
+        """The record of a cut by `scores` (B, T) or of one that merged; `kept` (B, T') are the patches that stayed."""
+        if merged is None:
+            return CutResult(window.cut, window.patch, scores, kept)
+        stand_ins = None if merged.stand_ins is None else window.patch.gather(1, merged.stand_ins)
+        return CutResult(window.cut, window.patch, scores, kept, self._sources, stand_ins)

@@ -1,0 +1,211 @@
+"""A batch of prompts as the user gave it: text, image slots, padding, and what is an answer to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ivtp.core.select import on_device
+from ivtp.core.sequence import Placeholders, TokenSequence
+from ivtp.errors import InputError
+from ivtp.hosts.base import Host
+from ivtp.prompt.instruction import Instruction
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """The text of one prompt, without image slots, padding and answer: ids and their columns."""
+
+    ids: list[int]
+    columns: list[int]
+    last_image_column: int
+
+    @property
+    def behind_image(self) -> list[int]:
+        """The columns of the text behind the last image."""
+        return [column for column in self.columns if column > self.last_image_column]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """What one prefill is asked to read: B rows of T columns, N slots for each image.
+
+    It is made on the host, from one copy of the ids before anything runs, and then sent to the device: nothing waits
+    for the device afterwards.
+    """
+
+    ids: Tensor  # (B, T)
+    tokens: TokenSequence
+    slots: Placeholders
+    repeats: int
+    """Rows in a row that are copies of one prompt (beams); their images are given, and encoded, once."""
+    image_of_slot: list[int]
+    """For every image of the rows, row by row, which of the I given images it is."""
+    fixed_length: int
+    """Columns of the prompt without what was generated or drafted behind it."""
+    answer: Tensor | None
+    """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
+    instructions: tuple[Instruction, ...] = ()
+    """What each row asks; empty where nothing reads it."""
+    question: Tensor | None = None
+    """(B, T) bool: the tokens of the instructions, or else the text behind the last image."""
+
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Images in each row."""
+        return self.slots.images
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> PromptBatch:
+        """The same, from the host to `device`."""
+        return replace(
+            self,
+            ids=on_device(self.ids, device),
+            tokens=self.tokens.to(device),
+            slots=replace(self.slots, mask=on_device(self.slots.mask, device)),
+            answer=None if self.answer is None else on_device(self.answer, device),
+            question=None if self.question is None else on_device(self.question, device),
+        )
+
+    @property
+    def tail(self) -> int:
+        """At most so many columns at the end hold the questions."""
+        columns = [i.columns[0] for i in self.instructions if i.columns]
+        return max([self.slots.tail, *(self.length - column for column in columns)])
+
+    def with_instructions(self, read: Callable[[TextTokens], Instruction]) -> PromptBatch:
+        """The same, on the host, with what every row that has an image asks; each prompt is read once."""
+        found: list[Instruction] = []
+        question = torch.zeros(self.ids.shape, dtype=torch.bool)
+        for row, text in enumerate(self.texts()):
+            if row % self.repeats:
+                found.append(found[-1])
+            else:
+                found.append(read(text) if self.images[row] else Instruction("", [], []))
+            question[row, found[-1].columns or text.behind_image] = True
+        return replace(self, instructions=tuple(found), question=question)
+
+    def texts(self) -> list[TextTokens]:
+        """The text of every row; of a batch on the host."""
+        ids, slots, valid = self.ids.tolist(), self.slots.mask.tolist(), self.tokens.valid.tolist()
+        answer = None if self.answer is None else self.answer.tolist()
+        texts = []
+        for row in range(len(ids)):
+            stop = answer[row].index(True) if answer and True in answer[row] else self.length
+            columns = [c for c in range(stop) if valid[row][c] and not slots[row][c]]
+            last = max((c for c in range(self.length) if slots[row][c]), default=-1)
+            texts.append(TextTokens([ids[row][c] for c in columns], columns, last))
+        return texts
+
+    def answer_in(self, sequence: TokenSequence) -> Tensor | None:
+        """(B, T') bool: the text columns of `sequence` that belong to the answer; None without one."""
+        if self.answer is None:
+            return None
+        return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
+
+    def question_in(self, sequence: TokenSequence) -> Tensor:
+        """(B, T') bool: the columns of `sequence` that hold the questions."""
+        assert self.question is not None
+        return self.question.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
+
+
+def read_prompts(
+    inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
+) -> PromptBatch:
+    """Check the model's inputs and find the image slots, on the host. Raises `InputError`; nothing has run by then.
+
+    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
+    """
+    _check_cache(inputs.get("past_key_values"))
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
+    finite = inputs["pixel_values"].isfinite().all()
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        raise InputError(
+            "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
+        )
+    images = inputs["pixel_values"].shape[0]
+    ids, mask, position, labels = (
+        None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
+    )
+    assert ids is not None
+    if not finite:  # known by now: the ids were waited for
+        raise InputError("pixel_values hold NaN or infinite numbers; check the image and what prepares it")
+    slots = _find_slots(ids, host, images, repeats)
+    tokens = _describe(ids, mask, position, slots.mask)
+    if prompt_length is not None and ids.shape[1] > prompt_length:
+        answer: Tensor | None = tokens.source >= prompt_length
+    else:
+        answer = _labelled(labels, ids, tokens.valid & ~slots.mask)
+    fixed = min(ids.shape[1], prompt_length or ids.shape[1])
+    return PromptBatch(ids, tokens, slots, repeats, _image_of_slot(slots.images, repeats), fixed, answer)
+
+
+def _check_cache(cache: Any) -> None:
+    if cache is None:
+        return
+    if cache.get_seq_length() > 0:
+        raise InputError(
+            "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
+        )
+    fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
+    if fixed or getattr(cache, "offloading", False):
+        kind = "offloaded" if getattr(cache, "offloading", False) else type(cache).__name__
+        raise InputError(
+            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
+            "a DynamicCache that is not offloaded"
+        )
+
+
+def _find_slots(ids: Tensor, host: Host, images: int, repeats: int) -> Placeholders:
+    patches = host.size.num_patches
+    mask = ids == host.image_token
+    columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    counts, ends = torch.stack([mask.sum(dim=1), torch.where(mask, columns, 0).amax(dim=1)]).tolist()
+    if sum(counts) != images * patches * repeats or any(c % patches for c in counts):
+        raise InputError(
+            f"the prompt has {sum(counts)} image slots for {images} image(s) of {patches} patches each; "
+            "build it with the model's processor, one <image> for each picture"
+        )
+    return Placeholders(mask, tuple(c // patches for c in counts), patches, tail=ids.shape[1] - min(ends))
+
+
+def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:
+    found: list[int] = []
+    first = 0
+    for row in range(0, len(images), repeats):
+        own = list(range(first, first + images[row]))
+        found.extend(own * repeats)
+        first += images[row]
+    return found
+
+
+def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor) -> TokenSequence:
+    """The prompt's columns. Only padding before the first slot may go: a hidden slot still holds its patch's place."""
+    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    rows: list[list[bool]] = valid.tolist()
+    needed: list[list[bool]] = (valid | slots).tolist()
+    slack = tuple(row.index(True) if True in row else len(row) for row in needed)
+    holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
+    position = columns if position is None else position.expand_as(ids)
+    return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)
+
+
+def _labelled(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None:
+    """From the first label on. A row whose whole text is labelled tells no question from an answer: nothing."""
+    if labels is None or labels.shape != ids.shape:
+        return None
+    labelled = (labels != -100) & text
+    everything = (labelled == text).all(dim=1, keepdim=True)
+    return (labelled.cumsum(dim=1) > 0) & ~everything
