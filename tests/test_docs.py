@@ -33,7 +33,7 @@ def test_the_methods_page_has_a_row_for_every_method_and_names_what_exists() -> 
 @pytest.fixture
 def no_memory():
     """The registry's caches are emptied before and after."""
-    caches = (registry._names, registry._composed)
+    caches = (registry.names_in, registry._composed)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -46,7 +46,7 @@ def test_a_new_method_by_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     name, code = re.search(r"```python file=(\S+)\n(.*?)```", text, flags=re.DOTALL).groups()
     (tmp_path / name).write_text(code, encoding="utf-8")
     monkeypatch.setattr("ivtp.methods.__path__", [*importlib.import_module("ivtp.methods").__path__, str(tmp_path)])
-    registry._names.cache_clear()
+    registry.names_in.cache_clear()
     blocks = re.findall(r"```python run\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
     for block in blocks:
