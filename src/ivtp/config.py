@@ -92,6 +92,15 @@ class PruneConfig:
         options = _check_options(values.pop("options", {})) | {k: v for k, v in values.items() if k not in names}
         return cls(**{k: v for k, v in values.items() if k in names}, options=options)
 
+    def changed(self, **options: Any) -> PruneConfig:
+        """The same with other fields or options of the method; another method begins with what is for all methods."""
+        names = [f.name for f in dataclasses.fields(self)]
+        if options.get("method", self.method) != self.method:
+            names = ["keep", "positions", "cache", "logits", "seed"]
+        kept = {name: getattr(self, name) for name in names}
+        own = kept.pop("options", {})
+        return PruneConfig.of(**{**kept, **own, **options})
+
     def filled(self, reads: Collection[str], recommended: Mapping[str, Any] = MappingProxyType({})) -> PruneConfig:
         """What was not said, as the checkpoint recommends it or else as the paper has it; of what a method `reads`."""
         unsaid = [name for name in PAPER if name in reads and getattr(self, name) is None]

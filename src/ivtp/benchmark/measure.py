@@ -197,7 +197,7 @@ def flops_of(subject: Subject, prompt: Prompt, pruner: Pruner | None) -> float:
         assert pruner.trace.tokens_per_layer is not None
         final, counted = pruner.trace.tokens_per_layer.final, pruner.trace.flops
         behind = pruner.trace.tokens_per_layer.vision_mlp[-1]  # a cut behind the encoder leaves them whole
-    if pruner is None or pruner.guide_maker.clip is None:  # transformers runs these for nothing
+    if pruner is None or not pruner.reads_clip:  # transformers runs these for nothing
         plan = pruner.method.plan if pruner else Plan()
         counted += batch * images * unread_encoder(size, plan, behind)
     positions = images * final + prompt.text_tokens - images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -12,9 +13,11 @@ from ivtp.benchmark.asked import Asked
 from ivtp.benchmark.models import Subject
 from ivtp.config import PruneConfig
 from ivtp.guide.pseudo_cls import GuideMaker
+from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
 from ivtp.plan import Geometry
 from ivtp.plug import Pruner, attach
+from ivtp.plug.calls import Equipment
 from ivtp.registry import method_class
 
 Runs = dict[str, Pruner | None]
@@ -45,11 +48,15 @@ def make_runs(subject: Subject, asked: Asked, keep: int | str) -> Runs:
     runs: Runs = {"full": None}
     for method in asked.methods:
         config, host = config_for(subject, asked, method, keep), subject.host
-        oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
+        oracle = Pruner(host, partial(_equip_oracle, host), config)
         runs[f"oracle {method}" if "oracle" in runs else "oracle"] = oracle
         with attach(subject.model, subject.processor, config) as pruner:
             runs[method] = pruner
     return runs
+
+
+def _equip_oracle(host: Host, config: PruneConfig) -> Equipment:
+    return Equipment(Oracle(config, host.size), GuideMaker(config, host, None, None))
 
 
 def oracle_of(run: str, runs: Iterable[str]) -> str:

@@ -49,6 +49,8 @@ class Host:
     model_class: ClassVar[str]
     """Name of the stock transformers class."""
 
+    media: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
 

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ivtp.core.select import take
+from ivtp.guide.pseudo_cls import GuideMaker
+from ivtp.methods.base import Method
 from ivtp.plug.transformers import forward_slot
-from ivtp.prefill.run import Prefill
+from ivtp.prefill.record import Record
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,21 @@ class Call:
     """Rows of that `generate` for each prompt: beams or returned sequences."""
 
 
+@dataclass(frozen=True)
+class Equipment:
+    """A method, and what it reads the instruction with."""
+
+    method: Method
+    guide_maker: GuideMaker
+
+
 class Thread(threading.local):
-    """What one thread does with an attached model: its open calls, the innermost last, and its last record."""
+    """What one thread does with an attached model: its calls and options, the innermost last, and its last record."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.record: Prefill | None = None
+        self.using: list[Equipment] = []
+        self.record: Record | None = None
         self.recorded = False
         """Whether the record is of the outermost call that is open."""
         self.has_called = False
@@ -55,6 +66,8 @@ class Plugged(Protocol):
     """What the stand-ins need of the pruner."""
 
     thread: Thread
+    media: tuple[str, ...]
+    """Arguments that describe images; the first one is there where there are any."""
 
     def exclusively(self) -> Any:
         """A context in which no other thread runs the model; True inside while the pruner is attached."""
@@ -79,7 +92,7 @@ def forward_with_labels(model: Any, plugged: Plugged) -> Callable[..., Any]:
             call = thread.calls[-1] if thread.calls else Call()
             labels = kwargs.get("labels")
             with thread.calling(call if labels is None else replace(call, labels=labels)):
-                if kwargs.get("pixel_values") is None:
+                if kwargs.get(plugged.media[0]) is None:
                     return stock(**kwargs)
                 wanted = kwargs.get("logits_to_keep", 0)
                 last = isinstance(wanted, int) and wanted == 1  # of the last column the logits are always there
@@ -123,7 +136,7 @@ def _with_logits(output: Any, wanted: int | Tensor, thread: Thread, *, full: boo
     return (*output[:place], logits, *output[place + 1 :])
 
 
-def with_all_columns(output: Any, record: Prefill | None) -> Any:
+def with_all_columns(output: Any, record: Record | None) -> Any:
     """The decoder's output with last hidden states (B, T, D) for every column of the prompt."""
     assert record is not None
     if isinstance(output, tuple):
@@ -167,7 +180,7 @@ def generate_alone(model: Any, plugged: Plugged) -> Callable[..., Any]:
                 return stock(*args, **kwargs)
             configs = (args[1] if len(args) > 1 else kwargs.get("generation_config"), model.generation_config)
             with plugged.thread.calling(Call()), ExitStack() as stack:
-                if kwargs.get("pixel_values") is not None:
+                if kwargs.get(plugged.media[0]) is not None:
                     kwargs.pop("prefill_chunk_size", None)
                     stack.enter_context(_whole_prompts([config for config in configs if config is not None]))
                 return stock(*args, **kwargs)
@@ -194,10 +207,10 @@ def expand_for_beams(model: Any, plugged: Plugged) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def expand(expand_size: int = 1, **kwargs: Any) -> Any:
-        pixels = kwargs.pop("pixel_values", None)
+        media = {name: kwargs.pop(name) for name in plugged.media if kwargs.get(name) is not None}
         ids, expanded = stock(expand_size=expand_size, **kwargs)
-        if pixels is not None:
-            expanded["pixel_values"] = pixels
+        if media:
+            expanded.update(media)
             calls = plugged.thread.calls
             if calls:
                 calls[-1] = replace(calls[-1], prompt_length=ids.shape[1], repeats=expand_size)

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ivtp.plug.transformers import forward_slot
+
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
@@ -45,6 +47,11 @@ class Changes:
                 module.__dict__.pop(name, None)
 
         self.add(undo)
+
+    def stand_in(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put `make(stock)` in the place of a module's own forward."""
+        slot = forward_slot(module)
+        self.set(module, slot, make(getattr(module, slot)))
 
     def undo(self) -> None:
         """Take all changes back; does nothing when there are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
+from ivtp.plug.calls import Equipment
 from ivtp.plug.pruner import Pruner, check_unpruned
 from ivtp.plug.transformers import execution_device, floating_dtype
 from ivtp.prompt.instruction import InstructionReader
@@ -45,11 +47,16 @@ def attach(
         raise ConfigError(f"config={config!r} is no PruneConfig; name options, as in attach(model, method='topk')")
     elif options:
         raise ConfigError(f"got a PruneConfig and {', '.join(options)} beside it; put everything into one of them")
-    kind = registry.method_class(config.method)
-    method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
-    pruner = Pruner(host, method, _guide_maker(host, method, processor, clip))
+    pruner = Pruner(host, functools.partial(equip, host, processor, clip), config)
     pruner.install()
     return pruner
+
+
+def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
+    """The method that `config` asks for on `host`, and what it reads the instruction with."""
+    kind = registry.method_class(config.method)
+    method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
+    return Equipment(method, _guide_maker(host, method, processor, clip))
 
 
 def find_host(model: nn.Module) -> Host:

@@ -12,16 +12,16 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.cache_utils import Cache
 
 from ivtp.config import PruneConfig
 from ivtp.errors import AttachError, InputError
-from ivtp.guide.pseudo_cls import GuideMaker
 from ivtp.hosts.base import CACHE_NAMES, Host, cache_name
 from ivtp.methods.base import Method, Plan
 from ivtp.plug.calls import (
     Call,
+    Equipment,
     Thread,
     expand_for_beams,
     forward_with_labels,
@@ -32,10 +32,10 @@ from ivtp.plug.calls import (
 from ivtp.plug.changes import Changes, exclusive
 from ivtp.plug.transformers import encodes_ahead, execution_device, forward_slot, reruns_hooks, set_image_features
 from ivtp.prefill.cache import continue_inputs, is_prefill
-from ivtp.prefill.layers import cut_layer
 from ivtp.prefill.probe import AttentionProbe
-from ivtp.prefill.record import build_trace
+from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
+from ivtp.prefill.stage import Plug
 from ivtp.prompt.batch import read_prompts
 from ivtp.trace import PruneTrace
 
@@ -50,27 +50,56 @@ class Pruner:
     a pruner attached is not copied or pickled; `save_pretrained` writes the stock checkpoint.
     """
 
-    def __init__(self, host: Host, method: Method, guide_maker: GuideMaker) -> None:
+    def __init__(self, host: Host, equip: Callable[[PruneConfig], Equipment], config: PruneConfig) -> None:
+        """`equip` makes what a config asks for; it raises `ConfigError` for what this model cannot do."""
         self.host = host
-        self.method = method
-        self.guide_maker = guide_maker
         self.thread = Thread()
-        self._last: Prefill | None = None
+        self.media = host.media
+        self._equip = equip
+        self._own = equip(config)
+        self._last: Record | None = None
         self._prefill: Prefill | None = None
         self._owner = 0
         """The thread that the prefill runs in."""
         self._changes = Changes()
         self._step_changes = Changes()
         self._attached = False
-        self._probes = [
-            AttentionProbe(host.attention_of(where, tap), functools.partial(self._see, where, tap))
-            for where, tap in sorted({(cut.where, tap) for cut in method.plan.cuts for tap in cut.taps})
-        ]
+        self._probes: dict[tuple[str, int], AttentionProbe] = {}
+        self._plug = Plug(host, self._probe, self._is_mine)
+
+    @property
+    def method(self) -> Method:
+        """The method at work, with its plan: of this thread's `using`, or else as attached."""
+        return self._equipment.method
 
     @property
     def config(self) -> PruneConfig:
-        """What was asked."""
+        """What was asked: in this thread's `using`, or else at attaching."""
         return self.method.config
+
+    @property
+    def reads_clip(self) -> bool:
+        """Whether CLIP's text side is read."""
+        return self._equipment.guide_maker.clip is not None
+
+    @property
+    def _equipment(self) -> Equipment:
+        return self.thread.using[-1] if self.thread.using else self._own
+
+    @contextmanager
+    def using(self, **options: Any) -> Iterator[Pruner]:
+        """Other options, or another method, for the calls of this thread within the context; nothing is attached anew.
+
+        What is not named stays as attached, for example `with pruner.using(keep=32): model.generate(...)`. Raises
+        `ConfigError` as attaching does.
+        """
+        equipment = self._equip(self.config.changed(**options))
+        _check_devices(self.host, equipment.method.plan)
+        self.thread.using.append(equipment)
+        try:
+            yield self
+        finally:
+            self.thread.using.pop()
 
     @property
     def full_logits(self) -> bool:
@@ -85,7 +114,7 @@ class Pruner:
         device.
         """
         record = self.thread.record if self.thread.has_called else self._last
-        return None if record is None else build_trace(record)
+        return None if record is None else record.trace
 
     def __enter__(self) -> Pruner:
         return self
@@ -136,7 +165,7 @@ class Pruner:
     def _install(self) -> None:
         host, changes = self.host, self._changes
         model: Any = host.model
-        _check_devices(host, self.method.plan)
+        _check_devices(host, self._own.method.plan)
         for module in (model, host.multimodal):  # before anything else of ours: copying or pickling meets it first
             changes.set(module, MARK, self)
         changes.set(model, forward_slot(model), forward_with_labels(model, self))
@@ -144,27 +173,11 @@ class Pruner:
         changes.set(model, "_expand_inputs_for_generation", expand_for_beams(model, self))
         if encodes_ahead(model):
             changes.set(model, "_supports_mm_encoder_outputs", _no)
-        changes.set(host.multimodal, forward_slot(host.multimodal), self._multimodal_forward())
+        changes.stand_in(host.multimodal, self._multimodal_forward)
         self._attached = True
 
-    def _install_prefill(self) -> None:
-        """What only a prefill needs; decoding then runs the stock layers."""
-        host, plan, changes = self.host, self.method.plan, self._step_changes
-        feature_layer = host.vision_layers[host.size.vision_layers - 1]
-        changes.add(feature_layer.register_forward_hook(self._feature_layer_done).remove)
-        for cut in plan.cuts:
-            if not cut.is_after_encoder(host.size):
-                layer = (host.vision_layers if cut.where == "vision" else host.text_layers)[cut.layer]
-                changes.set(layer, forward_slot(layer), cut_layer(host, layer, cut, forward_slot(layer), self._running))
-        for probe in self._probes:
-            probe.insert()
-            changes.add(probe.remove)
-        for text_layer in host.text_layers:
-            changes.add(text_layer.register_forward_pre_hook(self._layer_inputs, with_kwargs=True).remove)
-
-    def _multimodal_forward(self) -> Callable[..., Any]:
+    def _multimodal_forward(self, stock: Callable[..., Any]) -> Callable[..., Any]:
         """Stands in for the forward that merges image features and text: here a prefill begins and ends."""
-        stock = getattr(self.host.multimodal, forward_slot(self.host.multimodal))
         names, cache = list(inspect.signature(stock).parameters), cache_name(stock)
 
         @functools.wraps(stock)
@@ -188,7 +201,7 @@ class Pruner:
 
     def _enter(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
         self._end_prefill()
-        if inputs.get("pixel_values") is None:
+        if inputs.get(self.media[0]) is None:
             if inputs.get("mm_encoder_outputs"):
                 raise InputError("images that are encoded already cannot be pruned; pass pixel_values")
             if is_prefill(inputs):
@@ -205,9 +218,9 @@ class Pruner:
         prompts = read_prompts(
             inputs, self.host, labels=call.labels, prompt_length=call.prompt_length, repeats=call.repeats
         )
-        prefill = Prefill(self.host, self.method, self.guide_maker, prompts, inputs["input_ids"].device)
+        method, guide_maker = self._equipment.method, self._equipment.guide_maker
+        prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes)
         self._prefill, self._owner = prefill, threading.get_ident()
-        self._install_prefill()
         return prefill.start(inputs)
 
     def _begin_unpruned(self, inputs: dict[str, Any]) -> None:
@@ -226,41 +239,30 @@ class Pruner:
         self._end_prefill()
         if prefill is None:
             return output
-        output = without_guide(output, self.method.plan.guide_layers)
+        output = without_guide(output, prefill.method.plan.guide_layers)
         parts = output if isinstance(output, tuple) else (getattr(output, name, None) for name in CACHE_NAMES)
-        features = prefill.finish(next((part for part in parts if isinstance(part, Cache)), None))
-        self.thread.record, self.thread.recorded, self._last = prefill, True, prefill
+        record, features = prefill.finish(next((part for part in parts if isinstance(part, Cache)), None))
+        self.thread.record, self.thread.recorded, self._last = record, True, record
         if not isinstance(output, tuple):
             set_image_features(output, features)
         return output
 
-    def _running(self) -> Prefill | None:
-        """The prefill of this thread; other threads may run the layers meanwhile, and pass through.
+    def _is_mine(self) -> bool:
+        """Whether this thread's prefill runs; other threads may run the layers meanwhile, and pass through.
 
         Compiled code is the prefill's own, and Dynamo would leave the graph to ask for the thread.
         """
         own = torch.compiler.is_compiling() or self._owner == threading.get_ident()
-        return self._prefill if own else None
+        return own and self._prefill is not None
 
-    def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        prefill = self._running()
-        if prefill is not None and prefill.runs("vision"):
-            prefill.feature_layer_done(output[0] if isinstance(output, tuple) else output)
-
-    def _layer_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        prefill = self._running()
-        if prefill is not None and prefill.runs("llm"):
-            return args, prefill.layer_inputs(args[0], kwargs)
-        return None
+    def _probe(self, where: str, layer: int) -> AttentionProbe:
+        if (where, layer) not in self._probes:
+            self._probes[where, layer] = AttentionProbe(self.host.attention_of(where, layer))
+        return self._probes[where, layer]
 
     def _end_prefill(self) -> None:
         self._prefill = None
         self._step_changes.undo()
-
-    def _see(self, where: str, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        prefill = self._running()
-        if prefill is not None and prefill.runs(where):
-            prefill.see(where, layer, query, key, value, scale)
 
 
 def check_unpruned(host: Host) -> None:

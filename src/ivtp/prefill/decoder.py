@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.core.sequence import TokenSequence, join_images, offset_images
 from ivtp.core.tap import AttentionTap
-from ivtp.hosts.base import CACHE_NAMES, Host
+from ivtp.hosts.base import CACHE_NAMES
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.cache import Seen
-from ivtp.prefill.stage import Stage
+from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.prompt.batch import PromptBatch
 
 
@@ -29,7 +29,7 @@ class DecoderStage(Stage):
 
     def __init__(
         self,
-        host: Host,
+        plug: Plug,
         method: Method,
         prompts: PromptBatch,
         sequence: TokenSequence,
@@ -37,7 +37,7 @@ class DecoderStage(Stage):
         embeddings: Tensor,
     ) -> None:
         """`sources` (slots, N) is `Encoded.sources` for every image of the rows; `embeddings` (B, T, D) enter."""
-        super().__init__(host, method)
+        super().__init__(plug, method)
         self.prompts = prompts
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
         self._inputs: dict[str, Any] | None = None
@@ -49,8 +49,17 @@ class DecoderStage(Stage):
             with torch.no_grad():
                 self._text = method.read_text(embeddings, sequence.visual, question, tail)
         if method.info.merges:
-            patches = host.size.num_patches
+            patches = self.host.size.num_patches
             self._sources = join_images(offset_images(sources, prompts.images, patches), prompts.images, -1)
+
+    def install(self, seats: Seats) -> None:
+        """Cuts and probes, and masks and rotary embeddings of its own for every layer."""
+        super().install(seats)
+        for layer in self.host.text_layers:
+            seats.add(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
+
+    def _before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, self.layer_inputs(args[0], kwargs)) if self.is_mine() else None
 
     @property
     def sequence(self) -> TokenSequence:

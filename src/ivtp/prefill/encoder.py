@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.core.merge import sizes
 from ivtp.core.select import keep_highest, right_aligned, take
 from ivtp.core.tap import AttentionTap
-from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Method, Window
-from ivtp.prefill.stage import Stage
+from ivtp.prefill.stage import Plug, Seats, Stage
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,22 @@ class EncoderStage(Stage):
 
     where = "vision"
 
-    def __init__(self, host: Host, method: Method) -> None:
-        super().__init__(host, method)
+    def __init__(self, plug: Plug, method: Method) -> None:
+        super().__init__(plug, method)
         self._patch = torch.empty(0)
         self._feature: Tensor | None = None
         self._relevance: Tensor | None = None
         self._reordered = False
+
+    def install(self, seats: Seats) -> None:
+        """Cuts and probes, and a look at what the projector will read."""
+        super().install(seats)
+        layer = self.host.vision_layers[self.host.size.vision_layers - 1]
+        seats.add(layer.register_forward_hook(self._feature_layer_done).remove)
+
+    def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.is_mine():
+            self._feature = output[0] if isinstance(output, tuple) else output
 
     def run(self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None) -> Encoded:
         """Run the encoder on (I, 3, H, W); hooks on its layers call the other methods meanwhile.
@@ -77,10 +87,6 @@ class EncoderStage(Stage):
         """Let go of the images' features."""
         super().release()
         self._feature = self._relevance = None
-
-    def feature_layer_done(self, hidden: Tensor) -> None:
-        """Take the output (I, T, D) of the layer that the projector reads."""
-        self._feature = hidden
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (I, T, D), of the encoder or of projected features."""

@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ivtp.hosts.base import CACHE_NAMES, Host
 from ivtp.methods.base import Cut
-from ivtp.prefill.run import Prefill
+
+Forward = Callable[..., Any]
 
 
-def cut_layer(
-    host: Host, layer: nn.Module, cut: Cut, slot: str, running: Callable[[], Prefill | None]
-) -> Callable[..., Any]:
-    """The forward of `layer`, kept at its attribute `slot`, with a cut behind it or between attention and MLP.
+class Cutter(Protocol):
+    """What a cut layer asks of its stage."""
 
-    `running` gives the prefill that the calling thread is in; without one the stock forward runs.
-    """
-    stock = getattr(layer, slot)
+    host: Host
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread is the one whose prefill this is."""
+
+    def bias(self, cut: Cut) -> Tensor | None:
+        """What the logits of the attention before a cut get beside their mask: (B, 1, 1, T)."""
+
+    def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
+        """Cut (B, T, D) to (B, T', D), between attention and MLP or behind the layer."""
+
+    def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        """See what the layer behind a cut computes of (B, T, D), with the arguments of the cut layer."""
+
+
+def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forward:
+    """The `stock` forward of `layer` with a cut behind it or between attention and MLP; for other threads as it is."""
 
     @functools.wraps(stock)
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        prefill = running()
-        if prefill is None or not prefill.runs(cut.where):
+        if not stage.is_mine():
             return stock(hidden, *args, **kwargs)
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             # the checkpointed layers around this one drop the cache as well
@@ -35,10 +47,10 @@ def cut_layer(
             output = stock(hidden, *args, **kwargs)
             first = output[0] if isinstance(output, tuple) else output
             if cut.peek:
-                prefill.peek(cut, first, kwargs)
-            left = prefill.cut(cut, first)
+                stage.peek(cut, first, kwargs)
+            left = stage.cut(cut, first)
             return (left, *output[1:]) if isinstance(output, tuple) else left
-        hidden = host.attend(cut.where, layer, hidden, *args, bias=prefill.bias(cut), **kwargs)
-        return host.feed_forward(cut.where, layer, prefill.cut(cut, hidden))
+        hidden = stage.host.attend(cut.where, layer, hidden, *args, bias=stage.bias(cut), **kwargs)
+        return stage.host.feed_forward(cut.where, layer, stage.cut(cut, hidden))
 
     return forward

@@ -17,7 +17,7 @@ _NAME = "ivtp_probe"
 
 
 class AttentionProbe:
-    """Hands what one attention module computes to `sink(query, key, value, scale)`, then runs the real kernel.
+    """Hands what one attention module computes to a `sink(query, key, value, scale)`, then runs the real kernel.
 
     Transformers' attention modules choose their kernel by `self.config`; the probe puts a copy of that config there
     which names a passing-through kernel. Rotary positions, adapters and quantised projections are thereby included.
@@ -25,15 +25,16 @@ class AttentionProbe:
     Kernels run on a view of the module that has its own config, so that threads which share the module do not meet.
     """
 
-    def __init__(self, module: nn.Module, sink: Sink) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.module = cast(Any, module)
-        self.sink: Sink = sink
+        self.sink: Sink = _nothing
         self.original: Any = None
         self.tapped: Any = None
         self.view: Any = None
 
-    def insert(self) -> None:
+    def insert(self, sink: Sink) -> None:
         """Put the copy in; it is made once, as long as the module keeps its config. In twice it is in once."""
+        self.sink = sink
         if self.module.config is self.tapped:
             return
         if self.original is not self.module.config:
@@ -48,7 +49,11 @@ class AttentionProbe:
         """Put the module's own config back; does nothing where it is."""
         if self.module.config is self.tapped:
             self.module.config = self.original
-            self.view = None
+            self.view, self.sink = None, _nothing
+
+
+def _nothing(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    """Sees what an attention module computes while nobody asks."""
 
 
 def _pass_through(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -1,49 +1,125 @@
-"""Turn the tensors of a finished prefill into the record that users read."""
+"""What one prefill decided, and the trace of it that users read."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ivtp.core.sequence import join_images, offset_images
+from ivtp.core.select import on_device
+from ivtp.core.sequence import TokenSequence, join_images, offset_images
 from ivtp.cost.flops import count_flops
 from ivtp.cost.sizes import Relevance
-from ivtp.prefill.run import Prefill
+from ivtp.guide.clip import ClipText
+from ivtp.guide.pseudo_cls import Guide
+from ivtp.hosts.base import Host
+from ivtp.methods.base import Method
 from ivtp.prefill.stage import CutResult
 from ivtp.prompt.batch import PromptBatch
 from ivtp.trace import PruneTrace, StageTrace
 
 
-def build_trace(prefill: Prefill) -> PruneTrace:
+class Stopwatch:
+    """Seconds between its creation and `stop`, measured on the device; reading them waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        event: Any = torch.cuda.Event
+        self._events = [event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+        self._began = time.perf_counter()
+        self._seconds = 0.0
+
+    def stop(self) -> None:
+        """Take the time."""
+        if self._events:
+            self._events[1].record()
+        self._seconds = time.perf_counter() - self._began
+
+    @property
+    def seconds(self) -> float:
+        """Between its creation and `stop`."""
+        if self._events:
+            self._events[1].synchronize()
+            return float(self._events[0].elapsed_time(self._events[1])) / 1000
+        return self._seconds
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one prefill decided: small tensors without a graph, which nobody has waited for yet."""
+
+    host: Host
+    method: Method
+    clip: ClipText | None
+    prompts: PromptBatch
+    results: tuple[CutResult, ...]
+    """The cuts, in order."""
+    guides: tuple[Guide, ...]
+    """Of each row; empty where no guide leads."""
+    clip_tokens: tuple[int, ...]
+    """Tokens that CLIP read of each row."""
+    sequence: TokenSequence
+    """What is left behind the last cut."""
+    watch: Stopwatch
+
+    @cached_property
+    def trace(self) -> PruneTrace:
+        """The trace that users read; making it waits for the device."""
+        return build_trace(self)
+
+    def shorten_labels(self, labels: Tensor) -> Tensor:
+        """Labels (B, T) of the prompt for the columns (B, T') that the logits have; visual tokens have none."""
+        sequence = self.sequence
+        shortened = labels.to(sequence.source.device).gather(1, sequence.source.clamp_min(0))
+        return shortened.masked_fill(sequence.visual | ~sequence.valid | (sequence.source < 0), -100)
+
+    def columns(self) -> Tensor:
+        """(B, T): for every column of the prompt the last one that is left at or before it.
+
+        Logits that are gathered by it stand where those of the stock model do, and a column behind a pruned token is
+        predicted by what the pruned model saw before it.
+        """
+        sequence = self.sequence
+        left = torch.arange(sequence.length, device=sequence.source.device)
+        filled = left >= on_device(sequence.slack, left.device).unsqueeze(1)
+        source = sequence.source.masked_fill(~filled, -1)
+        wanted = torch.arange(self.prompts.length, device=left.device).expand(source.shape[0], -1)
+        return (torch.searchsorted(source, wanted.contiguous(), right=True) - 1).clamp_min(0)
+
+
+def build_trace(record: Record) -> PruneTrace:
     """Copy everything to the CPU and count a row for each sample."""
-    patches = prefill.host.size.num_patches
-    images = prefill.prompts.images
-    tokens = prefill.method.plan.tokens_per_layer(prefill.host.size)
+    patches = record.host.size.num_patches
+    images = record.prompts.images
+    tokens = record.method.plan.tokens_per_layer(record.host.size)
     return PruneTrace(
         num_patches=patches,
         images=images,
-        stages=_stages(prefill),
-        words=[guide.words() for guide in prefill.guides] or [[] for _ in images],
-        fallback=[bool(guide.fallback) for guide in prefill.guides] or [False] * len(images),
+        stages=_stages(record),
+        words=[guide.words() for guide in record.guides] or [[] for _ in images],
+        fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(images),
         tokens_per_layer=tokens,
-        flops=_flops(prefill),
-        seconds=prefill.watch.seconds,
-        notes=prefill.method.notes,
+        flops=_flops(record),
+        seconds=record.watch.seconds,
+        notes=record.method.notes,
     )
 
 
-def _flops(prefill: Prefill) -> float:
+def _flops(record: Record) -> float:
     """Cost of the whole batch: every row with its own number of images, padding counted as it was computed.
 
     Rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    prompts, size, plan = prefill.prompts, prefill.host.size, prefill.method.plan
+    prompts, size, plan = record.prompts, record.host.size, record.method.plan
     tokens = plan.tokens_per_layer(size)
     in_decoder = dataclasses.replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.where == "llm"))
-    relevance = _relevance(prefill)
+    relevance = _relevance(record)
     total = 0.0
     for row, count in enumerate(prompts.images):
         text = prompts.length - count * size.num_patches
@@ -51,15 +127,15 @@ def _flops(prefill: Prefill) -> float:
             again = count_flops(size, in_decoder, text_tokens=text, images=count, tokens=tokens)
             total += again.llm + again.head + again.pruning
         else:
-            words = prefill.clip_tokens[row] if prefill.clip_tokens else 0
+            words = record.clip_tokens[row] if record.clip_tokens else 0
             total += count_flops(
                 size, plan, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
             ).total
     return total
 
 
-def _relevance(prefill: Prefill) -> Relevance | None:
-    clip = prefill.guide_maker.clip
+def _relevance(record: Record) -> Relevance | None:
+    clip = record.clip
     if clip is None:
         return None
     text: Any = clip.text_model.config
@@ -69,17 +145,17 @@ def _relevance(prefill: Prefill) -> Relevance | None:
         text_mlp=text.intermediate_size,
         projection=clip.visual_projection.out_features,
         context=clip.context,
-        vision_layers=len(prefill.host.vision_layers) - prefill.host.size.vision_layers,
-        compared=prefill.host.size.num_patches if prefill.method.reads_clip else 1,
+        vision_layers=len(record.host.vision_layers) - record.host.size.vision_layers,
+        compared=record.host.size.num_patches if record.method.reads_clip else 1,
     )
 
 
-def _stages(prefill: Prefill) -> list[StageTrace]:
+def _stages(record: Record) -> list[StageTrace]:
     """The cuts; what stands at a patch's place is marked as long as it stays."""
     stages: list[StageTrace] = []
     standing: Tensor | None = None  # (B, m)
-    for result in prefill.results:
-        result = _by_sample(result, prefill.prompts, prefill.host.size.num_patches)
+    for result in record.results:
+        result = _by_sample(result, record.prompts, record.host.size.num_patches)
         if result.stand_ins is not None:
             standing = result.stand_ins if standing is None else torch.cat([standing, result.stand_ins], dim=1)
         stages.append(_stage(result, standing))

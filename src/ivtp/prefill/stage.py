@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.core.merge import follow
 from ivtp.core.tap import AttentionTap
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Merged, Method, Window
+from ivtp.prefill.layers import Forward, cut_layer
+from ivtp.prefill.probe import AttentionProbe
 from ivtp.trace import Where
 
 
@@ -27,18 +31,57 @@ class CutResult:
     stand_ins: Tensor | None = None  # (B, m) patches at whose places tokens stand that are none; None without any
 
 
+class Seats(Protocol):
+    """Where a stage puts what it needs in the model; whoever gives it takes everything out again."""
+
+    def add(self, undo: Callable[[], None]) -> None:
+        """Remember how to take one change back."""
+
+    def stand_in(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+        """Put `make(stock)` in the place of a module's own forward."""
+
+
+@dataclass(frozen=True)
+class Plug:
+    """What a prefill is given of the model that it runs in."""
+
+    host: Host
+    probe: Callable[[str, int], AttentionProbe]
+    """The probe of the attention of one layer, where and which; it lives as long as the plug."""
+    is_mine: Callable[[], bool]
+    """Whether the calling thread is the prefill's: others may run the layers meanwhile."""
+
+
 class Stage:
-    """What both stages share: taps that wait for their cut, and the record of the cuts."""
+    """What both stages share: hooks in their layers, taps that wait for their cut, and the record of the cuts."""
 
     where: Where
 
-    def __init__(self, host: Host, method: Method) -> None:
-        self.host = host
+    def __init__(self, plug: Plug, method: Method) -> None:
+        self.host = plug.host
+        self.is_mine = plug.is_mine
         self.method = method
+        self._probe = plug.probe
         self.results: list[CutResult] = []
         self._taps: dict[int, AttentionTap] = {}
         self._sources: Tensor | None = None
         self._awaited = {tap for cut in method.plan.cuts if cut.where == self.where for tap in cut.taps}
+
+    def install(self, seats: Seats) -> None:
+        """Put cuts and probes into the layers, until `seats` takes them out."""
+        layers = self.host.vision_layers if self.where == "vision" else self.host.text_layers
+        for cut in self.method.plan.cuts:
+            if cut.where == self.where and not cut.is_after_encoder(self.host.size):
+                layer = layers[cut.layer]
+                seats.stand_in(layer, functools.partial(cut_layer, self, layer, cut))
+        for tap in sorted(self._awaited):
+            probe = self._probe(self.where, tap)
+            probe.insert(functools.partial(self._see_mine, tap))
+            seats.add(probe.remove)
+
+    def _see_mine(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        if self.is_mine():
+            self.see(layer, query, key, value, scale)
 
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Remember what a tapped layer computed, until the cut that reads it."""
@@ -48,6 +91,10 @@ class Stage:
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) within or behind a layer."""
         raise NotImplementedError
+
+    def bias(self, cut: Cut) -> Tensor | None:
+        """What the logits of the attention before a cut get beside their mask: (B, 1, 1, T), mostly nothing."""
+        return None
 
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut computes of (B, T, D)."""
