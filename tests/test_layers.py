@@ -32,7 +32,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the lowest. A room imports lower floors alone: not its neighbours on the same floor."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONE_FILE_EACH = ("methods", "hosts", "towers", "compressors")
-"""Rooms whose files never import one another, only their `base`."""
+"""Rooms whose files never import one another, only what they share."""
+SHARED = ("base", "tiny")
+"""Files that the others of their room share."""
 BY_NAME = ("import_module", "names_in", "load_named")
 """Functions that import a module, or all modules of a room, by its name."""
 
@@ -86,7 +88,7 @@ def complaint(here: tuple[str, ...], target: tuple[str, ...]) -> str | None:
         return f"imports {other}, which is on no floor"
     if room == other:
         alone = room in ONE_FILE_EACH and len(here) > 1 and len(target) > 1
-        return f"imports its neighbour {target[1]}" if alone and target[1] not in ("base", here[1]) else None
+        return f"imports its neighbour {target[1]}" if alone and target[1] not in (*SHARED, here[1]) else None
     if FLOOR[other] >= FLOOR[room]:
         return f"on floor {FLOOR[room]} imports {'.'.join(target)} of floor {FLOOR[other]}"
     return None
@@ -125,6 +127,8 @@ def test_names_that_are_only_known_at_run_time_are_the_registrys() -> None:
         ("methods/topk", "from ivtp.hosts.base import Host", False),
         ("images", "from ivtp.micro import world", False),
         ("benchmark/sweep", "from ivtp.evaluation import compare", False),
+        ("hosts/llava", "from ivtp.hosts.tiny import settle", True),
+        ("hosts/llava_next", "from ivtp.hosts.llava import LlavaHost", False),
         ("hosts/base", "from ivtp.registry import host_class", False),
         ("guide/clip", "from ivtp.prompt.chat import Marks", True),
         ("prompt/chat", "from ivtp.guide.clip import ClipText", False),

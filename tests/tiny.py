@@ -32,6 +32,7 @@ from transformers import (
 
 import ivtp
 from ivtp.hosts.base import cache_name
+from ivtp.hosts.tiny import randomise
 from ivtp.registry import method_class
 
 PATCH, SIDE = 4, 6
@@ -242,7 +243,7 @@ def _clip_model() -> CLIPModel:
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=_vision_config().to_dict(), projection_dim=24)
     model = CLIPModel(config).eval()
-    _randomise(model, seed=2)
+    randomise(model, seed=2)
     return model
 
 
@@ -270,26 +271,10 @@ def _llava(processor: LlavaProcessor, clip: CLIPModel) -> LlavaForConditionalGen
         vision_feature_select_strategy="default",
     )
     model = LlavaForConditionalGeneration(config).eval()
-    _randomise(model, seed=1)
+    randomise(model, seed=1)
     with torch.no_grad():
         model.lm_head.weight[[tokenizer.eos_token_id, processor.image_token_id, tokenizer.pad_token_id]] = 0
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.model.vision_tower.load_state_dict(clip.vision_model.state_dict())
     return model
-
-
-@torch.no_grad()
-def _randomise(model: nn.Module, seed: int) -> None:
-    """Matrices with gain 1.3, norms around 1, small biases, embeddings of unit size."""
-    draw = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=draw)
-        if "embed" in name and weight.dim() < 4:
-            weight.copy_(noise)
-        elif weight.dim() >= 2:
-            weight.copy_(noise * 1.3 / weight[0].numel() ** 0.5)
-        elif name.endswith("bias"):
-            weight.copy_(0.1 * noise)
-        elif weight.dim() == 1:
-            weight.copy_(1 + 0.1 * noise)

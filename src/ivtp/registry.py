@@ -10,13 +10,16 @@ from typing import Any
 
 from ivtp.errors import ConfigError
 
+_NO_NAMES = ("base", "compose", "tiny")
+"""Files of the rooms that register nothing: what the others share."""
+
 
 # Published methods are called PruMerge+ or the like, and a file's name cannot hold the sign: it says `_plus` instead.
 @cache
 def names_in(room: str) -> tuple[str, ...]:
     """The names of what the files of a room register, in alphabetical order."""
     package = importlib.import_module(f"ivtp.{room}")
-    files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in ("base", "compose"))
+    files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _NO_NAMES)
     return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
 
 

@@ -81,6 +81,40 @@ def test_tiny_is_the_same_every_time(name: str) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_inputs_of_a_prompt_are_the_same_alone_and_in_a_batch(name: str) -> None:
+    """A row of the batch, left-padded, is the prompt by itself, and so are its pictures."""
+    host = host_class(name)
+    model, processor = host.tiny()
+    prompts = [("How many?", [(30, 60), (84, 84)]), ("Is it a \u732b?", []), ("What is left of the dog?", [(50, 40)])]
+    batch = host.tiny_inputs(model, processor, prompts)
+    pixels = []
+    for prompt, ids, mask in zip(prompts, batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = host.tiny_inputs(model, processor, [prompt])
+        assert ids[mask.bool()].tolist() == alone["input_ids"][0].tolist()
+        assert mask.tolist() == sorted(mask.tolist()), "padding is on the left"
+        pixels += list(alone.get("pixel_values", ()))
+    assert len(pixels) == len(batch["pixel_values"])
+    for mine, theirs in zip(pixels, batch["pixel_values"], strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs[: len(mine)]), "tiles of a smaller picture are padded in a batch"
+    assert not torch.equal(host.tiny_inputs(model, processor, prompts, seed=1)["pixel_values"], batch["pixel_values"])
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_tiny_looks_at_some_patches_more_than_at_others(name: str) -> None:
+    """With nearly uniform attention ties would decide what is kept, and no test of a method would show anything."""
+    host = host_class(name)
+    model, processor = host.tiny()
+    model.set_attn_implementation("eager")
+    inputs = host.tiny_inputs(model, processor)
+    with torch.no_grad():
+        maps = model(**inputs, output_attentions=True).attentions
+    for attention in maps:
+        row = attention[0, :, -1]  # (heads, T): what the last token sees
+        assert (row.std(dim=-1) > 0.5 * row.mean(dim=-1)).all()
+
+
 def test_settings_outside_the_family_are_refused() -> None:
     config = host_class("llava").tiny()[0].config
     config.vision_feature_layer = [-2, -3]

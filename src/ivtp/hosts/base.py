@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from ivtp.config import PAPER
 from ivtp.files.sidecar import local_folder, sidecar
+from ivtp.hosts.tiny import PROMPTS, tiny_images
 from ivtp.plan import Geometry
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -83,8 +84,31 @@ class Host:
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
-        """A random model of this family that runs in milliseconds, and its processor (None: ids in, ids out)."""
+        """A random stock model of this family that runs in milliseconds, and a processor made for it, offline."""
         raise NotImplementedError
+
+    @classmethod
+    def tiny_inputs(
+        cls,
+        model: nn.Module,
+        processor: Any,
+        prompts: Sequence[tuple[str, Sequence[tuple[int, int]]]] = PROMPTS,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """The keyword arguments of one call of `model`: ids and mask padded on the left, float32 pixels where there
+        are images, and what else the family's processor gives.
+
+        `prompts` are questions, each with the (width, height) of its images; their pictures depend on `seed`.
+        """
+        texts, pictures = [], []
+        for question, sizes in prompts:
+            content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
+            turn = [{"role": "user", "content": content}]
+            texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+            pictures += tiny_images(question, sizes, seed)
+        made = processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
+        any_model: Any = model
+        return dict(made.to(any_model.device))
 
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.base import Host, cache_name, openai_clip
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
 from ivtp.plan import Geometry
 
 _CACHE = cache_name(create_causal_mask)
@@ -95,9 +96,17 @@ class LlavaHost(Host):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
-        """36 patches, 7 encoder and 8 decoder layers, grouped-query attention; no processor."""
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+        """36 patches, 7 encoder and 8 decoder layers, grouped-query attention."""
+        from transformers import (
+            CLIPImageProcessor,
+            CLIPVisionConfig,
+            LlamaConfig,
+            LlavaConfig,
+            LlavaForConditionalGeneration,
+            LlavaProcessor,
+        )
 
+        tokenizer = tiny_tokenizer()
         config = LlavaConfig(
             vision_config=CLIPVisionConfig(
                 hidden_size=32,
@@ -114,23 +123,27 @@ class LlavaHost(Host):
                 num_hidden_layers=8,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                vocab_size=128,
-                max_position_embeddings=512,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
+                vocab_size=len(tokenizer),
+                max_position_embeddings=4096,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             ),
-            image_token_id=127,
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             image_seq_length=36,
             vision_feature_layer=-2,
         )
+        processor = LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}),
+            tokenizer,
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=CHAT_TEMPLATE,
+        )
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = LlavaForConditionalGeneration(config)
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.data.mul_(4.0)  # default weights give nearly uniform attention, and ties decide
-        return model.eval(), None
+            model = settle(LlavaForConditionalGeneration(config), tokenizer, seed)
+        return model, processor
 
     def __init__(self, model: nn.Module) -> None:
         """Locate the parts of a stock LLaVA."""
