@@ -40,20 +40,17 @@ def _flops(prefill: Prefill) -> float:
 
     Rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    prompts, size, plan = prefill.prompts, prefill.host.size, prefill.method.plan
-    tokens = plan.tokens_per_layer(size)
-    in_decoder = dataclasses.replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.where == "llm"))
+    prompts, size, method = prefill.prompts, prefill.host.size, prefill.method
     relevance = _relevance(prefill)
     total = 0.0
     for row, count in enumerate(prompts.images):
         text = prompts.length - count * size.num_patches
         if row % prompts.repeats:
-            again = count_flops(size, in_decoder, text_tokens=text, images=count, tokens=tokens)
-            total += again.llm + again.head + again.pruning
+            total += count_flops(size, method, text_tokens=text, images=count, encoded=True).total
         else:
             words = prefill.clip_tokens[row] if prefill.clip_tokens else 0
             total += count_flops(
-                size, plan, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
+                size, method, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
             ).total
     return total
 
