@@ -8,6 +8,8 @@ from typing import Literal
 from ivtp.trace import TokensPerLayer, Where
 
 Place = Literal["inside", "behind", "projected"]
+Rows = Literal["none", "one", "text", "all"]
+"""Query rows of a layer: those of the prompt's text, for one. None are needed where a method reads keys alone."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +55,24 @@ class Cut:
     place: Place = "inside"
     taps: tuple[int, ...] = ()
     """Layers whose queries, keys and values the method reads, the one nearest to the cut last."""
-    full_rows: tuple[int, ...] = ()
-    """Taps of which every query row is recomputed, not one."""
-    text_rows: bool = False
-    """The rows of the prompt's text are recomputed, not one."""
-    keys_only: bool = False
-    """No row is recomputed: the method reads keys."""
     peek: bool = False
     """The tap is the layer behind the cut, whose queries and keys are computed in advance for it."""
     sized: bool = False
     """The layer's attention counts a merged token as often as the patches that it stands for."""
-    flops: float = 0.0
-    """What the choice costs beside the taps, for each image."""
-    flops_per_text: float = 0.0
-    """The same, for each image and text token of the prompt."""
 
     def is_after_encoder(self, geometry: Geometry) -> bool:
         """Whether it cuts what the encoder hands on, and nothing in the encoder."""
         return self.where == "vision" and self.place != "inside" and self.layer == geometry.vision_layers - 1
+
+
+@dataclass(frozen=True)
+class ChoiceCost:
+    """What one cut costs beside taking the tokens out: arithmetic, and attention that the model's kernel hides."""
+
+    flops: float = 0.0
+    """Of each image."""
+    rows: tuple[Rows, ...] = ()
+    """Of each of the cut's taps the query rows whose attention is computed once more; empty: one of each."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,7 @@ import ivtp
 from ivtp.cost.flops import FlopsReport, count_flops, flops, prompt_tokens
 from ivtp.cost.sizes import Relevance, sizes
 from ivtp.errors import ConfigError, LoadError, UnsupportedModelError
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan
 from ivtp.plan import Geometry
 
 SEVEN_B = "llava-1.5-7b"
@@ -169,7 +171,7 @@ def test_pruned_model_costs_what_a_counter_sees(tiny: Tiny, images: int, changes
     words = len(tiny.clip[1](QUESTIONS[0], add_special_tokens=False)["input_ids"])
     report = count_flops(
         geometry,
-        method.plan,
+        method,
         text_tokens=text,
         images=images,
         relevance=Relevance(
@@ -211,6 +213,39 @@ def test_every_method_costs_what_a_counter_sees(tiny: Tiny, method: str) -> None
         unread += layers(found, tower, range(layer, layer + 1))
         unread -= sum(found[f"{tower}.layers.{layer}.self_attn.{name}"] for name in used)
     assert trace.flops == pytest.approx(found[""] - (0 if reads_clip else unread), rel=0.01)
+
+
+class Weighed(Method):
+    """Cuts behind the encoder and behind a decoder layer; what choosing costs is its own to say."""
+
+    info = MethodInfo("Weighed", 2026, "both", guided=False, trainable=False, merges=False, paper="(test)")
+    choice = ChoiceCost()
+
+    def make_plan(self) -> Plan:
+        last = self.geometry.vision_layers - 1
+        return Plan((Cut("vision", last, 20, taps=(0, last), place="behind"), Cut("llm", 2, self.keep, taps=(2,))))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        assert (entering, text_tokens) == ({"vision": 36, "llm": 20}[cut.where], 10)
+        return dataclasses.replace(self.choice, rows=self.choice.rows[: len(cut.taps)])
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (ChoiceCost(rows=("none", "none")), 0),
+        (ChoiceCost(flops=7.0, rows=("none", "none")), 2 * 7 + 2 * 7),
+        (ChoiceCost(), 2 * 2 * (2 * 37 * 32) + 2 * 50 * 48),
+        (ChoiceCost(rows=("all", "one")), 2 * (2 * 37 * 37 * (32 + 2) + 2 * 37 * 32) + 2 * 50 * 50 * (48 + 4)),
+        (ChoiceCost(rows=("text", "none")), 2 * (2 * 10 * 37 * (32 + 2)) + 2 * 10 * 50 * (48 + 4)),
+    ],
+)
+def test_a_method_says_what_its_choice_costs(
+    small: Geometry, monkeypatch: pytest.MonkeyPatch, choice: ChoiceCost, expected: int
+) -> None:
+    """Two images of 36 patches and CLS reach the first cut, 2 x 20 patches and 10 text tokens the second."""
+    monkeypatch.setattr(Weighed, "choice", choice)
+    assert flops(small, method=Weighed, keep=5, text_tokens=10 + 2, images=2).pruning == expected
 
 
 # ---- how cost behaves ---------------------------------------------------------------------------------------------

@@ -638,7 +638,7 @@ def test_tome_merges_by_size(
     hidden = normal(seed, batch, 1 + columns, 5, dtype=dtype)
     key = normal(seed + 1, batch, 2, 1 + columns, 4, dtype=dtype)
     tap = AttentionTap(key, key, key, 0.5, False)
-    cut = Cut("vision", 3, keep, taps=(3,), keys_only=True, sized=True)
+    cut = Cut("vision", 3, keep, taps=(3,), sized=True)
     merged = tome.merge(Window(cut, (tap,), hidden, patch, 0, sources=sources))
     assert merged is not None
     assert merged.order is not None

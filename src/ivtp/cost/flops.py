@@ -16,7 +16,8 @@ from typing import Any
 from ivtp.config import READS_CLIP, PruneConfig
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
-from ivtp.plan import Cut, Geometry, Plan
+from ivtp.methods.base import Method
+from ivtp.plan import Cut, Geometry, Plan, Rows
 from ivtp.registry import method_class
 from ivtp.trace import TokensPerLayer
 
@@ -72,20 +73,20 @@ def flops(
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     known = sizes(model)
     geometry = known.geometry
-    plan, clip, notes = _plan(known, {**config, "method": method, "keep": keep})
+    chosen, clip = _method(known, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
     report = count_flops(
         geometry,
-        plan,
+        chosen,
         text_tokens=text_tokens - images,
         batch=batch,
         images=images,
         relevance=clip,
         instruction_tokens=instruction_tokens or 0,
-        method=method if isinstance(method, str) else method.__name__,
+        name=method if isinstance(method, str) else method.__name__,
     )
-    return dataclasses.replace(report, text_tokens=text_tokens, notes=notes)
+    return dataclasses.replace(report, text_tokens=text_tokens, notes=chosen.notes if chosen else ())
 
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
@@ -93,39 +94,40 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None, tuple[str, ...]]:
-    """The plan of a method, which takes of the checkpoint's recommendation what it reads; its CLIP side; its notes."""
+def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:
+    """A method, which takes of the checkpoint's recommendation what it reads, and its CLIP side."""
     if config["method"] == "none":
         PruneConfig.of(**config)  # refuses what is no option
-        return Plan(), None, ()
+        return None, None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
-    method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
+    method: Method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
     reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
     if known.clip is None or not reads_clip:
-        return method.plan, None, method.notes
+        return method, None
     compared = known.geometry.num_patches if kind.reads_clip else 1
-    return method.plan, dataclasses.replace(known.clip, compared=compared), method.notes
+    return method, dataclasses.replace(known.clip, compared=compared)
 
 
 def count_flops(
     geometry: Geometry,
-    plan: Plan,
+    method: Method | None,
     *,
     text_tokens: int,
     batch: int = 1,
     images: int = 1,
     relevance: Relevance | None = None,
     instruction_tokens: int = 0,
-    tokens: TokensPerLayer | None = None,
-    method: str = "none",
+    encoded: bool = False,
+    name: str = "none",
 ) -> FlopsReport:
     """The cost of `batch` prompts, each of `text_tokens` text tokens (no image slots) and `images` images.
 
-    `tokens` replaces the counts that the plan announces, for methods that decide them while they run.
-    `relevance` is None where the guide reads no CLIP text.
+    `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
+    decoder alone, for prompts whose images are encoded already.
     """
-    seen = tokens or plan.tokens_per_layer(geometry)
+    plan = method.plan if method else Plan()
+    seen = plan.tokens_per_layer(geometry)
     cls = geometry.vision_cls
     encoder = zip(seen.vision_attention, seen.vision_mlp, strict=True)
     vision = _patch_embedding(geometry) + sum(_vision_layer(geometry, a + cls, m + cls) for a, m in encoder)
@@ -133,18 +135,19 @@ def count_flops(
         (a * images + text_tokens, m * images + text_tokens)
         for a, m in zip(seen.llm_attention, seen.llm_mlp, strict=True)
     ]
-    pruning = sum((_choice(geometry, plan, cut, seen, text_tokens, images) for cut in plan.cuts), 0.0)
+    cuts = [cut for cut in plan.cuts if cut.where == "llm" or not encoded]
+    pruning = sum((_choice(geometry, method, cut, seen, text_tokens, images) for cut in cuts if method), 0.0)
     if plan.guide_layers:
         pruning += images * _projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
     if relevance is not None and images:
         pruning += _relevance(geometry, relevance, instruction_tokens, seen.vision_mlp[-1], images)
     return FlopsReport(
         model=geometry.name,
-        method=method,
+        method=name,
         keep=seen.final,
         text_tokens=text_tokens,
-        vision=batch * images * vision,
-        projector=batch * images * seen.projector * _projector(geometry),
+        vision=0.0 if encoded else batch * images * vision,
+        projector=0.0 if encoded else batch * images * seen.projector * _projector(geometry),
         llm=batch * sum(_text_layer(geometry, a, m) for a, m in decoder),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
@@ -187,31 +190,48 @@ def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:
     return whole + _text_layer(g, attention + 1, mlp) - _text_layer(g, attention, mlp)
 
 
-def _choice(g: Geometry, plan: Plan, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
+def _choice(g: Geometry, method: Method, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
     """What a cut costs beside its gather, for one prompt: mostly attention that a fused kernel does not hand out.
 
-    A tap whose every row is needed costs Q K^T once more and a weighted sum of its rows; any other one row. A layer
-    that is looked at in advance computes its queries, keys and values twice.
+    A layer that is looked at in advance computes its queries, keys and values twice.
     """
-    cost = images * (cut.flops + cut.flops_per_text * text)
+    entering = _entering(cut, seen)
+    choice = method.cost(cut, entering, text)
+    cost = images * choice.flops
     if cut.peek:
         kv = 2 * g.text_kv_heads * g.text_head_dim
-        entering = seen.llm_mlp[cut.layer] * images + text
-        cost += 2.0 * entering * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
-    for layer in cut.taps:
+        cost += 2.0 * (entering * images + text) * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
+    for layer, rows in zip(cut.taps, choice.rows or ("one",) * len(cut.taps), strict=True):
         if cut.where == "vision":
-            heads, width, sequences = g.vision_heads, g.vision_hidden, images
             length = seen.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
+            cost += images * _rows(rows, length, text, g.vision_heads, g.vision_hidden)
+            if layer >= g.vision_layers:  # read for this alone
+                cost += images * _query_key(g, length)
         else:
-            heads, width, sequences = g.text_heads, g.text_heads * g.text_head_dim, 1
-            tokens = seen.llm_mlp[cut.layer] if cut.peek else seen.llm_attention[layer]
-            length = tokens * images + text + (layer < plan.guide_layers)
-        if cut.where == "vision" and layer >= g.vision_layers:  # read for this alone
-            cost += images * _query_key(g, length)
-        rows = length if layer in cut.full_rows else text if cut.text_rows else 1
-        one = 2.0 * length * width if not cut.keys_only else 0.0
-        cost += sequences * (one if rows == 1 else 2.0 * rows * length * (width + heads))
+            tokens = entering if cut.peek else seen.llm_attention[layer]
+            length = tokens * images + text + (layer < method.plan.guide_layers)
+            cost += _rows(rows, length, text, g.text_heads, g.text_heads * g.text_head_dim)
     return cost
+
+
+def _entering(cut: Cut, seen: TokensPerLayer) -> int:
+    """Visual tokens of one image that come to a cut."""
+    if cut.place == "projected":
+        return seen.projector
+    inside, behind = (
+        (seen.vision_attention, seen.vision_mlp) if cut.where == "vision" else (seen.llm_attention, seen.llm_mlp)
+    )
+    return (inside if cut.place == "inside" else behind)[cut.layer]
+
+
+def _rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:
+    """Attention rows of a layer of `length` tokens and `width` channels in all heads, recomputed.
+
+    Of one row the products with the keys; of more also their weighted sum.
+    """
+    if rows in ("none", "one"):
+        return 2.0 * length * width if rows == "one" else 0.0
+    return 2.0 * (length if rows == "all" else text) * length * (width + heads)
 
 
 def _relevance(g: Geometry, relevance: Relevance, tokens: int, kept: int, images: int) -> float:

@@ -15,9 +15,10 @@ from ivtp.core.rollout import full_width_row
 from ivtp.core.schedule import linear, quarters
 from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
-from ivtp.plan import Cut, Geometry, Plan
+from ivtp.plan import ChoiceCost, Cut, Geometry, Plan
 
 __all__ = [
+    "ChoiceCost",
     "Cut",
     "Merged",
     "Method",
@@ -156,6 +157,13 @@ class Method:
         """The cuts, from sizes alone."""
         raise NotImplementedError
 
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """What choosing costs at a cut of the plan that `entering` visual tokens of each image come to.
+
+        `text_tokens` are those of the prompt. Here one attention row of each tap.
+        """
+        return ChoiceCost()
+
     def score(self, window: Window) -> Tensor:
         """Importance (B, T) of every token of the window; only visual ones are read, the highest stay.
 
@@ -223,12 +231,14 @@ class OutlierMerging(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        size = self.geometry
-        kept, width = self.keep - 1, size.vision_hidden
-        sums = kept * size.num_patches + size.num_patches - kept  # neighbours of the kept ones, and all dropped ones
-        flops = 2.0 * (kept * size.num_patches + sums) * width  # similarity of keys, and the weighted sums
-        last = size.vision_depth - 1  # also where the projector reads an earlier layer
-        return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="behind", taps=(last,), flops=flops),))
+        last = self.geometry.vision_depth - 1  # also where the projector reads an earlier layer
+        return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="behind", taps=(last,)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """Similarity of keys, and the weighted sums."""
+        kept = cut.keep - 1
+        sums = kept * entering + entering - kept  # neighbours of the kept ones, and all dropped ones
+        return ChoiceCost(2.0 * (kept * entering + sums) * self.geometry.vision_hidden)
 
     def merge(self, window: Window) -> Merged:
         """Kept tokens with their neighbours, and the extra one."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 from ivtp.plan import Geometry
 
 _OWN = ("schedule",)
@@ -79,20 +79,24 @@ class Composed(Method):
         """Those of both parts."""
         return self.vision.notes + self.llm.notes
 
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """What the stage's method says."""
+        return self._of(cut).cost(cut, entering, text_tokens)
+
     def score(self, window: Window) -> Tensor:
         """The score of the stage's method."""
-        return self._at(window).score(window)
+        return self._of(window.cut).score(window)
 
     def merge(self, window: Window) -> Merged | None:
         """What the stage's method merges."""
-        return self._at(window).merge(window)
+        return self._of(window.cut).merge(window)
 
     def read_text(self, entry: Tensor, visual: Tensor, text: Tensor, tail: int) -> Tensor:
         """What the decoder's method will know of the question."""
         return self.llm.read_text(entry, visual, text, tail)
 
-    def _at(self, window: Window) -> Method:
-        return self.vision if window.cut.where == "vision" else self.llm
+    def _of(self, cut: Cut) -> Method:
+        return self.vision if cut.where == "vision" else self.llm
 
     def _config_of(self, part: type[Method], keep: int) -> PruneConfig:
         """The part's share of the config: its budget, what it reads, and its own options."""

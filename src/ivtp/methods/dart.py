@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, check_layer
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, check_layer
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,13 @@ class Dart(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind layer K (0-based: K - 1)."""
-        size = self.geometry
-        layer = check_layer("layer", self.options.layer, size) - 1
-        one = 2.0 * 2 * self.options.pivots * size.text_hidden  # a token's cosines with all pivots
-        return Plan(
-            (
-                Cut(
-                    "llm",
-                    layer,
-                    self.keep,
-                    place="behind",
-                    taps=(layer,),
-                    keys_only=True,
-                    flops=one * size.num_patches,
-                    flops_per_text=one,
-                ),
-            )
-        )
+        layer = check_layer("layer", self.options.layer, self.geometry) - 1
+        return Plan((Cut("llm", layer, self.keep, place="behind", taps=(layer,)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """Cosines of all tokens with the visual pivots and with those of the question."""
+        pairs = 2 * self.options.pivots * (entering + text_tokens)
+        return ChoiceCost(2.0 * pairs * self.geometry.text_hidden, rows=("none",))
 
     def score(self, window: Window) -> Tensor:
         """1 for what stays, 0 for what leaves."""

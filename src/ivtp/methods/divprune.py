@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ivtp.core.diversity import cosine, max_min
 from ivtp.core.select import ranks
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 class DivPrune(Method):
@@ -28,9 +28,11 @@ class DivPrune(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the projector."""
-        size = self.geometry
-        flops = 2.0 * size.num_patches**2 * size.text_hidden
-        return Plan((Cut("vision", size.vision_layers - 1, self.keep, place="projected", flops=flops),))
+        return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="projected"),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """The cosine of all pairs."""
+        return ChoiceCost(2.0 * entering**2 * self.geometry.text_hidden)
 
     def score(self, window: Window) -> Tensor:
         """The order of the choice."""

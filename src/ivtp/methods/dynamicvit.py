@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ivtp.config import PruneConfig
 from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window, quarters_of
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, quarters_of
 from ivtp.plan import Geometry
 
 
@@ -61,13 +61,11 @@ class DynamicVit(Method):
         size = self.geometry
         layers = [layer - 1 for layer in quarters_of(size.vision_layers, "dynamicvit")]
         counts = uniform_ratio(size.num_patches, self.keep, len(layers))
-        before = [size.num_patches, *counts[:-1]]
-        return Plan(
-            tuple(
-                Cut("vision", layer, count, place="behind", flops=n * Predictor.flops_per_token(size.vision_hidden))
-                for layer, count, n in zip(layers, counts, before, strict=True)
-            )
-        )
+        return Plan(tuple(Cut("vision", i, k, place="behind") for i, k in zip(layers, counts, strict=True)))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """A predictor over the tokens that are left."""
+        return ChoiceCost(entering * Predictor.flops_per_token(self.geometry.vision_hidden))
 
     def score(self, window: Window) -> Tensor:
         """Log-probability of being kept."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ivtp.core.rollout import attention_row
 from ivtp.core.schedule import linear, uniform_ratio
 from ivtp.core.select import highest, others
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window, check_choice, quarters_of
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window, check_choice, quarters_of
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,12 @@ class Evit(Method):
         if self.options.places == "three":
             layers = quarters_of(size.vision_layers, "evit")
             counts = uniform_ratio(size.num_patches, self.keep, len(layers))
-        fused = [2.0 * (n - k + 1) * size.vision_hidden * (k < n) for n, k in pairwise([size.num_patches, *counts])]
-        return Plan(
-            tuple(Cut("vision", i, k, taps=(i,), flops=f) for i, k, f in zip(layers, counts, fused, strict=True))
-        )
+        return Plan(tuple(Cut("vision", i, k, taps=(i,)) for i, k in zip(layers, counts, strict=True)))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """An attention row, and the sum of the tokens that are fused."""
+        fused = entering - cut.keep + 1 if cut.keep < entering else 0
+        return ChoiceCost(2.0 * fused * self.geometry.vision_hidden)
 
     def merge(self, window: Window) -> Merged:
         """The kept tokens in the order of their scores, then the fused one."""

@@ -12,7 +12,7 @@ from ivtp.core.rollout import weighted_column_sum
 from ivtp.core.select import highest, ranks
 from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,11 @@ class HiPrune(Method):
             middle = max(1, self.geometry.vision_depth * 9 // 24) - 1
         if not 0 <= middle < last:
             raise ConfigError(f"layer={middle} is no layer before the encoder's last one; use 0..{last - 1}")
-        return Plan((Cut("vision", last, self.keep, place="behind", taps=(middle, last), full_rows=(middle, last)),))
+        return Plan((Cut("vision", last, self.keep, place="behind", taps=(middle, last)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """The attention that each token receives, of both layers."""
+        return ChoiceCost(rows=("all", "all"))
 
     @property
     def anchors(self) -> int:

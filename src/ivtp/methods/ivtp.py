@@ -7,7 +7,7 @@ from torch import Tensor
 from ivtp.core.rollout import importance, rollout_row
 from ivtp.core.schedule import groups, uniform_ratio
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 class Ivtp(Method):
@@ -48,13 +48,17 @@ class Ivtp(Method):
         vision = [] if config.stages == "llm" else groups(size.vision_layers, group_layers)
         llm = groups(guide_layers, group_layers)
         counts = self._counts(len(vision), len(llm))
-        products = config.aggregation in ("residual", "multiply")
         places = [("vision", group) for group in vision] + [("llm", group) for group in llm]
         cuts = tuple(
-            Cut(where, group[-1], keep, taps=tuple(group), full_rows=tuple(group[:-1]) if products else ())  # type: ignore[arg-type]
+            Cut(where, group[-1], keep, taps=tuple(group))  # type: ignore[arg-type]
             for (where, group), keep in zip(places, counts, strict=True)
         )
         return Plan(cuts, guide_layers=guide_layers)
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """A row of the last layer's attention and, where maps are multiplied, all rows of the layers before it."""
+        products = self.config.aggregation in ("residual", "multiply")
+        return ChoiceCost(rows=(*("all" if products else "one" for _ in cut.taps[:-1]), "one"))
 
     def score(self, window: Window) -> Tensor:
         """Eq. 3 and 4 over the group's layers."""

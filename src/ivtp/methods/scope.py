@@ -9,7 +9,7 @@ from torch import Tensor
 from ivtp.core.diversity import cosine, coverage
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import ranks
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,12 @@ class Scope(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        size = self.geometry
-        layer, flops = size.vision_layers - 1, 2.0 * size.num_patches**2 * size.vision_hidden
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,), flops=flops),))
+        layer = self.geometry.vision_layers - 1
+        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """The cosine of all pairs, and an attention row."""
+        return ChoiceCost(2.0 * entering**2 * self.geometry.vision_hidden)
 
     def score(self, window: Window) -> Tensor:
         """The order of the choice."""

@@ -10,7 +10,7 @@ from ivtp.core.rollout import weighted_column_sum
 from ivtp.core.schedule import uniform_ratio
 from ivtp.core.select import highest, others
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 
 RECYCLED = 0.3
 """Share of the dropped tokens, the best, that are clustered."""
@@ -49,26 +49,15 @@ class SparseVlm(Method):
         if len(set(layers)) < 3:
             raise ConfigError(f"SparseVLM needs at least 8 decoder layers; this model has {size.text_layers}")
         counts = self.explicit_counts(3) or uniform_ratio(size.num_patches, self.keep, 3)
-        cuts: list[Cut] = []
-        before = size.num_patches
-        for layer, count in zip(layers, counts, strict=True):
-            recycled, clusters = recycling(before, count)
-            pairs = 2.0 * recycled * (recycled + clusters) * size.text_hidden
-            per_text = 0.0 if cuts else 2.0 * size.num_patches * size.text_hidden
-            cuts.append(
-                Cut(
-                    "llm",
-                    layer,
-                    count,
-                    place="behind",
-                    taps=(layer,),
-                    text_rows=True,
-                    flops=pairs,
-                    flops_per_text=per_text,
-                )
-            )
-            before = count
-        return Plan(tuple(cuts))
+        return Plan(tuple(Cut("llm", i, k, place="behind", taps=(i,)) for i, k in zip(layers, counts, strict=True)))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """Pairs of recycled tokens, rows of the raters and, once, who they are."""
+        recycled, clusters = recycling(entering, cut.keep)
+        pairs = recycled * (recycled + clusters)
+        if cut == self.plan.cuts[0]:
+            pairs += entering * text_tokens
+        return ChoiceCost(2.0 * pairs * self.geometry.text_hidden, rows=("text",))
 
     def read_text(self, entry: Tensor, visual: Tensor, text: Tensor, tail: int) -> Tensor:
         """The raters."""

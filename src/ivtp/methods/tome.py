@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ivtp.core.merge import sizes
 from ivtp.core.schedule import halving
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 
 
 class ToMe(Method):
@@ -40,14 +40,12 @@ class ToMe(Method):
             raise ConfigError(
                 f"keep={self.keep} needs more merging than {size.vision_layers} layers do; use {least} up"
             )
-        width = size.vision_hidden // size.vision_heads
-        before = [size.num_patches, *counts[:-1]]
-        return Plan(
-            tuple(
-                Cut("vision", i, k, taps=(i,), keys_only=True, sized=True, flops=2.0 * (n / 2) ** 2 * width)
-                for i, (k, n) in enumerate(zip(counts, before, strict=True))
-            )
-        )
+        return Plan(tuple(Cut("vision", i, k, taps=(i,), sized=True) for i, k in enumerate(counts)))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """The cosines of the two halves, over the width of one head."""
+        width = self.geometry.vision_hidden // self.geometry.vision_heads
+        return ChoiceCost(2.0 * (entering / 2) ** 2 * width, rows=("none",))
 
     def merge(self, window: Window) -> Merged:
         """Merged tokens at the columns of the tokens that the others went into, in ToMe's order."""

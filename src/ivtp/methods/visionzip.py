@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import highest, others
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 
 
 class VisionZip(Method):
@@ -34,11 +34,14 @@ class VisionZip(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        size = self.geometry
-        layer, left = size.vision_layers - 1, size.num_patches - self.keep
-        keys = size.vision_hidden / size.vision_heads
-        flops = 2.0 * left * contextual_count(self.keep) * (keys + size.vision_hidden)  # who goes where, and their sums
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,), flops=flops),))
+        layer = self.geometry.vision_layers - 1
+        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """An attention row, which contextual token each other patch goes to, and their sums."""
+        width = self.geometry.vision_hidden
+        keys = width / self.geometry.vision_heads
+        return ChoiceCost(2.0 * (entering - cut.keep) * contextual_count(cut.keep) * (keys + width))
 
     def merge(self, window: Window) -> Merged:
         """CLS, dominant and contextual tokens."""

@@ -11,7 +11,7 @@ from ivtp.core.diversity import drop_duplicates
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import highest, ranks
 from ivtp.errors import ConfigError
-from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class VisPruner(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        size = self.geometry
-        layer = size.vision_layers - 1
-        important = self._important(self.keep)
-        flops, left = 0.0, size.num_patches - important
-        while left > self.keep - important:
-            flops += 2.0 * (left / 2) ** 2 * size.vision_hidden
-            left -= self.options.step
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,), flops=flops),))
+        layer = self.geometry.vision_layers - 1
+        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """An attention row, and in every round the cosines of the two halves."""
+        important = self._important(cut.keep)
+        rounds = range(entering - important, cut.keep - important, -self.options.step)
+        return ChoiceCost(sum(2.0 * (left / 2) ** 2 * self.geometry.vision_hidden for left in rounds))
 
     def score(self, window: Window) -> Tensor:
         """Important tokens first, then distinct ones."""

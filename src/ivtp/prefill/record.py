@@ -116,20 +116,17 @@ def _flops(record: Record) -> float:
 
     Rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    prompts, size, plan = record.prompts, record.host.size, record.method.plan
-    tokens = plan.tokens_per_layer(size)
-    in_decoder = dataclasses.replace(plan, cuts=tuple(cut for cut in plan.cuts if cut.where == "llm"))
+    prompts, size, method = record.prompts, record.host.size, record.method
     relevance = _relevance(record)
     total = 0.0
     for row, count in enumerate(prompts.images):
         text = prompts.length - count * size.num_patches
         if row % prompts.repeats:
-            again = count_flops(size, in_decoder, text_tokens=text, images=count, tokens=tokens)
-            total += again.llm + again.head + again.pruning
+            total += count_flops(size, method, text_tokens=text, images=count, encoded=True).total
         else:
             words = record.clip_tokens[row] if record.clip_tokens else 0
             total += count_flops(
-                size, plan, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
+                size, method, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
             ).total
     return total
 
