@@ -78,6 +78,7 @@ class PruneTrace:
     """
 
     num_patches: int
+    """Patches of an image, of the largest one where they differ."""
     images: tuple[int, ...]
     """Images in each row."""
     stages: list[StageTrace] = field(default_factory=list)
@@ -92,6 +93,8 @@ class PruneTrace:
     """Wall-clock of the prefill (vision encoder, pruning and decoder)."""
     notes: tuple[str, ...] = ()
     """What must be known before the answer is trusted, such as that a part of the method is untrained."""
+    patches: tuple[tuple[int, ...], ...] = ()
+    """Patches of each image of each row; empty: `num_patches` everywhere."""
 
     def kept(self, where: Where | None = None) -> Tensor:
         """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.
@@ -101,7 +104,7 @@ class PruneTrace:
         chosen = [s for s in self.stages if where is None or s.where == where]
         if chosen:
             return chosen[-1].kept
-        width = self.num_patches * max(self.images, default=0)
-        everything = torch.arange(width).repeat(len(self.images), 1)  # (B, N * images)
-        limits = torch.tensor(self.images).unsqueeze(1) * self.num_patches
+        patches = self.patches or tuple((self.num_patches,) * count for count in self.images)
+        everything = torch.arange(max(map(sum, patches), default=0)).repeat(len(self.images), 1)  # (B, all patches)
+        limits = torch.tensor([sum(row) for row in patches]).unsqueeze(1)
         return torch.where(everything < limits, everything, -1)

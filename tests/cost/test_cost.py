@@ -202,7 +202,7 @@ def test_every_method_costs_what_a_counter_sees(tiny: Tiny, method: str) -> None
     with ivtp.attach(model, tiny.processor, tiny.config(method=method), clip=side) as pruner:
         found, trace = counted(model, inputs), pruner.trace
         reads_clip, read = (
-            pruner.guide_maker.clip is not None,
+            pruner._own.guide_maker.clip is not None,
             {tap for cut in pruner.method.plan.cuts for tap in cut.taps},
         )
     assert trace is not None

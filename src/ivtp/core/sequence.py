@@ -96,56 +96,88 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Where a prompt's image slots are: `mask` (B, T) bool, N slots for each image, `images` counted for each row."""
+    """Where a prompt's image slots are, and what they hold.
+
+    `mask` (B, T) bool marks them; `patch` (B, T) is the patch of its image that a slot holds, -1 for separators and
+    text; `image` (B, T) counts the images of all rows, row by row.
+    """
 
     mask: Tensor
-    images: tuple[int, ...]
-    num_patches: int
+    patch: Tensor
+    image: Tensor
+    patches: tuple[tuple[int, ...], ...]
+    """Patches of each image of each row."""
     tail: int
     """At most so many columns lie behind the last slot of a row."""
 
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Images of each row."""
+        return tuple(map(len, self.patches))
+
+    def to(self, device: torch.device) -> Placeholders:
+        """The same, from the host to `device`."""
+        moved: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in ("mask", "patch", "image")}
+        return replace(self, **moved)
+
 
 def enter_decoder(
-    slots: Placeholders, prompt: TokenSequence, patches: Tensor, compact: bool
+    slots: Placeholders, prompt: TokenSequence, kept: Many[Tensor], compact: bool
 ) -> tuple[TokenSequence, Tensor]:
     """The sequence that enters the decoder after stage 1, and its gather index (B, T') into the prompt.
 
-    `patches` (I, k) are the patches that each of the batch's images kept, in the order of their features. With
-    `compact` the positions behind a removed token move up.
+    `kept` are the patches (k,) that stay of each image of the rows, in the order of their features. With `compact`
+    the positions behind a removed token move up.
     """
-    kept_slots = patches.shape[1]
-    ordinal = slots.mask.cumsum(dim=1) - 1  # (B, T): how many slots came before
-    within = ordinal % slots.num_patches
-    gone = slots.mask & (within >= kept_slots)
-    removed = slots.num_patches - kept_slots
-    sequence, index = prompt.drop(gone, [n * removed for n in slots.images])
+    holds = slots.patch >= 0
+    lengths = [len(own) for own in kept]
+    removed = _by_row([n - k for n, k in zip(_flat(slots.patches), lengths, strict=True)], slots.images)
+    stays = torch.zeros(len(kept), max(_flat(slots.patches), default=0), dtype=torch.bool, device=holds.device)
+    number = on_device([m for m, length in enumerate(lengths) for _ in range(length)], holds.device)
+    patches = torch.cat(list(kept)) if kept else number
+    stays[number, patches] = True
+    gone = holds & ~stays[slots.image, slots.patch.clamp_min(0)] if kept else holds
+    sequence, index = prompt.drop(gone, [sum(counts) for counts in removed])
     filled = torch.arange(index.shape[1], device=index.device) >= on_device(sequence.slack, index.device).unsqueeze(1)
-    visual = (slots.mask & ~gone).gather(1, index) & filled
-    image = ordinal.gather(1, index) // slots.num_patches
+    visual = (holds & ~gone).gather(1, index) & filled
     local = torch.zeros_like(index).masked_scatter(visual, patches)  # (B, T') patch within its image
-    start = index - within.gather(1, index)  # the column of the image's first slot
-    own = torch.where(visual, start + local, index)  # where each token stands in the prompt
+    placed = sequence.position
     if compact:
-        placed, source = sequence.position - gone.cumsum(dim=1).gather(1, index), index
-    else:
-        placed, source = prompt.position.gather(1, own), own
-    patch = torch.where(visual, local + image * slots.num_patches, -1)
-    valid = prompt.valid.gather(1, own) & filled  # a mask may hide single slots
-    return replace(sequence, patch=patch, valid=valid, position=placed, source=source), index
+        placed = placed - gone.cumsum(dim=1).gather(1, index)
+    offsets = on_device(image_offsets(slots.patches), index.device)
+    patch = torch.where(visual, local + offsets[slots.image.gather(1, index)], -1)
+    return replace(sequence, patch=patch, position=placed), index
 
 
-def offset_images(patch: Tensor, images: tuple[int, ...], patches: int) -> Tensor:
+def image_offsets(patches: tuple[tuple[int, ...], ...]) -> list[int]:
+    """For every image of the rows, row by row, how many patches the images before it in its row have."""
+    return [sum(counts[:m]) for counts in patches for m in range(len(counts))] or [0]
+
+
+def offset_images(patch: Tensor, offsets: Many[int]) -> Tensor:
     """Patch indices (I, T) of single images, counted on within each sample."""
-    number = on_device([m for count in images for m in range(count)], patch.device).unsqueeze(1)
-    return torch.where(patch >= 0, patch + number * patches, -1)
+    number = on_device(list(offsets), patch.device).unsqueeze(1)
+    return torch.where(patch >= 0, patch + number, -1)
 
 
-def join_images(tensor: Tensor, images: tuple[int, ...], fill: float) -> Tensor:
-    """Rows of images (I, T) to rows of samples (B, T * most images)."""
-    rows = tensor.new_full((len(images), tensor.shape[1] * max(images)), fill)
+def join_images(parts: Many[Tensor], images: tuple[int, ...], fill: float) -> Tensor:
+    """Rows of single images (t,) one behind the other in the rows of their samples: (B, most), filled up."""
+    rows: list[Tensor] = []
     first = 0
-    for row, count in enumerate(images):
-        flat = tensor[first : first + count].flatten()
-        rows[row, : len(flat)] = flat
+    for count in images:
+        own = list(parts[first : first + count])
+        rows.append(torch.cat(own) if own else parts[0][:0])
+        first += count
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+
+
+def _flat(rows: Many[Many[int]]) -> list[int]:
+    return [value for row in rows for value in row]
+
+
+def _by_row(values: Many[int], images: Many[int]) -> list[Many[int]]:
+    rows, first = [], 0
+    for count in images:
+        rows.append(values[first : first + count])
         first += count
     return rows

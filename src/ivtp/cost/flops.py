@@ -10,6 +10,8 @@ embedding look-ups and decode steps. `docs/flops.md` gives the reasons and the p
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,50 +111,107 @@ def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Releva
     return method, dataclasses.replace(known.clip, compared=compared)
 
 
+Image = tuple[int, tuple[int, ...]]
+"""Patches of an image, and how many tokens of each of its tiles reach the prompt."""
+
+
 def count_flops(
+    geometry: Geometry, method: Method | None, *, text_tokens: int, batch: int = 1, images: int = 1, **more: Any
+) -> FlopsReport:
+    """The cost of `batch` prompts, each of `text_tokens` text tokens (no image slots) and `images` images of one tile.
+
+    `more` as in `count_prompt`.
+    """
+    one = (geometry.num_patches, (geometry.num_patches,))
+    return count_prompt(geometry, method, [one] * images, text_tokens=text_tokens, batch=batch, **more)
+
+
+def count_prompt(
     geometry: Geometry,
     method: Method | None,
+    images: Sequence[Image],
     *,
     text_tokens: int,
     batch: int = 1,
-    images: int = 1,
     relevance: Relevance | None = None,
     instruction_tokens: int = 0,
     encoded: bool = False,
     name: str = "none",
 ) -> FlopsReport:
-    """The cost of `batch` prompts, each of `text_tokens` text tokens (no image slots) and `images` images.
+    """The cost of `batch` prompts, each of `text_tokens` tokens that are no patches, and of `images`.
 
     `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
     decoder alone, for prompts whose images are encoded already.
     """
+    kinds = [_Kind.of(geometry, method, image, count) for image, count in Counter(images).items()]
     plan = method.plan if method else Plan()
-    seen = plan.tokens_per_layer(geometry)
-    cls = geometry.vision_cls
-    encoder = zip(seen.vision_attention, seen.vision_mlp, strict=True)
-    vision = _patch_embedding(geometry) + sum(_vision_layer(geometry, a + cls, m + cls) for a, m in encoder)
+    layers = range(geometry.text_layers)
     decoder = [
-        (a * images + text_tokens, m * images + text_tokens)
-        for a, m in zip(seen.llm_attention, seen.llm_mlp, strict=True)
+        (
+            sum(k.count * k.seen.llm_attention[i] for k in kinds) + text_tokens,
+            sum(k.count * k.seen.llm_mlp[i] for k in kinds) + text_tokens,
+        )
+        for i in layers
     ]
-    cuts = [cut for cut in plan.cuts if cut.where == "llm" or not encoded]
-    pruning = sum((_choice(geometry, method, cut, seen, text_tokens, images) for cut in cuts if method), 0.0)
+    pruning = 0.0
+    for place, cut in enumerate(plan.cuts):
+        assert method is not None
+        if cut.where == "llm":
+            pruning += _decoder_choice(geometry, method, kinds, place, text_tokens)
+        elif not encoded:
+            pruning += sum(k.count * k.tiles * _encoder_choice(geometry, k, place, text_tokens) for k in kinds)
     if plan.guide_layers:
-        pruning += images * _projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
+        pruning += len(images) * _projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
     if relevance is not None and images:
-        pruning += _relevance(geometry, relevance, instruction_tokens, seen.vision_mlp[-1], images)
+        pruning += _relevance(geometry, relevance, instruction_tokens, kinds)
+    projected = sum(k.count * k.tiles * k.tile.projector for k in kinds)
+    largest = max(kinds, key=lambda k: k.seen.final).seen if kinds else plan.tokens_per_layer(geometry)
     return FlopsReport(
         model=geometry.name,
         method=name,
-        keep=seen.final,
+        keep=largest.final,
         text_tokens=text_tokens,
-        vision=0.0 if encoded else batch * images * vision,
-        projector=0.0 if encoded else batch * images * seen.projector * _projector(geometry),
+        vision=0.0 if encoded else batch * sum(k.count * k.tiles * _vision(geometry, k) for k in kinds),
+        projector=0.0 if encoded else batch * projected * _projector(geometry),
         llm=batch * sum(_text_layer(geometry, a, m) for a, m in decoder),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
-        equivalent=seen.equivalent,
+        equivalent=largest.equivalent,
     )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Images that are cut alike."""
+
+    count: int
+    tiles: int
+    whole: Method | None
+    """The method, for such an image."""
+    by_tile: Method | None
+    """The method, for a tile of it."""
+    seen: TokensPerLayer
+    """Tokens of the image in each layer; of the encoder as if it were one tile."""
+    tile: TokensPerLayer
+    """Tokens of a tile in each layer of the encoder."""
+
+    @classmethod
+    def of(cls, geometry: Geometry, method: Method | None, image: Image, count: int) -> _Kind:
+        patches, visible = image
+        own, tile = (dataclasses.replace(geometry, num_patches=n) for n in (patches, geometry.num_patches))
+        if method is None:
+            return cls(count, len(visible), None, None, Plan().tokens_per_layer(own), Plan().tokens_per_layer(tile))
+        whole = method.sized(patches)
+        by_tile = whole.tiled(geometry.num_patches, visible)
+        return cls(
+            count, len(visible), whole, by_tile, whole.plan.tokens_per_layer(own), by_tile.plan.tokens_per_layer(tile)
+        )
+
+
+def _vision(g: Geometry, kind: _Kind) -> float:
+    """The encoder over one tile."""
+    layers = zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
+    return _patch_embedding(g) + sum(_vision_layer(g, a + g.vision_cls, m + g.vision_cls) for a, m in layers)
 
 
 def _patch_embedding(g: Geometry) -> float:
@@ -190,28 +249,47 @@ def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:
     return whole + _text_layer(g, attention + 1, mlp) - _text_layer(g, attention, mlp)
 
 
-def _choice(g: Geometry, method: Method, cut: Cut, seen: TokensPerLayer, text: int, images: int) -> float:
-    """What a cut costs beside its gather, for one prompt: mostly attention that a fused kernel does not hand out.
+def _encoder_choice(g: Geometry, kind: _Kind, place: int, text: int) -> float:
+    """What a cut of the encoder costs beside its gather, for one tile: attention that a fused kernel hides."""
+    assert kind.by_tile is not None
+    cut = kind.by_tile.plan.cuts[place]
+    choice = kind.by_tile.cost(cut, _entering(cut, kind.tile), text)
+    cost = choice.flops
+    for layer, rows in zip(cut.taps, choice.rows or _one_each(cut), strict=True):
+        length = kind.tile.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
+        cost += _rows(rows, length, text, g.vision_heads, g.vision_hidden)
+        if layer >= g.vision_layers:  # read for this alone
+            cost += _query_key(g, length)
+    return cost
+
+
+def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int, text: int) -> float:
+    """What a cut of the decoder costs beside its gather, for one prompt; a batch computes its rows without images too.
 
     A layer that is looked at in advance computes its queries, keys and values twice.
     """
-    entering = _entering(cut, seen)
-    choice = method.cost(cut, entering, text)
-    cost = images * choice.flops
+    cut = method.plan.cuts[place]
+    rows = method.cost(cut, cut.keep, text).rows or _one_each(cut)
+    cost, entering = 0.0, text
+    for kind in kinds:
+        assert kind.whole is not None
+        own = kind.whole.plan.cuts[place]
+        came = _entering(own, kind.seen)
+        cost += kind.count * kind.whole.cost(own, came, text).flops
+        entering += kind.count * came
     if cut.peek:
         kv = 2 * g.text_kv_heads * g.text_head_dim
-        cost += 2.0 * (entering * images + text) * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
-    for layer, rows in zip(cut.taps, choice.rows or ("one",) * len(cut.taps), strict=True):
-        if cut.where == "vision":
-            length = seen.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
-            cost += images * _rows(rows, length, text, g.vision_heads, g.vision_hidden)
-            if layer >= g.vision_layers:  # read for this alone
-                cost += images * _query_key(g, length)
-        else:
-            tokens = entering if cut.peek else seen.llm_attention[layer]
-            length = tokens * images + text + (layer < method.plan.guide_layers)
-            cost += _rows(rows, length, text, g.text_heads, g.text_heads * g.text_head_dim)
+        cost += 2.0 * entering * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
+    for layer, needed in zip(cut.taps, rows, strict=True):
+        length = entering if cut.peek else sum(k.count * k.seen.llm_attention[layer] for k in kinds) + text
+        length += layer < method.plan.guide_layers
+        cost += _rows(needed, length, text, g.text_heads, g.text_heads * g.text_head_dim)
     return cost
+
+
+def _one_each(cut: Cut) -> tuple[Rows, ...]:
+    """One attention row of every tap."""
+    return tuple("one" for _ in cut.taps)
 
 
 def _entering(cut: Cut, seen: TokensPerLayer) -> int:
@@ -234,15 +312,19 @@ def _rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:
     return 2.0 * (length if rows == "all" else text) * length * (width + heads)
 
 
-def _relevance(g: Geometry, relevance: Relevance, tokens: int, kept: int, images: int) -> float:
-    """CLIP's text encoder over the instruction, the rest of its vision encoder over the `kept` patches."""
+def _relevance(g: Geometry, relevance: Relevance, tokens: int, kinds: list[_Kind]) -> float:
+    """CLIP's text encoder over the instruction, the rest of its vision encoder over the patches that are kept."""
     count, length = relevance.windows(tokens)
     layer = _encoder_layer(relevance.text_hidden, relevance.text_mlp, length, length)
     text = count * (relevance.text_layers * layer + 2.0 * length * relevance.text_hidden * relevance.projection)
     words = tokens if relevance.compared == 1 else 1  # all patches are compared with the text as a whole
     cosines = 2.0 * words * relevance.compared * relevance.projection
     shared = 2.0 * relevance.compared * g.vision_hidden * relevance.projection
-    return text + images * (relevance.vision_layers * _whole_layer(g, kept) + shared + cosines)
+    for kind in kinds:
+        rated = kind.tiles if relevance.compared > 1 else 1  # the first tile's CLS stands for the image
+        rest = kind.tiles * relevance.vision_layers * _whole_layer(g, kind.tile.vision_mlp[-1])
+        text += kind.count * (rest + rated * (shared + cosines))
+    return text
 
 
 def unread_encoder(g: Geometry, plan: Plan, patches: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,28 @@ OPENAI_CLIP = {
     (1024, 24, 14, 576): "openai/clip-vit-large-patch14-336",
     (1024, 24, 14, 256): "openai/clip-vit-large-patch14",
 }
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
+
+    grid: tuple[int, ...]
+    """(rows, columns) of its patches, where they form one grid."""
+    token: Tensor
+    """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
+    tiles: Tensor
+    """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
+
+    @property
+    def patches(self) -> int:
+        """Tokens that may be cut."""
+        return int(self.token.max()) + 1
+
+    @property
+    def visible(self) -> tuple[int, ...]:
+        """Tokens of each tile that reach the prompt."""
+        return tuple((self.tiles >= 0).sum(dim=1).tolist())
 
 
 def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,6 +77,8 @@ class Host:
     """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
+    pads: ClassVar[bool] = False
+    """Whether tiles hold padding that never reaches the prompt. What merges in the encoder could not tell it apart."""
 
     model: nn.Module
     """The stock model, as the user calls it."""
@@ -113,6 +138,23 @@ class Host:
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
         raise NotImplementedError
+
+    @property
+    def most_patches(self) -> int:
+        """Patches of the largest image that this model reads."""
+        return self.size.num_patches
+
+    def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
+        """The images of a call, in order, on the host. Raises `InputError` for what is no image of this family."""
+        raise NotImplementedError
+
+    def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """What the encoder reads of each image: (tiles, 3, H, W)."""
+        raise NotImplementedError
+
+    def separator(self) -> Tensor | None:
+        """The embedding (D_text,) in the slots that hold no patch; None where there are none."""
+        return None
 
     def run_vision(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Run the encoder on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from ivtp.errors import InputError, UnsupportedModelError
-from ivtp.hosts.base import Host, cache_name, openai_clip
+from ivtp.hosts.base import Host, Visual, cache_name, openai_clip
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
 from ivtp.plan import Geometry
 
@@ -160,6 +161,16 @@ class LlavaHost(Host):
         self._post_norm = tower.post_layernorm
         self.text_layers = self.decoder.layers  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.image_token = inner.config.image_token_id
+
+    def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
+        """All alike: one tile, whose patches fill the slots in raster order."""
+        patches = torch.arange(self.size.num_patches)
+        side = math.isqrt(self.size.num_patches)
+        return [Visual((side, side), patches, patches[None])] * int(inputs["pixel_values"].shape[0])
+
+    def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Each image as it is."""
+        return list(inputs["pixel_values"].split(1))
 
     def run_vision(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Run the CLIP tower; its pooler is the post layer norm of the last layer's CLS."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class Window:
     reference: int | Tensor
     images: tuple[int, ...] = ()
     """Images in each row, in the decoder; a row of the encoder is one image."""
+    entered: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each image of each row that came to the cut, in the decoder."""
+    keeps: tuple[tuple[int, ...], ...] = ()
+    """Tokens of each image of each row that stay behind it, in the decoder."""
     segment: Tensor | None = None
     """(B, T) the number within its row of the image that a visual token is of, -1 for others, in the decoder where
     every image has a budget of its own; None where the images of a row share one, or there are no two."""
@@ -76,15 +81,19 @@ class Window:
         return self.patch >= 0
 
     @property
-    def budgets(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """The visual tokens (B, T) bool that share a budget, and how many times `cut.keep` it is in each row.
+    def budgets(self) -> list[tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+        """The visual tokens (B, T) bool that share a budget, how many of them came in each row, and how many stay.
 
         In the decoder, where `merge`, or a choice that is no ranking, has to keep to them.
         """
         if self.segment is None:
-            return [(self.visual, self.images)]
-        most = max(self.images)
-        return [(self.segment == m, tuple(int(count > m) for count in self.images)) for m in range(most)]
+            return [(self.visual, tuple(map(sum, self.entered)), tuple(map(sum, self.keeps)))]
+
+        def of_image(counts: tuple[tuple[int, ...], ...], m: int) -> tuple[int, ...]:
+            return tuple(row[m] if m < len(row) else 0 for row in counts)
+
+        most = max(map(len, self.keeps))
+        return [(self.segment == m, of_image(self.entered, m), of_image(self.keeps, m)) for m in range(most)]
 
 
 @dataclass(frozen=True)
@@ -146,12 +155,52 @@ class Method:
         self.geometry = geometry
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)
+        self._sized: dict[int, Method] = {}
         self.plan = self.make_plan()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user must know before trusting an answer, with the options that are set."""
         return (self.info.note,) if self.info.note else ()
+
+    def sized(self, patches: int) -> Method:
+        """This method for an image with so many patches; where `keep` is more, all stay. Raises `ConfigError`."""
+        if patches == self.geometry.num_patches:
+            return self
+        if patches not in self._sized:
+            self._sized[patches] = self._resized(dataclasses.replace(self.geometry, num_patches=patches))
+        return self._sized[patches]
+
+    def tiled(self, patches: int, visible: tuple[int, ...]) -> Method:
+        """This method of an image for its tiles of `patches` tokens each, of which so many are `visible` in each tile.
+
+        Every tile keeps the same number at a cut, just so many that all together show at least what the image keeps.
+        """
+        if visible == (patches,) and patches == self.geometry.num_patches:
+            return self
+        cuts = tuple(
+            dataclasses.replace(cut, keep=_share(cut.keep, visible)) if cut.where == "vision" else cut
+            for cut in self.plan.cuts
+        )
+        other = copy.copy(self)
+        other.geometry = dataclasses.replace(self.geometry, num_patches=patches)
+        other.plan = dataclasses.replace(self.plan, cuts=cuts)
+        return other
+
+    def _resized(self, geometry: Geometry) -> Method:
+        """A copy for another number of patches; modules that a method has are shared."""
+        other = copy.copy(self)
+        other.geometry, other._sized = geometry, {}
+        other.keep = min(self._final(geometry), geometry.num_patches)
+        other.plan = other.make_plan()
+        return other
+
+    def _final(self, geometry: Geometry) -> int:
+        """Tokens that remain at the end, of the largest image or of a smaller one."""
+        if self.config.schedule:
+            return self.config.schedule[-1]
+        share = isinstance(self.config.keep, str)
+        return self.config.tokens(geometry.num_patches) if share else self.keep
 
     def make_plan(self) -> Plan:
         """The cuts, from sizes alone."""
@@ -247,6 +296,11 @@ class OutlierMerging(Method):
         kept = self.choose(similarity, window.cut.keep - 1)
         hidden, into, order = take_up_neighbours(window.hidden, tap.key, similarity, kept)
         return Merged(hidden, into, order, stand_ins=order[:, -1:])
+
+
+def _share(keep: int, visible: tuple[int, ...]) -> int:
+    """The smallest number a tile that shows at least `keep` tokens of all tiles."""
+    return next(k for k in range(1, max(visible) + 1) if sum(min(k, v) for v in visible) >= keep)
 
 
 def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, ClassVar
 
@@ -61,7 +62,13 @@ class Composed(Method):
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for what one of the two refuses, and for an option that is of both or of neither."""
         self._refuse_unread(config)
-        self.config, self.geometry = config.filled(self.reads), geometry
+        self.config = config.filled(self.reads)
+        self._sized = {}
+        self._divide(geometry)
+
+    def _divide(self, geometry: Geometry) -> None:
+        """The two parts, for one number of patches."""
+        config, self.geometry = self.config, geometry
         budgets = config.budgets(geometry.num_patches)
         self.keep = budgets[-1]
         between = budgets[0] if len(budgets) == 2 else round((geometry.num_patches * self.keep) ** 0.5)
@@ -73,6 +80,29 @@ class Composed(Method):
         self.llm = llm(self._config_of(llm, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
         self.options = (self.vision.options, self.llm.options)
         self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
+
+    def _resized(self, geometry: Geometry) -> Method:
+        """A copy for another number of patches, whose parts are resized ones of these; a smaller image keeps less."""
+        other = copy.copy(self)
+        other.geometry, other._sized = geometry, {}
+        cuts = self.vision.plan.cuts[-1].keep, self.llm.keep
+        handed_on, other.keep = (min(count, geometry.num_patches) for count in cuts)
+        if isinstance(self.config.keep, str) and "%" in self.config.keep:
+            other._divide(geometry)
+            return other
+        other.vision, other.llm = self.vision.sized(geometry.num_patches), self.llm.sized(handed_on)
+        other.plan = Plan(other.vision.plan.cuts + other.llm.plan.cuts)
+        return other
+
+    def tiled(self, patches: int, visible: tuple[int, ...]) -> Method:
+        """The part of the encoder by tiles."""
+        if visible == (patches,) and patches == self.geometry.num_patches:
+            return self
+        other = copy.copy(self)
+        other.vision = self.vision.tiled(patches, visible)
+        other.geometry = other.vision.geometry
+        other.plan = Plan(other.vision.plan.cuts + self.llm.plan.cuts)
+        return other
 
     @property
     def notes(self) -> tuple[str, ...]:

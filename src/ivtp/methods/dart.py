@@ -67,8 +67,8 @@ class Dart(Method):
         assert window.keys is not None
         norms: Tensor = torch.linalg.vector_norm(window.keys.float(), ord=1, dim=(1, 3))  # (B, T)
         kept = torch.zeros_like(window.visual)
-        for tokens, images in window.budgets:
-            budget = on_device([n * window.cut.keep for n in images], norms.device)
+        for tokens, _, keeps in window.budgets:
+            budget = on_device(list(keeps), norms.device)
             kept |= least_similar(window.normed, norms, tokens, window.text > 0, budget, self.options.pivots)
         return kept.float()
 

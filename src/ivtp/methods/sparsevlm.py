@@ -69,18 +69,19 @@ class SparseVlm(Method):
         first = max(0, window.patch.shape[1] - window.tail)
         scores = weighted_column_sum(window.taps[-1], window.text, first=first)
         hidden, into = window.hidden.clone(), torch.full_like(window.patch, -1)
-        for tokens, rows in window.budgets:
-            for row, images in enumerate(rows):
-                if images:
-                    self._merge_some(hidden[row], into[row], tokens[row], scores[row], images, window.cut)
+        for tokens, entered, keeps in window.budgets:
+            for row, (before, after) in enumerate(zip(entered, keeps, strict=True)):
+                if before:
+                    self._merge_some(hidden[row], into[row], tokens[row], scores[row], before, after)
         return Merged(hidden, into)
 
-    def _merge_some(self, hidden: Tensor, into: Tensor, tokens: Tensor, scores: Tensor, images: int, cut: Cut) -> None:
-        """One budget, in place: hidden (T, D), the columns (T,) that the marked ones of `tokens` (T,) go into."""
-        before = self.plan.entering(cut, self.geometry)
-        columns = (~tokens).to(torch.uint8).argsort(stable=True)[: images * before]  # the marked ones, without waiting
-        recycled, clusters = recycling(images * before, images * cut.keep)
-        kept = highest(scores[columns].unsqueeze(0), images * cut.keep - clusters)
+    def _merge_some(
+        self, hidden: Tensor, into: Tensor, tokens: Tensor, scores: Tensor, before: int, after: int
+    ) -> None:
+        """One budget, in place: hidden (T, D), the columns (T,) that the `before` marked of `tokens` (T,) go into."""
+        columns = (~tokens).to(torch.uint8).argsort(stable=True)[:before]  # the marked ones, without waiting
+        recycled, clusters = recycling(before, after)
+        kept = highest(scores[columns].unsqueeze(0), after - clusters)
         into[columns[kept[0]]] = columns[kept[0]]
         if not clusters:
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.select import keep_highest, on_device, take
-from ivtp.core.sequence import TokenSequence, join_images, offset_images
+from ivtp.core.sequence import TokenSequence, image_offsets, join_images
 from ivtp.core.tap import AttentionTap
 from ivtp.hosts.base import CACHE_NAMES
 from ivtp.methods.base import Cut, Method, Window
@@ -33,10 +33,10 @@ class DecoderStage(Stage):
         method: Method,
         prompts: PromptBatch,
         sequence: TokenSequence,
-        sources: Tensor,
+        sources: list[Tensor],
         embeddings: Tensor,
     ) -> None:
-        """`sources` (slots, N) is `Encoded.sources` for every image of the rows; `embeddings` (B, T, D) enter."""
+        """`sources` are `Encoded.sources` (n,) for every image of the rows; `embeddings` (B, T, D) enter."""
         super().__init__(plug, method)
         self.prompts = prompts
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
@@ -49,8 +49,9 @@ class DecoderStage(Stage):
             with torch.no_grad():
                 self._text = method.read_text(embeddings, sequence.visual, question, tail)
         if method.info.merges:
-            patches = self.host.size.num_patches
-            self._sources = join_images(offset_images(sources, prompts.images, patches), prompts.images, -1)
+            offsets = image_offsets(prompts.slots.patches)
+            counted_on = [torch.where(s >= 0, s + offset, -1) for s, offset in zip(sources, offsets, strict=True)]
+            self._sources = join_images(counted_on, prompts.images, -1)
 
     def install(self, seats: Seats) -> None:
         """Cuts and probes, and masks and rotary embeddings of its own for every layer."""
@@ -91,8 +92,8 @@ class DecoderStage(Stage):
         drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
         if drops_guide:
             gone, sequence = gone[:, :-1], sequence.without_guide()
-        removed = self.method.plan.entering(cut, self.host.size) - cut.keep
-        after, index = sequence.drop(gone, [n * removed for n in self.prompts.images])
+        removed = [sum(before) - sum(left) for before, left in zip(window.entered, window.keeps, strict=True)]
+        after, index = sequence.drop(gone, removed)
         self.results.append(self._result(window, scores, after.patch, merged))
         self.seen[-1] = Seen(part.first_layer, part.sequence, part.guide, index)
         self.seen.append(Seen(cut.layer + 1, after, part.guide and not drops_guide))
@@ -140,6 +141,7 @@ class DecoderStage(Stage):
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text
+        place = next(i for i, other in enumerate(self.method.plan.cuts) if other is cut)
         if text is not None and len(self.seen) > 1:
             text = text.gather(1, self._index())
         taps = self._take_taps(cut)
@@ -155,10 +157,21 @@ class DecoderStage(Stage):
             normed=normed,
             keys=keys,
             images=self.prompts.images,
+            entered=self._counts(place - 1),
+            keeps=self._counts(place),
             segment=self._segment(),
             sources=self._sources,
             text=text,
             tail=self.prompts.tail,
+        )
+
+    def _counts(self, place: int) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each image of each row behind the cut at a place of the plan; -1: all patches."""
+        if place < 0:
+            return self.prompts.slots.patches
+        return tuple(
+            tuple(self.method.sized(patches).plan.cuts[place].keep for patches in row)
+            for row in self.prompts.slots.patches
         )
 
     @torch.no_grad()
@@ -177,21 +190,28 @@ class DecoderStage(Stage):
         """`Window.segment`."""
         if self.method.config.budget == "prompt" or max(self.prompts.images) <= 1:
             return None
+        rows = self.prompts.slots.patches
+        numbers = [torch.full((n,), m) for row in rows for m, n in enumerate(row)]
         patch = self.sequence.patch
-        return torch.where(patch >= 0, patch // self.host.size.num_patches, -1)
+        of_patch = on_device(join_images(numbers, self.prompts.images, -1), patch.device)
+        return torch.where(patch >= 0, of_patch.gather(1, patch.clamp_min(0)), -1)
 
     def _highest(self, window: Window, scores: Tensor) -> Tensor:
         """(B, T) bool: the visual tokens that stay by their `scores` (B, T), each image's or each row's.
 
         Those that the prompt's mask hides leave first.
         """
-        keep = window.cut.keep
         if self.sequence.holes:
             scores = scores.masked_fill(~self.sequence.valid, torch.finfo(scores.dtype).min)
-        if window.segment is not None:
-            return keep_highest(scores, window.visual, keep, window.segment)
-        total = on_device([n * keep for n in window.images], scores.device)
-        return keep_highest(scores, window.visual, total)
+        if window.segment is None:
+            return keep_highest(scores, window.visual, on_device(list(map(sum, window.keeps)), scores.device))
+        distinct = {keep for row in window.keeps for keep in row}
+        if len(distinct) == 1:
+            return keep_highest(scores, window.visual, distinct.pop(), window.segment)
+        chosen = torch.zeros_like(window.visual)
+        for tokens, _, keeps in window.budgets:
+            chosen |= keep_highest(scores, tokens, on_device(list(keeps), scores.device))
+        return chosen
 
     def _reference(self) -> int | Tensor:
         """The guide or else the last token of the prompt, which an answer or padding may follow."""

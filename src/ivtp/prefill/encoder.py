@@ -18,25 +18,24 @@ from ivtp.prefill.stage import Plug, Seats, Stage
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the encoder gives for I images."""
+    """What the encoder gives for one image, of which k of n patches stay."""
 
-    patches: Tensor  # (I, k): which patches the features stand for
-    features: Tensor  # (I, k, D): projected
-    cls: Tensor  # (I, D_vision): CLS of the layer that the projector reads
-    pooled: Tensor  # (I, D_vision): post-normalised CLS of the last layer
-    sources: Tensor  # (I, N): the patch that stands for each one, -1 where it was dropped
-
-    def __getitem__(self, images: Tensor) -> Encoded:
-        return Encoded(*(part[images] for part in (self.patches, self.features, self.cls, self.pooled, self.sources)))
+    patches: Tensor  # (k,): which patches the features stand for
+    features: Tensor  # (k, D): projected
+    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, of the first tile
+    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, of the first tile
+    sources: Tensor  # (n,): the patch that stands for each one, -1 where it was dropped
 
 
 class EncoderStage(Stage):
-    """Stage 1: each image by itself; every row has the same number of tokens."""
+    """Stage 1: each tile by itself; every row is a tile, and all have the same number of tokens."""
 
     where = "vision"
 
-    def __init__(self, plug: Plug, method: Method) -> None:
+    def __init__(self, plug: Plug, method: Method, hidden: Tensor | None = None) -> None:
+        """`hidden` (R, N) bool marks padding, which leaves first."""
         super().__init__(plug, method)
+        self._hidden = hidden
         self._patch = torch.empty(0)
         self._feature: Tensor | None = None
         self._relevance: Tensor | None = None
@@ -52,10 +51,11 @@ class EncoderStage(Stage):
         if self.is_mine():
             self._feature = output[0] if isinstance(output, tuple) else output
 
-    def run(self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None) -> Encoded:
-        """Run the encoder on (I, 3, H, W); hooks on its layers call the other methods meanwhile.
+    def run(self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
+        """Run the encoder on (R, 3, H, W); hooks on its layers call the other methods meanwhile.
 
-        `relevance` rates the patches (I, N) by the last layer's output (I, 1 + N, D), for methods that ask for it.
+        `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), for methods that ask for it.
+        Returns the fields of `Encoded` with a row for each tile: (R, k), (R, k, D), (R, D), (R, D), (R, N).
         """
         size = self.host.size
         indices = torch.arange(-size.vision_cls, size.num_patches, device=pixels.device).clamp_min(-1)
@@ -81,7 +81,7 @@ class EncoderStage(Stage):
         if self._reordered and self.method.config.positions == "original":  # position ids only grow
             patches, order = patches.sort(dim=1)
             features = take(features, order)
-        return Encoded(patches, features, cls, pooled, self._sources)
+        return patches, features, cls, pooled, self._sources
 
     def release(self) -> None:
         """Let go of the images' features."""
@@ -104,6 +104,9 @@ class EncoderStage(Stage):
         scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
+            if self._hidden is not None:
+                padding = self._hidden.gather(1, self._patch.clamp_min(0))
+                scores = scores.masked_fill(padding & window.visual, torch.finfo(scores.dtype).min)
             keep = keep_highest(scores, window.visual, cut.keep) | ~window.visual  # CLS stays
             index = right_aligned(keep, cut.keep + others)
         else:

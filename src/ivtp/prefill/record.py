@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ivtp.core.select import on_device
-from ivtp.core.sequence import TokenSequence, join_images, offset_images
-from ivtp.cost.flops import count_flops
+from ivtp.core.sequence import TokenSequence, image_offsets, join_images, offset_images
+from ivtp.cost.flops import count_prompt
 from ivtp.cost.sizes import Relevance
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import Guide
@@ -95,16 +95,16 @@ class Record:
 
 def build_trace(record: Record) -> PruneTrace:
     """Copy everything to the CPU and count a row for each sample."""
-    patches = record.host.size.num_patches
-    images = record.prompts.images
-    tokens = record.method.plan.tokens_per_layer(record.host.size)
+    slots = record.prompts.slots
+    largest = record.method.sized(max(n for row in slots.patches for n in row))
     return PruneTrace(
-        num_patches=patches,
-        images=images,
+        num_patches=largest.geometry.num_patches,
+        images=slots.images,
+        patches=slots.patches,
         stages=_stages(record),
-        words=[guide.words() for guide in record.guides] or [[] for _ in images],
-        fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(images),
-        tokens_per_layer=tokens,
+        words=[guide.words() for guide in record.guides] or [[] for _ in slots.images],
+        fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(slots.images),
+        tokens_per_layer=largest.plan.tokens_per_layer(largest.geometry),
         flops=_flops(record),
         seconds=record.watch.seconds,
         notes=record.method.notes,
@@ -112,22 +112,29 @@ def build_trace(record: Record) -> PruneTrace:
 
 
 def _flops(record: Record) -> float:
-    """Cost of the whole batch: every row with its own number of images, padding counted as it was computed.
+    """Cost of the whole batch: every row with its own images, padding counted as it was computed.
 
     Rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    prompts, size, method = record.prompts, record.host.size, record.method
+    prompts, size = record.prompts, record.host.size
     relevance = _relevance(record)
     total = 0.0
+    first = 0
     for row, count in enumerate(prompts.images):
-        text = prompts.length - count * size.num_patches
-        if row % prompts.repeats:
-            total += count_flops(size, method, text_tokens=text, images=count, encoded=True).total
-        else:
-            words = record.clip_tokens[row] if record.clip_tokens else 0
-            total += count_flops(
-                size, method, text_tokens=text, images=count, relevance=relevance, instruction_tokens=words
-            ).total
+        own = [prompts.visuals[m] for m in prompts.image_of_slot[first : first + count]]
+        first += count
+        text = prompts.length - sum(visual.patches for visual in own)  # separators stay, as text does
+        again = row % prompts.repeats > 0
+        words = record.clip_tokens[row] if record.clip_tokens and not again else 0
+        total += count_prompt(
+            size,
+            record.method,
+            [(visual.patches, visual.visible) for visual in own],
+            text_tokens=text,
+            relevance=None if again else relevance,
+            instruction_tokens=words,
+            encoded=again,
+        ).total
     return total
 
 
@@ -152,23 +159,30 @@ def _stages(record: Record) -> list[StageTrace]:
     stages: list[StageTrace] = []
     standing: Tensor | None = None  # (B, m)
     for result in record.results:
-        result = _by_sample(result, record.prompts, record.host.size.num_patches)
+        result = _by_sample(result, record.prompts)
         if result.stand_ins is not None:
             standing = result.stand_ins if standing is None else torch.cat([standing, result.stand_ins], dim=1)
         stages.append(_stage(result, standing))
     return stages
 
 
-def _by_sample(result: CutResult, prompts: PromptBatch, patches: int) -> CutResult:
+def _by_sample(result: CutResult, prompts: PromptBatch) -> CutResult:
     """A result on the CPU with a row for each sample, also of a stage that has one for each image."""
     tensors = {name: getattr(result, name) for name in ("candidates", "scores", "kept", "sources", "stand_ins")}
     found = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
     if result.cut.where == "vision":
-        images = prompts.images
+        images, offsets = prompts.images, image_offsets(prompts.slots.patches)
         for name, tensor in found.items():
             own = tensor[prompts.image_of_slot]
-            patch = own if name == "scores" else offset_images(own, images, patches)
-            found[name] = join_images(patch, images, float("-inf") if name == "scores" else -1)
+            if name == "scores":
+                found[name] = join_images(list(own), images, float("-inf"))
+                continue
+            own = offset_images(own, offsets)
+            # sources have a place for every patch of an image, and a smaller one has fewer than its row is wide
+            sizes = (
+                [n for row in prompts.slots.patches for n in row] if name == "sources" else [own.shape[1]] * len(own)
+            )
+            found[name] = join_images([row[:n] for row, n in zip(own, sizes, strict=True)], images, -1)
     return dataclasses.replace(result, **found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from ivtp.guide.pseudo_cls import Guide, GuideMaker, reads_question
 from ivtp.methods.base import Method
 from ivtp.prefill.cache import prune_cache
 from ivtp.prefill.decoder import DecoderStage
-from ivtp.prefill.encoder import Encoded, EncoderStage
+from ivtp.prefill.encoder import Encoded
+from ivtp.prefill.images import encode
 from ivtp.prefill.record import Record, Stopwatch
 from ivtp.prefill.stage import Plug, Seats
 from ivtp.prompt.batch import PromptBatch
@@ -36,6 +38,7 @@ class Prefill:
         self._on_host = prompts.with_instructions(guide_maker.read) if reads_question(method) else prompts
         self._guides: list[Guide] = []
         self._clip_tokens: list[int] = []
+        self._sentences: list[Tensor] = []
         self._features: Tensor | None = None
         self._decoder: DecoderStage | None = None
         self._shift: Tensor | None = None
@@ -45,19 +48,24 @@ class Prefill:
         device = inputs["input_ids"].device
         self.watch = Stopwatch(device)
         self.prompts = self._on_host.to(device)
-        encoder = EncoderStage(self._plug, self.method)
-        encoder.install(self._seats)
-        encoded = encoder.run(inputs["pixel_values"], self._relevance if self.method.reads_clip else None)
-        encoder.release()
-        self._results = encoder.results
-        encoded = encoded[on_device(self.prompts.image_of_slot, encoded.patches.device)]
+        visuals = self._on_host.visuals
+        batch = encode(
+            self._plug,
+            self.method,
+            self._seats,
+            visuals,
+            self.host.tiles(inputs, visuals),
+            self._relevance if self.method.reads_clip else None,
+        )
+        self._results = batch.results
+        encoded = [batch.images[m] for m in self.prompts.image_of_slot]
         sequence, embeddings = self._embed(encoded)
         if self.method.plan.guide_layers:
             guides = self._make_guides(encoded)  # (B, 1, D)
             embeddings = torch.cat([embeddings, guides.to(embeddings.dtype)], dim=1)
             sequence = sequence.with_guide(self.prompts.answer_in(sequence))
         self._decoder = DecoderStage(
-            self._plug, self.method, self.prompts, sequence, encoded.sources, embeddings.detach()
+            self._plug, self.method, self.prompts, sequence, [e.sources for e in encoded], embeddings.detach()
         )
         self._decoder.install(self._seats)
         return {
@@ -96,33 +104,43 @@ class Prefill:
         )
         return record, self._features
 
-    def _embed(self, encoded: Encoded) -> tuple[TokenSequence, Tensor]:
+    def _embed(self, encoded: list[Encoded]) -> tuple[TokenSequence, Tensor]:
         """The decoder's tokens after stage 1 and their embeddings (B, T', D), image features in their slots."""
-        slots, patches = self.prompts.slots, encoded.patches
+        slots = self.prompts.slots
         compact = self.method.config.positions == "compact"
-        sequence, index = enter_decoder(slots, self.prompts.tokens, patches, compact)
+        sequence, index = enter_decoder(slots, self.prompts.tokens, [e.patches for e in encoded], compact)
         embeddings: Tensor = self.host.embedding(self.prompts.ids.gather(1, index))
-        features = encoded.features.to(embeddings.device, embeddings.dtype)
-        self._features = features.flatten(0, 1)
+        if encoded:
+            self._features = torch.cat([e.features for e in encoded]).to(embeddings.device, embeddings.dtype)
+            embeddings = embeddings.masked_scatter(sequence.visual.unsqueeze(-1), self._features)
+        separator = self.host.separator()
+        if separator is not None:
+            between = slots.mask.gather(1, index) & ~sequence.visual
+            embeddings = torch.where(between.unsqueeze(-1), separator.to(embeddings), embeddings)
         if compact:
-            gone = slots.num_patches - patches.shape[1]
-            self._shift = on_device(slots.images, index.device).unsqueeze(1) * gone
-        return sequence, embeddings.masked_scatter(sequence.visual.unsqueeze(-1), features)
+            gone = [sum(self.prompts.slots.patches[row]) for row in range(len(slots.patches))]
+            left = iter(len(e.patches) for e in encoded)
+            gone = [all_ - sum(next(left) for _ in own) for all_, own in zip(gone, slots.patches, strict=True)]
+            self._shift = on_device(gone, index.device).unsqueeze(1)
+        return sequence, embeddings
 
     @torch.no_grad()
-    def _relevance(self, last: Tensor) -> Tensor:
-        """Cosine (I, N) of every patch with its prompt's instruction, from the encoder's last output (I, 1 + N, D)."""
-        sentences: list[Tensor] = []
-        for row, instruction in enumerate(self.prompts.instructions):
-            if row % self.prompts.repeats == 0:
-                sentence, count = self.guide_maker.sentence(instruction)
-                sentences += [sentence] * self.prompts.images[row]
-            self._clip_tokens.append(count)
+    def _relevance(self, last: Tensor, images: Sequence[int]) -> Tensor:
+        """Cosine (R, N) of the patches of tiles, of the given images, with what their prompts ask.
+
+        `last` (R, 1 + N, D) is the encoder's last output.
+        """
+        if not self._sentences:
+            for row, instruction in enumerate(self.prompts.instructions):
+                if row % self.prompts.repeats == 0:
+                    sentence, count = self.guide_maker.sentence(instruction)
+                    self._sentences += [sentence] * self.prompts.images[row]
+                self._clip_tokens.append(count)
         patches = self.host.normalise(last[:, self.host.size.vision_cls :])
-        return self.guide_maker.cosines(patches, torch.stack(sentences))
+        return self.guide_maker.cosines(patches, torch.stack([self._sentences[m] for m in images]))
 
     @torch.no_grad()
-    def _make_guides(self, encoded: Encoded) -> Tensor:
+    def _make_guides(self, encoded: list[Encoded]) -> Tensor:
         """The pseudo CLS token of each row: (B, 1, D)."""
         embeddings = self.host.embedding(self.prompts.ids)  # (B, T, D)
         first = 0
@@ -132,8 +150,13 @@ class Prefill:
             if row % self.prompts.repeats:
                 self._guides.append(self._guides[-1])
             else:
-                guide = self.guide_maker.make(instruction, embeddings[row], encoded.cls[own], encoded.pooled[own])
+                cls, pooled = (self._stack([getattr(e, part) for e in encoded[own]]) for part in ("cls", "pooled"))
+                guide = self.guide_maker.make(instruction, embeddings[row], cls, pooled)
                 self._guides.append(guide)
             first = own.stop
         self._clip_tokens = [guide.clip_tokens for guide in self._guides]
         return torch.stack([guide.token for guide in self._guides]).unsqueeze(1)
+
+    def _stack(self, parts: list[Tensor]) -> Tensor:
+        """(m, D_vision), also of no image."""
+        return torch.stack(parts) if parts else torch.zeros(0, self.host.size.vision_hidden, dtype=torch.float32)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
 from ivtp.errors import InputError
-from ivtp.hosts.base import Host
+from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
 
 
@@ -44,6 +44,8 @@ class PromptBatch:
     slots: Placeholders
     repeats: int
     """Rows in a row that are copies of one prompt (beams); their images are given, and encoded, once."""
+    visuals: tuple[Visual, ...]
+    """The I images that are given."""
     image_of_slot: list[int]
     """For every image of the rows, row by row, which of the I given images it is."""
     fixed_length: int
@@ -71,7 +73,7 @@ class PromptBatch:
             self,
             ids=on_device(self.ids, device),
             tokens=self.tokens.to(device),
-            slots=replace(self.slots, mask=on_device(self.slots.mask, device)),
+            slots=self.slots.to(device),
             answer=None if self.answer is None else on_device(self.answer, device),
             question=None if self.question is None else on_device(self.question, device),
         )
@@ -134,21 +136,21 @@ def read_prompts(
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    images = inputs["pixel_values"].shape[0]
+    visuals = host.visuals(inputs)
     ids, mask, position, labels = (
         None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
     )
     assert ids is not None
     if not finite:  # known by now: the ids were waited for
         raise InputError("pixel_values hold NaN or infinite numbers; check the image and what prepares it")
-    slots = _find_slots(ids, host, images, repeats)
+    slots, image_of_slot = _find_slots(ids, host, visuals, repeats)
     tokens = _describe(ids, mask, position, slots.mask)
     if prompt_length is not None and ids.shape[1] > prompt_length:
         answer: Tensor | None = tokens.source >= prompt_length
     else:
         answer = _labelled(labels, ids, tokens.valid & ~slots.mask)
     fixed = min(ids.shape[1], prompt_length or ids.shape[1])
-    return PromptBatch(ids, tokens, slots, repeats, _image_of_slot(slots.images, repeats), fixed, answer)
+    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer)
 
 
 def _check_cache(cache: Any) -> None:
@@ -167,27 +169,42 @@ def _check_cache(cache: Any) -> None:
         )
 
 
-def _find_slots(ids: Tensor, host: Host, images: int, repeats: int) -> Placeholders:
-    patches = host.size.num_patches
+def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) -> tuple[Placeholders, list[int]]:
+    """Where the images of every row go, and which of the given ones they are."""
     mask = ids == host.image_token
     columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     counts, ends = torch.stack([mask.sum(dim=1), torch.where(mask, columns, 0).amax(dim=1)]).tolist()
-    if sum(counts) != images * patches * repeats or any(c % patches for c in counts):
+    rows = _share_out(counts[::repeats], visuals)
+    if rows is None or any(counts[row] != counts[row - row % repeats] for row in range(len(counts))):
+        each = sorted({len(v.token) for v in visuals})
         raise InputError(
-            f"the prompt has {sum(counts)} image slots for {images} image(s) of {patches} patches each; "
-            "build it with the model's processor, one <image> for each picture"
+            f"the prompt has {sum(counts)} image slots for {len(visuals)} image(s) of {' or '.join(map(str, each))} "
+            "slots each; build it with the model's processor, one <image> for each picture"
         )
-    return Placeholders(mask, tuple(c // patches for c in counts), patches, tail=ids.shape[1] - min(ends))
+    own = [row for row in rows for _ in range(repeats)]
+    given = [m for row in own for m in row]
+    held = torch.cat([visuals[m].token for m in given]) if given else torch.zeros(0, dtype=torch.long)
+    number = [place for place, m in enumerate(given) for _ in range(len(visuals[m].token))]
+    patch = torch.full_like(ids, -1).masked_scatter(mask, held)
+    image = torch.zeros_like(ids).masked_scatter(mask, torch.tensor(number, dtype=torch.long))
+    patches = tuple(tuple(visuals[m].patches for m in row) for row in own)
+    return Placeholders(mask, patch, image, patches, tail=ids.shape[1] - min(ends)), given
 
 
-def _image_of_slot(images: tuple[int, ...], repeats: int) -> list[int]:
-    found: list[int] = []
-    first = 0
-    for row in range(0, len(images), repeats):
-        own = list(range(first, first + images[row]))
-        found.extend(own * repeats)
-        first += images[row]
-    return found
+def _share_out(counts: list[int], visuals: list[Visual]) -> list[list[int]] | None:
+    """The images of each row, which has so many slots; None where they do not fit."""
+    rows: list[list[int]] = []
+    following = 0
+    for count in counts:
+        row: list[int] = []
+        while count > 0 and following < len(visuals):
+            count -= len(visuals[following].token)
+            row.append(following)
+            following += 1
+        if count:
+            return None
+        rows.append(row)
+    return rows if following == len(visuals) else None
 
 
 def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor) -> TokenSequence:

@@ -1,0 +1,140 @@
+"""From tiles, which the encoder reads, to images: what each one keeps, and what was decided about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ivtp.core.select import keep_highest, on_device
+from ivtp.hosts.base import Visual
+from ivtp.methods.base import Method
+from ivtp.prefill.encoder import Encoded, EncoderStage
+from ivtp.prefill.stage import CutResult, Plug, Seats
+
+Relevance = Callable[[Tensor, Sequence[int]], Tensor]
+"""Rates the patches (R, N) of tiles by the encoder's output (R, 1 + N, D) and the image that each tile is of."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the encoder made of all images of a call, in their order."""
+
+    images: tuple[Encoded, ...]
+    results: tuple[CutResult, ...]
+    """The cuts; a row for each image, filled up with -1."""
+
+
+def encode(
+    plug: Plug,
+    method: Method,
+    seats: Seats,
+    visuals: Sequence[Visual],
+    tiles: Sequence[Tensor],
+    relevance: Relevance | None,
+) -> Batch:
+    """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for number, visual in enumerate(visuals):
+        groups.setdefault((visual.patches, visual.visible), []).append(number)
+    found: dict[int, Encoded] = {}
+    results: dict[int, list[CutResult]] = {}
+    for members in groups.values():
+        own = [visuals[m] for m in members]
+        sized = method.sized(own[0].patches)
+        pixels = torch.cat([tiles[m] for m in members])
+        stage = _stage(plug, sized, own, pixels.device)
+        stage.install(seats)
+        rows = [m for m in members for _ in range(len(visuals[m].tiles))]
+        rate = None if relevance is None else (lambda last, rows=rows: relevance(last, rows))
+        made = stage.run(pixels, rate)
+        stage.release()
+        if all(len(visual.tiles) == 1 and visual.patches == visual.tiles.shape[1] for visual in own):
+            for place, m in enumerate(members):
+                found[m] = Encoded(*(part[place] for part in made))
+                results[m] = [_of_row(result, place) for result in stage.results]
+            continue
+        first = 0
+        for m, visual in zip(members, own, strict=True):
+            part = slice(first, first + len(visual.tiles))
+            first = part.stop
+            decided = [_of_image(result, part, visual) for result in stage.results]
+            kept = sized.plan.cuts[len(decided) - 1].keep if decided else visual.patches
+            found[m], decided = _join(tuple(t[part] for t in made), visual, decided, kept)
+            results[m] = decided
+    count = len(visuals)
+    cuts = [_stack([results[m][cut] for m in range(count)]) for cut in range(len(results[0]))] if count else []
+    return Batch(tuple(found[m] for m in range(count)), tuple(cuts))
+
+
+def _stage(plug: Plug, method: Method, visuals: Sequence[Visual], device: torch.device) -> EncoderStage:
+    """The encoder's stage for tiles of images that are cut alike."""
+    one = visuals[0]
+    padding = torch.cat([visual.tiles < 0 for visual in visuals])
+    hidden = on_device(padding, device) if padding.any() else None
+    return EncoderStage(plug, method.tiled(one.tiles.shape[1], one.visible), hidden)
+
+
+def _of_row(result: CutResult, row: int) -> CutResult:
+    return _change(result, lambda tensor: tensor[row])
+
+
+def _of_image(result: CutResult, rows: slice, visual: Visual) -> CutResult:
+    """A result of tiles in patches of the image, one tile behind the other."""
+    places = on_device(visual.tiles, result.candidates.device)
+
+    def place(tile_patch: Tensor) -> Tensor:
+        own = tile_patch[rows]
+        return torch.where(own >= 0, places.gather(1, own.clamp_min(0)), -1).flatten()
+
+    scores = None if result.scores is None else result.scores[rows].flatten()
+    return replace(result, candidates=place(result.candidates), scores=scores, kept=place(result.kept))
+
+
+def _join(
+    tiles: tuple[Tensor, ...], visual: Visual, decided: list[CutResult], count: int
+) -> tuple[Encoded, list[CutResult]]:
+    """The tiles of one image together: without padding, in the order of its patches, and `count` of them exactly."""
+    patches, features, cls, pooled, _ = tiles
+    places = on_device(visual.tiles, patches.device)
+    own = places.gather(1, patches).flatten()  # (t * k,), -1: padding
+    shown = sum(min(patches.shape[1], visible) for visible in visual.visible)
+    stays = own >= 0
+    if shown > count:
+        last = decided[-1]
+        assert last.scores is not None
+        rank = torch.full((visual.patches + 1,), float("-inf"), device=own.device)
+        rank[last.candidates] = last.scores.float()  # the last place takes what is no patch
+        stays = keep_highest(rank[own][None], stays[None], count)[0]
+    order = torch.where(stays, own, visual.patches).argsort(stable=True)[:count]
+    kept = own[order]
+    if decided:
+        decided = [*decided[:-1], replace(decided[-1], kept=kept)]
+    sources = torch.full((visual.patches,), -1, device=own.device).scatter(0, kept, kept)
+    return Encoded(kept, features.flatten(0, 1)[order], cls[0], pooled[0], sources), decided
+
+
+def _stack(results: Sequence[CutResult]) -> CutResult:
+    """One result with a row for each image."""
+
+    def rows(name: str, fill: float) -> Tensor | None:
+        parts = [getattr(result, name) for result in results]
+        if parts[0] is None:
+            return None
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+    candidates, kept = rows("candidates", -1), rows("kept", -1)
+    assert candidates is not None
+    assert kept is not None
+    return CutResult(
+        results[0].cut, candidates, rows("scores", float("-inf")), kept, rows("sources", -1), rows("stand_ins", -1)
+    )
+
+
+def _change(result: CutResult, change: Callable[[Tensor], Tensor]) -> CutResult:
+    names = ("candidates", "scores", "kept", "sources", "stand_ins")
+    changed: dict[str, Any] = {n: change(t) for n in names if (t := getattr(result, n)) is not None}
+    return replace(result, **changed)
