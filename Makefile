@@ -40,7 +40,7 @@ smoke: $(VENV)/.installed
 	$(BIN)/ivtp bench --repeats 3 --tokens 2 --text 32 --output out/smoke.json
 
 speed: $(VENV)/.installed
-	$(BIN)/python benchmarks/speed_table.py
+	$(BIN)/python -m benchmarks.speed_table
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
