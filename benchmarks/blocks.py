@@ -9,7 +9,7 @@ from pathlib import Path
 def replaced(text: str, name: str, content: str) -> str:
     """`text` with `content` between the marks of `name`. Raises `ValueError` where it does not have them once each."""
     marks = re.compile(rf"(<!-- {name}:begin\b[^>]*-->\n).*?(^<!-- {name}:end -->)", re.DOTALL | re.MULTILINE)
-    new, count = marks.subn(lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text)
+    new, count = marks.subn(lambda found: f"{found[1]}{content}\n{found[2]}", text)
     if count != 1:
         raise ValueError(f"has no lines <!-- {name}:begin --> and <!-- {name}:end -->; put them where it belongs")
     return new

@@ -21,14 +21,18 @@ def main(page: Path = ROOT / "docs" / "speed.md", results: Path = ROOT / "result
     if not files:
         print(f"no results in {results}; measure them with the commands of docs/speed.md", file=sys.stderr)
         return 1
-    sections = [section(json.loads(file.read_text(encoding="utf-8")), file) for file in files]
     try:
-        rewrite(page, {"speed": "\n\n".join(sections)})
+        rewrite(page, {"speed": tables(files)})
     except ValueError as error:
         print(f"{page} {error}", file=sys.stderr)
         return 1
     print(f"{page}: {len(files)} result(s) written")
     return 0
+
+
+def tables(files: list[Path]) -> str:
+    """All result files, one behind the other."""
+    return "\n\n".join(section(json.loads(file.read_text(encoding="utf-8")), file) for file in files)
 
 
 def section(document: dict[str, Any], file: Path) -> str:
