@@ -1,5 +1,5 @@
-# `make demo` and `make test`; `make compat` runs both ends of the promised versions, `make smoke` the
-# benchmark, `make speed` and `make tables` write what the pages show. Each sets everything up on a machine that has Python 3.11 and make.
+# `make demo` and `make test`; `make compat` runs both ends of the promised versions, `make smoke` the benchmark, `make speed`
+# and `make tables` write what the pages show. Each sets everything up on a machine that has Python 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import typing
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_readme_says_whose_figures_are_which() -> None:
         "Nothing has been measured with real LLaVA weights",
         "no GPU has been measured yet",
         "The paper's headline, -1.0 at 64 tokens over twelve benchmarks, is of retrained models.",
-        "no ranking on real models follows",
+        "No ranking on real models follows",
     ):
         assert said in text
 
@@ -54,6 +55,17 @@ def test_readme_says_whose_figures_are_which() -> None:
 def test_links_lead_to_files_that_exist(page: Path) -> None:
     missing = [target for target in links(page) if not (page.parent / target).exists()]
     assert not missing
+
+
+@each_page
+def test_names_and_files_that_are_mentioned_exist(page: Path) -> None:
+    code = " ".join(re.findall(r"`([^`\n]+)`", read(page))).replace("ivtp.json", "")
+    made = re.findall(r"^```python file=(\S+)$", read(page), flags=re.M)
+    for dotted in re.findall(r"(?<![\w./])ivtp(?:\.\w+)+", code):
+        pkgutil.resolve_name(dotted)
+    for file in re.findall(r"(?<![\w./])(?:\w+/)+\w+\.(?:py|json|md|sh|csv)\b", code):
+        roots = (ROOT, ROOT / "src", ROOT / "src" / "ivtp", page.parent)
+        assert Path(file).name in made or any((root / file).exists() for root in roots), file
 
 
 @each_page
