@@ -1,12 +1,12 @@
-# `make demo` and `make test`; `make compat` runs both ends of the promised versions, `make smoke` and `make speed` the
-# benchmark. Each sets everything up on a machine that has Python 3.11 and make.
+# `make demo` and `make test`; `make compat` runs both ends of the promised versions, `make smoke` the benchmark, `make speed`
+# and `make tables` write what the pages show. Each sets everything up on a machine that has Python 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all compat lint smoke speed clean
+.PHONY: demo test test-all compat lint smoke speed tables clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
@@ -39,8 +39,14 @@ smoke: $(VENV)/.installed
 	mkdir -p out
 	$(BIN)/ivtp bench --repeats 3 --tokens 2 --text 32 --output out/smoke.json
 
+# the tables of docs/speed.md, of results/speed/
 speed: $(VENV)/.installed
-	$(BIN)/python benchmarks/speed_table.py
+	$(BIN)/python -m benchmarks.speed_table
+
+# what README.md and docs/ say of methods, families, options and results, and the figure
+tables: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.figure
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

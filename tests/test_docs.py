@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import re
 from pathlib import Path
 
 import pytest
+from pages import DOCS, read, run_python
 
 import ivtp
-from ivtp import registry
-
-DOCS = Path(__file__).parents[1] / "docs"
+from ivtp import registry, trace
 
 
 def test_examples_of_the_methods_page() -> None:
     result = doctest.testfile(str(DOCS / "methods.md"), module_relative=False)
-    assert result.attempted > 5
+    assert result.attempted == 3
     assert result.failed == 0
+
+
+@pytest.mark.parametrize(("page", "printing"), [("quickstart", 2), ("configuration", 1), ("trace", 2)])
+def test_a_pages_code_runs_and_prints_what_it_says(
+    page: str, printing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_python(DOCS / f"{page}.md") == printing
+    assert (page == "quickstart") == (tmp_path / "kept.png").exists()
+
+
+def test_the_page_of_the_record_names_all_of_it() -> None:
+    text = read(DOCS / "trace.md")
+    for kind in (trace.PruneTrace, trace.StageTrace, trace.Word, trace.TokensPerLayer):
+        fields = {field.name for field in dataclasses.fields(kind)}
+        methods = {name for name in vars(kind) if not name.startswith("_") and name not in fields}
+        for name in fields | methods:
+            assert re.search(rf"`(\w+\.)?{name}\b", text), name
 
 
 def test_the_methods_page_has_a_row_for_every_method_and_names_what_exists() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import speed_table
 from ivtp.benchmark import measure as measuring
 from ivtp.benchmark import sweep as sweeping
 from ivtp.benchmark.growth import growth_grids, steps
@@ -139,23 +139,24 @@ def test_growth_is_tabled_and_drawn(ask: Any, tmp_path: Path) -> None:
 
 
 def test_the_page_is_rewritten_between_its_marks(ask: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "speed_table.py"))
-    page, results = tmp_path / "README.md", tmp_path / "results"
+    page, results = tmp_path / "speed.md", tmp_path / "results"
     results.mkdir()
     page.write_text("before\n")
-    assert script["main"](page, results) == 1
+    assert speed_table.main(page, results) == 1
     assert "no results" in capsys.readouterr().err
-    sweep(ask(tokens=0), file=results / "tiny.json", command="ivtp bench --geometry tiny")
-    assert script["main"](page, results) == 1
+    sweep(ask(tokens=0), file=results / "tiny.json", command="ivtp bench --geometry tiny --output elsewhere/tiny.json")
+    assert speed_table.main(page, results) == 1
     assert "speed:begin" in capsys.readouterr().err
     assert page.read_text() == "before\n"
-    page.write_text(f"before\n{script['BEGIN']}\nold\n{script['END']}\nafter\n")
-    assert script["main"](page, results) == 0
+    page.write_text("before\n<!-- speed:begin (by hand: never) -->\nold\n<!-- speed:end -->\nafter\n")
+    assert speed_table.main(page, results) == 0
     written = page.read_text()
-    assert script["main"](page, results) == 0
+    assert speed_table.main(page, results) == 0
     assert page.read_text() == written
-    assert written.startswith("before\n")
-    assert written.endswith(f"{script['END']}\nafter\n")
+    assert written.startswith("before\n<!-- speed:begin (by hand: never) -->\n")
+    assert written.endswith("<!-- speed:end -->\nafter\n")
     assert "old" not in written
-    assert "`ivtp bench --geometry tiny`" in written
+    assert (
+        "`ivtp bench --geometry tiny --output results/speed/tiny.json` ([file](../results/speed/tiny.json))" in written
+    )
     assert sum(line.startswith("| 6 | 14 | 1 | 1 |") for line in written.splitlines()) == 3

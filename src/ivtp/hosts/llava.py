@@ -27,7 +27,11 @@ _STOCK = {
 
 
 class LlavaHost(Host):
-    """`LlavaForConditionalGeneration` with a CLIP tower and one feature layer."""
+    """`LlavaForConditionalGeneration` with a CLIP tower, one feature layer and a decoder with Llama's layers.
+
+    Refuses: other vision towers; several feature layers, or the strategy "full"; decoders with sliding-window layers,
+    or of other kinds than gemma, llama, mistral, phi3, qwen2 and qwen3.
+    """
 
     name = "llava"
     model_class = "LlavaForConditionalGeneration"

@@ -1,0 +1,230 @@
+"""Write the generated parts of README.md and of docs/: `make tables`.
+
+Methods, model families and options are read from the library's own files, figures from results/*.json.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import typing
+from pathlib import Path
+from typing import Any
+
+from benchmarks.blocks import rewrite, table
+from ivtp import list_hosts, list_methods
+from ivtp.config import PruneConfig
+from ivtp.hosts.base import Host
+from ivtp.registry import host_class, method_class
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPARED = ROOT / "results" / "micro-compare.json"
+CHANGED = ("dart", "hiprune", "prumerge", "prumerge+", "sparsevlm")
+"""Methods that choose otherwise since `COMPARED` was measured; to be emptied when it is measured anew."""
+IN_README = ("none", "ivtp", "topk", "random", "tome", "divprune", "pyramiddrop")
+"""The full model, IVTP, the two baselines, and its strongest rivals that are not in `CHANGED`."""
+
+Row = dict[str, Any]
+
+
+def blocks() -> dict[Path, dict[str, str]]:
+    """Every page with what it holds between its marks."""
+    docs = ROOT / "docs"
+    return {
+        ROOT / "README.md": {"families": families(), "methods": methods(), "results": results()},
+        docs / "results.md": {"compared": compared(), "gates": gates()},
+        docs / "configuration.md": {"fields": fields(), "options": options()},
+        docs / "add_host.md": {"host": host_members()},
+    }
+
+
+def families() -> str:
+    """A row for each model family: its class's docstring, which ends with a paragraph `Refuses: ...`."""
+    rows = []
+    for name in list_hosts():
+        text = inspect.cleandoc(host_class(name).__doc__)
+        taken, refused = (
+            one_line(text.partition("\n\n")[0]),
+            re.search(r"^Refuses: (.*?)(?=\n\n|\Z)", text, re.M | re.S),
+        )
+        if refused is None:
+            raise ValueError(f"hosts/{name}.py: the docstring of its class has no paragraph `Refuses: ...`")
+        rows.append((f"`{name}`", taken.rstrip("."), one_line(refused[1]).rstrip(".")))
+    return table(("family", "what is taken", "what is refused, in one line"), rows)
+
+
+def methods() -> str:
+    """A row for each method: the first line of its file, and its `MethodInfo`."""
+    stages = {"vision": "encoder", "llm": "decoder", "both": "both"}
+    rows = []
+    for name in list_methods():
+        kind = method_class(name)
+        info = kind.info
+        line = inspect.getdoc(inspect.getmodule(kind)).partition("\n")[0].rstrip(".")
+        line = re.sub(r" \([^()]*(?:arXiv|doi)[^()]*\)$", "", line)
+        if info.trainable:
+            line += " (untrained here)"
+        paper = f"[{info.year}]({info.paper})" if info.paper.startswith("http") else "–"
+        rows.append((f"`{name}`", line, stages[info.stage], "yes" if info.guided else "–", paper))
+    return table(("method", "what it is", "cuts in", "reads the question", "paper"), rows)
+
+
+def results() -> str:
+    """The comparison's main rows at 16 and 64 tokens."""
+    header = ("method", "16 tokens", "64 tokens", "GFLOPs, 16", "GFLOPs, 64", "ms, 16", "ms, 64")
+    return table(header, overview(IN_README, (16, 64)))
+
+
+def compared() -> str:
+    """All rows of the comparison, best mean accuracy first."""
+    keeps = (16, 64, 128)
+    found = {row["method"] for row in measured()}
+    mean = {name: sum(row_of(name, keep)["accuracy"] for keep in keeps) for name in found}
+    header = ("method", *(f"{keep}" for keep in keeps), *(f"{u}, {k}" for u in ("GFLOPs", "ms") for k in keeps))
+    return table(header, overview(sorted(found, key=lambda name: -mean[name]), keeps))
+
+
+def overview(names: typing.Iterable[str], keeps: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """Accuracies with their intervals, then GFLOPs, then milliseconds of each method at every count."""
+    made = []
+    for name in names:
+        rows = [row_of(name, keep) for keep in keeps]
+        label = "all 576 tokens" if name == "none" else f"`{name}`" + " †" * (name in CHANGED)
+        label += " (untrained)" * (name != "none" and method_class(name).info.trainable)
+        cells = [share(row, "accuracy") for row in rows]
+        cells += [f"{row['GFLOPs']:.1f}" for row in rows] + [f"{row['ms a prefill']:.0f}" for row in rows]
+        made.append((label, *cells))
+    return made
+
+
+def gates() -> str:
+    """The mean of the twelve formats under every condition of the first two gates."""
+    header, cells = ["mean of"], ["twelve formats"]
+    for number in (1, 2):
+        tables = json.loads((ROOT / "results" / f"micro-gates-{number}.json").read_text(encoding="utf-8"))["tables"]
+        mean = next(row for row in tables[0]["rows"] if row["format"] == "mean")
+        for column in [name for name in mean if f"{name} low" in mean]:
+            title = "all tokens" if column == "test" else column
+            if title not in header:
+                header.append(title)
+                cells.append(share(mean, column))
+    return table(tuple(header), [tuple(cells)])
+
+
+def fields() -> str:
+    """A row for each field of `PruneConfig`: values, default, its docstring, and which methods read it."""
+    types, texts = typing.get_type_hints(PruneConfig), field_texts(PruneConfig)
+    rows = []
+    for field in dataclasses.fields(PruneConfig):
+        readers = [f"`{name}`" for name in list_methods() if field.name in method_class(name).reads]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        rows.append(
+            (
+                f"`{field.name}`",
+                values(types[field.name]),
+                code(default),
+                texts[field.name],
+                ", ".join(readers) or "all",
+            )
+        )
+    return table(("field", "values", "default", "what it means", "read by"), rows)
+
+
+def options() -> str:
+    """A row for each method with options of its own."""
+    rows = []
+    for name in list_methods():
+        kind = method_class(name).Options
+        own = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        if not own:
+            continue
+        types, texts = typing.get_type_hints(kind), field_texts(kind)
+        listed = "; ".join(f"`{f.name}` = {code(f.default)} ({values(types[f.name])})" for f in own)
+        meaning = "; ".join(f"`{n}`: {text}" for n, text in texts.items()) or one_line(inspect.getdoc(kind) or "")
+        rows.append((f"`{name}`", listed, meaning))
+    return table(("method", "option = default (values)", "what it means"), rows)
+
+
+def host_members() -> str:
+    """A row for each public member of `Host`: whether a family must give it, and what it is."""
+    rows = []
+    texts = field_texts(Host)
+    for node in class_body(Host):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name, must = node.target.id, node.value is None
+            text = texts.get(name) or f"a `{ast.unparse(node.annotation)}`"
+        elif isinstance(node, ast.FunctionDef):
+            name, must = node.name, "NotImplementedError" in ast.unparse(node.body[-1])
+            text = (ast.get_docstring(node) or "").partition("\n\n")[0]
+        else:
+            continue
+        if not name.startswith("_") or name == "__init__":
+            rows.append((f"`{name}`", "yes" if must else "–", one_line(text)))
+    return table(("member", "must be given", "what it is"), rows)
+
+
+def class_body(kind: type[Any]) -> list[ast.stmt]:
+    """What stands in a class."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(node, ast.ClassDef)
+    return node.body
+
+
+def field_texts(kind: type[Any]) -> dict[str, str]:
+    """The docstrings that stand below the fields of a class."""
+    body, found = class_body(kind), {}
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = one_line(ast.literal_eval(text.value))
+    return found
+
+
+def values(kind: Any) -> str:
+    """What an annotation admits, without the sign that would end a table's cell."""
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(kind))
+    parts = typing.get_args(kind) if "|" in str(kind) else (kind,)
+    names = [re.sub(r"\btyping\.|collections\.abc\.", "", getattr(p, "__name__", str(p))) for p in parts]
+    return " or ".join(name.replace("NoneType", "None") for name in names)
+
+
+def code(value: object) -> str:
+    """A default, as it would be typed."""
+    return f"`{value!r}`"
+
+
+def one_line(text: str) -> str:
+    """Text of several lines as a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def measured() -> list[Row]:
+    """The rows of the comparison."""
+    rows: list[Row] = json.loads(COMPARED.read_text(encoding="utf-8"))["tables"][0]["rows"]
+    return rows
+
+
+def row_of(name: str, keep: int) -> Row:
+    """One method at one count; the full model has a single row."""
+    return next(row for row in measured() if row["method"] == name and row["keep"] in (keep, 576))
+
+
+def share(row: Row, column: str) -> str:
+    """A share in percent with its 95% interval."""
+    value, low, high = (100 * row[f"{column}{end}"] for end in ("", " low", " high"))
+    return f"{value:.1f} ({low:.1f}–{high:.1f})"
+
+
+def main() -> None:
+    """Write them, and say what changed."""
+    for page, contents in blocks().items():
+        print(f"{page.relative_to(ROOT)}: {'written' if rewrite(page, contents) else 'unchanged'}")
+
+
+if __name__ == "__main__":
+    main()
