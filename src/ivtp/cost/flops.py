@@ -269,7 +269,8 @@ def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int,
     A layer that is looked at in advance computes its queries, keys and values twice.
     """
     cut = method.plan.cuts[place]
-    rows = method.cost(cut, cut.keep, text).rows or _one_each(cut)
+    choice = method.cost(cut, _entering(cut, method.plan.tokens_per_layer(method.geometry)), text)
+    rows = choice.rows or _one_each(cut)
     cost, entering = 0.0, text
     for kind in kinds:
         assert kind.whole is not None
