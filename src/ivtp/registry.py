@@ -20,9 +20,16 @@ def names_in(room: str) -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
 
 
-def list_methods() -> list[str]:
-    """Names of the pruning methods, in alphabetical order."""
-    return list(names_in("methods"))
+def list_methods(host: str | None = None) -> list[str]:
+    """Names of the pruning methods, in alphabetical order; of a family in `list_hosts()` those that it can be given.
+
+    A family lacks what some methods need, such as a CLS token. Raises `ConfigError` for an unknown family.
+    """
+    names = names_in("methods")
+    if host is None:
+        return list(names)
+    gives = host_class(host).gives
+    return [name for name in names if method_class(name).needs <= gives]
 
 
 def list_hosts() -> list[str]:

@@ -12,6 +12,7 @@ import ivtp
 from ivtp.config import PAPER
 from ivtp.cost.sizes import sizes
 from ivtp.errors import LoadError, UnsupportedModelError
+from ivtp.plan import NEEDS
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
 
@@ -26,6 +27,14 @@ def test_the_parts_are_where_the_geometry_says(name: str) -> None:
     assert host.size.vision_layers <= len(host.vision_layers)
     assert host.size.text_layers == len(host.text_layers)
     assert host.geometry(model.config) == host.size
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_family_gives_a_cls_token_where_its_tower_has_one(name: str) -> None:
+    host = host_class(name)
+    assert host.gives <= set(NEEDS)
+    assert ("cls" in host.gives) == (host.geometry(host.tiny()[0].config).vision_cls == 1)
+    assert set(ivtp.list_methods(name)) <= set(ivtp.list_methods())
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Method
@@ -102,8 +102,7 @@ def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Releva
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
     method: Method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
-    reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
-    if known.clip is None or not reads_clip:
+    if known.clip is None or not method.reads_text_side:
         return method, None
     compared = known.geometry.num_patches if kind.reads_clip else 1
     return method, dataclasses.replace(known.clip, compared=compared)
@@ -201,7 +200,8 @@ def _choice(g: Geometry, method: Method, cut: Cut, seen: TokensPerLayer, text: i
     if cut.peek:
         kv = 2 * g.text_kv_heads * g.text_head_dim
         cost += 2.0 * (entering * images + text) * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
-    for layer, rows in zip(cut.taps, choice.rows or ("one",) * len(cut.taps), strict=True):
+    one: Rows = "one"
+    for layer, rows in zip(cut.taps, choice.rows or (one,) * len(cut.taps), strict=True):
         if cut.where == "vision":
             length = seen.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
             cost += images * _rows(rows, length, text, g.vision_heads, g.vision_hidden)

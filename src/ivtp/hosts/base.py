@@ -52,6 +52,9 @@ class Host:
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
 
+    gives: ClassVar[frozenset[str]] = frozenset({"cls", "grid", "text_side"})
+    """What methods may need and this family has, of `ivtp.plan.NEEDS`."""
+
     model: nn.Module
     """The stock model, as the user calls it."""
     multimodal: nn.Module

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ivtp.config import PruneConfig
+from ivtp.config import READS_CLIP, PruneConfig
 from ivtp.core.merge import take_up_neighbours
 from ivtp.core.rollout import full_width_row
 from ivtp.core.schedule import linear, quarters
@@ -130,6 +130,8 @@ class Method:
     Options: ClassVar[type[Any]] = NoOptions
     reads: ClassVar[frozenset[str]] = frozenset()
     """Common options that shape this method, beside those that are for all."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a family has to give, of `NEEDS`; `needed` says what it is with the options that are set."""
     keeps_all: ClassVar[bool] = True
     """Whether `keep` = N leaves the model as it is; not where tokens that are no patches count among the kept."""
     reads_text: ClassVar[bool] = False
@@ -147,6 +149,16 @@ class Method:
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
         self.options = self._parse_options(config.options)
         self.plan = self.make_plan()
+
+    @property
+    def reads_text_side(self) -> bool:
+        """Whether the instruction is read with CLIP's text side: for `Window.relevance`, or by the guide."""
+        return self.reads_clip or (self.plan.guide_layers > 0 and self.config.guide in READS_CLIP)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What a family has to give, with the options that are set."""
+        return self.needs
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -223,6 +235,7 @@ class OutlierMerging(Method):
     that the projector reads. One of `keep` is an extra token that takes up all dropped ones.
     """
 
+    needs = frozenset({"cls"})
     keeps_all = False
 
     def choose(self, similarity: Tensor, count: int) -> Tensor:

@@ -26,6 +26,7 @@ class CdPruner(Method):
         merges=False,
         paper="https://arxiv.org/abs/2506.10967",
     )
+    needs = frozenset({"text_side"})
     reads_clip = True
 
     def make_plan(self) -> Plan:

@@ -41,6 +41,7 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         "info": info,
         "parts": (first, second),
         "reads": (first.reads | second.reads) - frozenset(_OWN),
+        "needs": first.needs | second.needs,
         "reads_text": second.reads_text,
         "reads_states": second.reads_states,
         "reads_clip": first.reads_clip,
@@ -78,6 +79,11 @@ class Composed(Method):
     def notes(self) -> tuple[str, ...]:
         """Those of both parts."""
         return self.vision.notes + self.llm.notes
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What either part needs."""
+        return self.vision.needed | self.llm.needed
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """What the stage's method says."""

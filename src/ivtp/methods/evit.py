@@ -43,6 +43,7 @@ class Evit(Method):
         paper="https://arxiv.org/abs/2202.07800",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """Cuts inside the encoder's layers."""

@@ -47,6 +47,7 @@ class HiPrune(Method):
         paper="https://arxiv.org/abs/2508.00553",
     )
     Options = Options
+    needs = frozenset({"grid"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder that reads two layers in full."""

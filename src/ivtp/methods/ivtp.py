@@ -29,9 +29,15 @@ class Ivtp(Method):
         merges=False,
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )
+    needs = frozenset({"cls", "text_side"})
     reads = frozenset(
         {"stages", "schedule", "budget", "group_layers", "llm_layers", "threshold", "aggregation", "guide"}
     )
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Without a text side where the guide reads none; the CLS token is also what stands in for the guide."""
+        return self.needs if self.reads_text_side else self.needs - {"text_side"}
 
     def make_plan(self) -> Plan:
         """One cut at the end of each group, with as many tokens as the schedule says."""

@@ -37,6 +37,7 @@ class Scope(Method):
         paper="https://arxiv.org/abs/2510.24214",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""

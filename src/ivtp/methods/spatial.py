@@ -42,6 +42,7 @@ class Spatial(Method):
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )
     Options = Options
+    needs = frozenset({"grid"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""

@@ -42,6 +42,7 @@ class TopK(Method):
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder or one in each of its layers."""

@@ -30,6 +30,7 @@ class VisionZip(Method):
         merges=True,
         paper="https://arxiv.org/abs/2412.04467",
     )
+    needs = frozenset({"cls"})
     keeps_all = False
 
     def make_plan(self) -> Plan:

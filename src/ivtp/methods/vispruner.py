@@ -46,6 +46,7 @@ class VisPruner(Method):
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""

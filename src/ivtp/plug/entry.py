@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from ivtp import registry
-from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
+from ivtp.plan import NEEDS
 from ivtp.plug.pruner import Pruner, check_unpruned
 from ivtp.plug.transformers import execution_device, floating_dtype
 from ivtp.prompt.instruction import InstructionReader
@@ -47,6 +48,7 @@ def attach(
         raise ConfigError(f"got a PruneConfig and {', '.join(options)} beside it; put everything into one of them")
     kind = registry.method_class(config.method)
     method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
+    _check_needs(host, method)
     pruner = Pruner(host, method, _guide_maker(host, method, processor, clip))
     pruner.install()
     return pruner
@@ -65,11 +67,22 @@ def find_host(model: nn.Module) -> Host:
     raise UnsupportedModelError(f"{type(model).__name__} is not a model that can be pruned; supported: {names}{hint}")
 
 
+def _check_needs(host: Host, method: Method) -> None:
+    """Raise `ConfigError` where the family lacks something without which the method would silently be another one."""
+    missing = sorted(method.needed - host.gives)
+    if missing:
+        lacks = " and ".join(NEEDS[name] for name in missing)
+        guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
+        raise ConfigError(
+            f"method {method.config.method!r} needs {lacks}, which {host.name} lacks; "
+            f"use {guides}one of {', '.join(registry.list_methods(host.name))}"
+        )
+
+
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
     config = method.config
     reader = InstructionReader(processor) if processor is not None and reads_question(method) else None
-    guided = method.plan.guide_layers > 0 and config.guide in READS_CLIP
-    if not guided and not method.reads_clip:
+    if not method.reads_text_side:
         return GuideMaker(config, host, reader, None)
     if reader is None:
         asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'
