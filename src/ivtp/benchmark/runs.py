@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from ivtp.benchmark.asked import Asked
+from ivtp.benchmark.asked import Asked, taken
 from ivtp.benchmark.models import Subject
 from ivtp.config import PruneConfig
 from ivtp.guide.pseudo_cls import GuideMaker
@@ -45,7 +45,7 @@ def make_runs(subject: Subject, asked: Asked, keep: int | str) -> Runs:
     runs: Runs = {"full": None}
     for method in asked.methods:
         config, host = config_for(subject, asked, method, keep), subject.host
-        oracle = Pruner(host, Oracle(config, host.size), GuideMaker(config, host, None, None))
+        oracle = Pruner(host, Oracle(config, host.size), GuideMaker(None, host, None, None))
         runs[f"oracle {method}" if "oracle" in runs else "oracle"] = oracle
         with attach(subject.model, subject.processor, config) as pruner:
             runs[method] = pruner
@@ -60,9 +60,11 @@ def oracle_of(run: str, runs: Iterable[str]) -> str:
 
 def config_for(subject: Subject, asked: Asked, method: str, keep: int | str) -> PruneConfig:
     """The options of one method: the model's recommendations that it reads, then what was asked."""
-    reads, told = method_class(method).reads, subject.recommended()
-    told = {name: value for name, value in told.items() if name in reads}
-    return PruneConfig.of(**{**told, **asked.values_for(method), "method": method, "keep": keep}).filled(reads)
+    kind, names = method_class(method), taken(method)
+    demanded = {name: value for name, value in (subject.options or {}).items() if name in names}
+    config = PruneConfig.of(**{**demanded, **asked.values_for(method), "method": method, "keep": keep})
+    filled: PruneConfig = kind.filled(config, subject.host.size, subject.host.recommended())
+    return filled
 
 
 @contextmanager

@@ -277,10 +277,10 @@ def _save(drawn: Any, file: Path, option: str) -> None:
 
 
 def _threshold(model: Any, given: float | None) -> float:
-    from ivtp.config import PAPER
+    from ivtp.methods.base import GuideOptions
     from ivtp.plug import find_host
 
-    return float(find_host(model).recommended().get("threshold", PAPER["threshold"]) if given is None else given)
+    return float(find_host(model).recommended().get("threshold", GuideOptions.threshold) if given is None else given)
 
 
 def _square(model: Any) -> int:

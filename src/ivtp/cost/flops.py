@@ -101,7 +101,7 @@ def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Releva
         return None, None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
-    method: Method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
+    method: Method = kind(kind.filled(asked, known.geometry, known.recommended), known.geometry)
     if known.clip is None or not method.reads_text_side:
         return method, None
     compared = known.geometry.num_patches if kind.reads_clip else 1

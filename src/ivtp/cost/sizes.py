@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ivtp.errors import LoadError, UnsupportedModelError
-from ivtp.files.sidecar import MICRO, local_folder, read_json, sidecar
-from ivtp.hosts.base import openai_clip, recommended
+from ivtp.files.sidecar import MICRO, local_folder, read_json, recommended, sidecar
+from ivtp.hosts.base import openai_clip
 from ivtp.plan import Geometry
 from ivtp.registry import host_class, list_hosts
 
@@ -49,13 +49,13 @@ class Sizes:
     clip: Relevance | None
     """The CLIP that the vision tower is from; None where it is not known: its text encoder is then not counted."""
     recommended: Mapping[str, Any]
-    """Options for this checkpoint, see `recommended`."""
+    """Options for this checkpoint, of which a method takes those that it knows."""
 
 
 def sizes(model: Any) -> Sizes:
     """The sizes of a model in any of the forms that `flops` takes."""
     if isinstance(model, Geometry):
-        return Sizes(model, _openai_text_side(model, 1), recommended(model, {}))
+        return Sizes(model, _openai_text_side(model, 1), {})
     name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
     folder: Path | None = None
     if isinstance(model, str | Path):
@@ -75,7 +75,7 @@ def sizes(model: Any) -> Sizes:
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
-    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(geometry, beside))
+    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(beside))
 
 
 def model_config(model: str | Path) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ivtp.config import PAPER
-from ivtp.files.sidecar import local_folder, sidecar
+from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.plan import Geometry
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -23,12 +22,6 @@ OPENAI_CLIP = {
     (1024, 24, 14, 576): "openai/clip-vit-large-patch14-336",
     (1024, 24, 14, 256): "openai/clip-vit-large-patch14",
 }
-
-
-def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for a checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
-    named = {k: v for k, v in sidecar.items() if k in PAPER}
-    return {"llm_layers": min(PAPER["llm_layers"], geometry.text_layers), **named}
 
 
 def openai_clip(geometry: Geometry, layers: int) -> str | None:
@@ -153,7 +146,7 @@ class Host:
 
     def recommended(self) -> dict[str, Any]:
         """Options for this checkpoint; methods take those that they read. Raises `LoadError` for a broken sidecar."""
-        return recommended(self.size, self._sidecar())
+        return recommended(self._sidecar())
 
     def _folder(self) -> Path | None:
         return local_folder(getattr(self.model, "name_or_path", None))

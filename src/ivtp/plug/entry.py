@@ -47,7 +47,7 @@ def attach(
     elif options:
         raise ConfigError(f"got a PruneConfig and {', '.join(options)} beside it; put everything into one of them")
     kind = registry.method_class(config.method)
-    method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
+    method: Method = kind(kind.filled(config, host.size, host.recommended()), host.size)
     _check_needs(host, method)
     pruner = Pruner(host, method, _guide_maker(host, method, processor, clip))
     pruner.install()
@@ -80,14 +80,14 @@ def _check_needs(host: Host, method: Method) -> None:
 
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
-    config = method.config
+    options = method.guide_options
     reader = InstructionReader(processor) if processor is not None and reads_question(method) else None
     if not method.reads_text_side:
-        return GuideMaker(config, host, reader, None)
+        return GuideMaker(options, host, reader, None)
     if reader is None:
-        asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'
-        if method.reads_clip:
-            asker, ways = f"method {config.method!r}", ""
+        asker, ways = f"method {method.config.method!r}", ""
+        if options is not None and not method.reads_clip:
+            asker, ways = f'guide="{options.guide}"', ', or guide="text" or guide="visual"'
         raise ConfigError(f"{asker} reads the instruction; pass the processor{ways}")
     source = clip if clip is not None else host.default_clip()
     if source is None:
@@ -99,4 +99,4 @@ def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> Guide
     text_side = ClipText.load(
         source, vision_hidden=host.size.vision_hidden, device=execution_device(tower), dtype=floating_dtype(tower)
     )
-    return GuideMaker(config, host, reader, text_side)
+    return GuideMaker(options, host, reader, text_side)
