@@ -167,10 +167,10 @@ def methods(as_json: Json = False) -> None:
     JSON: a list with name, title, year, stage, guided, trainable, merges, paper and note (what must be known of it) of
     each.
     """
-    from ivtp.registry import list_methods, method_class
+    from ivtp.registry import method_classes
 
     with err.status("reading"):
-        rows = [{"name": name, **asdict(method_class(name).info)} for name in list_methods()]
+        rows = [{"name": name, **asdict(method.info)} for name, method in method_classes().items()]
     if as_json:
         print_json(rows)
         return

@@ -56,7 +56,7 @@ def attach(
 
 def find_host(model: nn.Module) -> Host:
     """The host of `model`, also when it is wrapped (by PEFT, say). Raises `UnsupportedModelError` with the list."""
-    hosts = [registry.host_class(name) for name in registry.list_hosts()]
+    hosts = registry.host_classes().values()
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for host in hosts:
             if type(module).__name__ == host.model_class and host.matches(module.config):
