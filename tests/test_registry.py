@@ -25,7 +25,7 @@ class First(Method):
     """Keeps the first patches."""
 
     info = MethodInfo(
-        title="First", year=2026, stage="vision", guided=False, trainable=False, merges=False, paper="(test)"
+        title="First", year=2026, stage="vision", paper="(test)"
     )
 
     def make_plan(self):

@@ -24,7 +24,7 @@ Runs = dict[str, Pruner | None]
 class Oracle(Method):
     """Cuts where another method cuts, to the same counts, without taps, guide or scores: the first patches stay."""
 
-    info = MethodInfo("Oracle", 2024, "both", guided=False, trainable=False, merges=False, paper="(yardstick)")
+    info = MethodInfo("Oracle", 2024, "both", paper="(yardstick)")
     reads = frozenset(field.name for field in dataclasses.fields(PruneConfig))  # the followed method checks them
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:

@@ -114,10 +114,10 @@ class MethodInfo:
     title: str
     year: int
     stage: Literal["vision", "llm", "both"]
-    guided: bool
-    trainable: bool
-    merges: bool
     paper: str
+    guided: bool = False
+    trainable: bool = False
+    merges: bool = False
     note: str = ""
     """What a user must know before trusting an answer, with the options' defaults; empty where there is nothing."""
 

@@ -41,9 +41,6 @@ class HiPrune(Method):
         title="HiPrune",
         year=2025,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2508.00553",
     )
     Options = Options

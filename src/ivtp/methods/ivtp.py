@@ -56,8 +56,6 @@ class Ivtp(Method):
         year=2024,
         stage="both",
         guided=True,
-        trainable=False,
-        merges=False,
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )
     Options = Options

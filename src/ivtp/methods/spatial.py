@@ -36,8 +36,6 @@ class Spatial(Method):
         title="Spatial pooling",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )

@@ -26,8 +26,6 @@ class ToMe(Method):
         title="ToMe",
         year=2023,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2210.09461",
     )

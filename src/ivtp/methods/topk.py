@@ -36,9 +36,6 @@ class TopK(Method):
         title="TopK (CLS attention)",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
