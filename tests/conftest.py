@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is on no disk is refused at once
@@ -10,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is on no disk is refused at on
 import pytest
 import torch
 from hypothesis import settings
+from packages import Packages
 from tiny import Tiny
 
 from ivtp.hosts.llava import HOST
@@ -30,6 +32,18 @@ def one_thread() -> None:
 def tiny() -> Tiny:
     """Weights, processor and CLIP side of the tiny LLaVA; `tiny.model()` copies them."""
     return Tiny()
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Packages]:
+    """`packages.install(...)` puts a package that adds methods or families where Python finds it, for one test."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        installer = Packages(folder)
+        yield installer
+    installer.uninstall()
 
 
 @pytest.fixture(scope="session")

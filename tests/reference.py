@@ -11,6 +11,7 @@ import functools
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,15 @@ from torch.nn.functional import cosine_similarity
 from ivtp import PruneConfig
 
 Span = tuple[int, int]
+PAPER = {
+    "group_layers": 3,
+    "llm_layers": 12,
+    "threshold": 0.2,
+    "aggregation": "residual",
+    "guide": "instruction",
+    "stages": "both",
+}
+"""The paper's options, where a config says nothing else."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +116,15 @@ class Reference:
         self.dtype = dtype
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(trainable)
         self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).to(dtype).requires_grad_(False), clip[1]
-        self.config = config = config.filled(("group_layers", "llm_layers", "threshold"))
+        self.config = config
+        self.options = options = SimpleNamespace(**{**PAPER, **config.options})
         self.tower = self.model.model.vision_tower
         self.decoder = self.model.model.language_model
         self.num_patches = (self.tower.config.image_size // self.tower.config.patch_size) ** 2
 
         depth = self.tower.config.num_hidden_layers + 1 + self.model.config.vision_feature_layer
-        vision = _groups(depth, config.group_layers) if config.stages != "llm" else []
-        llm = _groups(config.llm_layers, config.group_layers) if config.stages != "vision" else []
+        vision = _groups(depth, options.group_layers) if options.stages != "llm" else []
+        llm = _groups(options.llm_layers, options.group_layers) if options.stages != "vision" else []
         total = len(vision) + len(llm)
         counts = list(config.schedule or _uniform(self.num_patches, config.tokens(self.num_patches), total))
         if len(counts) == 2 != total:
@@ -168,7 +179,7 @@ class Reference:
             x, attention, values = _vision_attention(layer, x)
             maps.append(attention)
             if index in ends:
-                scores = importance(rollout(maps, self.config.aggregation)[0, 1:], values[1:])
+                scores = importance(rollout(maps, self.options.aggregation)[0, 1:], values[1:])
                 chosen = select(scores, ends[index])
                 kept = [patches[i] for i in chosen]
                 cuts.append(Cut("vision", index, patches, scores.tolist(), kept))
@@ -184,7 +195,7 @@ class Reference:
     # The pseudo CLS token
 
     def _guide(self, prompt: Prompt, images: list[_Image], result: Result) -> Tensor:
-        guide = self.config.guide
+        guide = self.options.guide
         visual = torch.stack([image.projected_cls for image in images]).mean(0)
         embed = self.decoder.embed_tokens.weight
         if guide == "visual":
@@ -228,8 +239,8 @@ class Reference:
             hits = [value for s, value in tokens if any(_overlap(s, word) for word in own)]
             if hits:
                 c = result.relevance[position] = mean(hits)
-                passes = float(c > self.config.threshold)
-                weights[position] = passes if self.config.guide == "instruction" else max(c, 0.0)
+                passes = float(c > self.options.threshold)
+                weights[position] = passes if self.options.guide == "instruction" else max(c, 0.0)
                 joined.update(own if weights[position] else [])
         for word in words:
             hits = [value for span, value in tokens if _overlap(span, word)]
@@ -292,13 +303,13 @@ class Reference:
         ends = {group[-1]: k for group, k in self.llm_groups}
         maps: list[Tensor] = []
         cuts: dict[int, set[int]] = {}
-        for index, layer in enumerate(self.decoder.layers[: self.config.llm_layers]):
+        for index, layer in enumerate(self.decoder.layers[: self.options.llm_layers]):
             allowed = torch.ones(len(x), len(x), dtype=torch.bool).tril()
             x, attention, values = self._decoder_attention(layer, x, positions, allowed)
             maps.append(attention)
             if index in ends:
                 visual = [j for j, row in enumerate(rows) if sequence.patch[row] >= 0]
-                scores = importance(rollout(maps, self.config.aggregation)[-1, visual], values[visual])
+                scores = importance(rollout(maps, self.options.aggregation)[-1, visual], values[visual])
                 patches = [sequence.patch[rows[j]] for j in visual]
                 chosen = {visual[i] for i in self._select(scores, patches, ends[index])}
                 candidates = [sequence.patch[rows[j]] for j in visual]

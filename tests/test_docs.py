@@ -6,13 +6,15 @@ import dataclasses
 import doctest
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packages import Packages
 from pages import DOCS, read, run_python
 
 import ivtp
-from ivtp import registry, trace
+from ivtp import trace
 
 
 def test_examples_of_the_methods_page() -> None:
@@ -48,25 +50,14 @@ def test_the_methods_page_has_a_row_for_every_method_and_names_what_exists() -> 
         assert hasattr(importlib.import_module(module), name), dotted
 
 
-@pytest.fixture
-def no_memory():
-    """The registry's caches are emptied before and after."""
-    caches = (registry.names_in, registry._composed)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-def test_a_new_method_by_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_memory: None) -> None:
+def test_a_new_method_by_the_page(packages: Packages) -> None:
     text = (DOCS / "add_method.md").read_text(encoding="utf-8")
     name, code = re.search(r"```python file=(\S+)\n(.*?)```", text, flags=re.DOTALL).groups()
-    (tmp_path / name).write_text(code, encoding="utf-8")
-    monkeypatch.setattr("ivtp.methods.__path__", [*importlib.import_module("ivtp.methods").__path__, str(tmp_path)])
-    registry.names_in.cache_clear()
+    project = tomllib.loads(re.search(r"```toml file=pyproject.toml\n(.*?)```", text, flags=re.DOTALL)[1])
+    (group,) = project["project"]["entry-points"]
+    packages.install(project["project"]["name"], {name: code}, {group: project["project"]["entry-points"][group]})
     blocks = re.findall(r"```python run\n(.*?)```", text, flags=re.DOTALL)
-    assert blocks
+    assert len(blocks) > 1
     for block in blocks:
         exec(compile(block, "add_method.md", "exec"), {})
     imported = set(re.findall(r"^from (ivtp[\w.]*) import", code, flags=re.MULTILINE))

@@ -33,7 +33,6 @@ from transformers import (
 import ivtp
 from ivtp.hosts.base import cache_name
 from ivtp.hosts.tiny import randomise
-from ivtp.registry import method_class
 
 PATCH, SIDE = 4, 6
 NUM_PATCHES = SIDE * SIDE
@@ -98,9 +97,9 @@ class Tiny:
 
     def config(self, **changes: Any) -> ivtp.PruneConfig:
         """The tests' default: 8 of 36 patches, 6 decoder layers, a threshold that some words pass and some do not."""
-        reads = method_class(changes.get("method", "ivtp")).reads
-        defaults = {"llm_layers": LLM_LAYERS, "threshold": 0.06}
-        return ivtp.PruneConfig.of(**{"keep": 8, **{k: v for k, v in defaults.items() if k in reads}, **changes})
+        method = changes.get("method", "ivtp")
+        own = {"llm_layers": LLM_LAYERS, "threshold": 0.06} if method == "ivtp" else {}
+        return ivtp.PruneConfig.of(**{"keep": 8, **own, **changes})
 
     def attach(self, model: nn.Module, **changes: Any) -> ivtp.Pruner:
         """Attach with the tests' defaults and the tiny CLIP side."""

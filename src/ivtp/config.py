@@ -5,26 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from ivtp.errors import ConfigError
 
-Aggregation = Literal["residual", "mean", "max", "multiply", "layer"]
-Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
-Stages = Literal["both", "vision", "llm"]
 Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
 Logits = Literal["full", "kept"]
 Budget = Literal["image", "prompt"]
-
-PAPER: dict[str, Any] = {"group_layers": 3, "llm_layers": 12, "threshold": 0.2}
-"""The paper's values of what a checkpoint may recommend otherwise."""
-READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
-"""Guides that read the instruction with CLIP's text side."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +27,9 @@ class PruneConfig:
     keep: int | str = 64
     """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%". For two
     methods in one "192+64" is a budget for each."""
-    group_layers: int | None = None
-    """G: consecutive layers that share one token set and one rollout (Eq. 3). None: the checkpoint's own, or 3."""
-    llm_layers: int | None = None
-    """W: decoder layers that take part in stage 2. None: the checkpoint's own, or 12 if there are so many."""
-    threshold: float | None = None
-    """tau: words with a relevance above it make the pseudo CLS token (Eq. 7). None: the checkpoint's own, or 0.2."""
-    aggregation: Aggregation = "residual"
-    """How a group's attention maps become one (Eq. 3 and its ablations)."""
-    guide: Guide = "instruction"
-    """What the pseudo CLS token is made of: the paper's OTT+TE+RT, OTT, TE, OTT+TE, or no instruction."""
-    stages: Stages = "both"
-    """Prune inside the vision encoder, inside the decoder, or in both."""
     schedule: tuple[int, ...] | None = None
-    """Tokens after each group, vision groups first, or two numbers: after stage 1 and after stage 2, each reached at a
-    uniform ratio. Its last number then takes the place of `keep`. None is one uniform ratio down to `keep`."""
+    """Tokens after each cut, the encoder's first; of IVTP also two numbers: after stage 1 and after stage 2, each
+    reached at a uniform ratio. Its last number then takes the place of `keep`. None is one ratio down to `keep`."""
     budget: Budget = "image"
     """In the decoder every image of a prompt keeps `keep` tokens of its own, or all its visual tokens are ranked
     together under the total, so that the question may favour one image and another may vanish."""
@@ -70,14 +49,8 @@ class PruneConfig:
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", self.keep.strip())
         _check_keep(self.keep)
-        for name, low in (("group_layers", 1), ("llm_layers", 1)):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < low):
-                raise ConfigError(f"{name}={value!r} is not a number of layers; use a whole number from {low} up")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up to 2**64 - 1")
-        if self.threshold is not None and not _is_cosine(self.threshold):
-            raise ConfigError(f"threshold={self.threshold!r} is not a cosine; use a number from -1 to 1 (default 0.2)")
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(accepted)}")
@@ -101,11 +74,6 @@ class PruneConfig:
         own = kept.pop("options", {})
         return PruneConfig.of(**{**kept, **own, **options})
 
-    def filled(self, reads: Collection[str], recommended: Mapping[str, Any] = MappingProxyType({})) -> PruneConfig:
-        """What was not said, as the checkpoint recommends it or else as the paper has it; of what a method `reads`."""
-        unsaid = [name for name in PAPER if name in reads and getattr(self, name) is None]
-        return dataclasses.replace(self, **{name: recommended.get(name, PAPER[name]) for name in unsaid})
-
     def tokens(self, num_patches: int) -> int:
         """`keep` as a number of tokens of an image with `num_patches` patches. Raises `ConfigError` above N."""
         counts = self.budgets(num_patches)
@@ -127,9 +95,6 @@ class PruneConfig:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "aggregation": get_args(Aggregation),
-    "guide": get_args(Guide),
-    "stages": get_args(Stages),
     "positions": get_args(Positions),
     "cache": get_args(CacheMode),
     "logits": get_args(Logits),
@@ -137,10 +102,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
 _BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")
-
-
-def _is_cosine(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1.0 <= value <= 1.0
 
 
 def _is_int(value: object) -> bool:

@@ -11,6 +11,13 @@ Place = Literal["inside", "behind", "projected"]
 Rows = Literal["none", "one", "text", "all"]
 """Query rows of a layer: those of the prompt's text, for one. None are needed where a method reads keys alone."""
 
+NEEDS = {
+    "cls": "a CLS token in its vision tower",
+    "grid": "patches in a grid",
+    "text_side": "a text side that shares a space with its vision tower",
+}
+"""What a method may need of a model family, and a family gives or not."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -28,7 +35,7 @@ class Geometry:
     vision_mlp: int
     vision_heads: int
     vision_cls: int
-    """CLS tokens in front of the patches: 1."""
+    """CLS tokens in front of the patches: 1 or none."""
     text_layers: int
     text_hidden: int
     text_mlp: int

@@ -1,14 +1,34 @@
-"""Names to modules: every file in `methods/` and `hosts/` registers itself by existing."""
+"""Names to classes: a file in `methods/` or `hosts/` registers itself by existing, a package by its entry points.
+
+A package adds a pruning method or a model family under `[project.entry-points."ivtp.methods"]` or `"ivtp.hosts"`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import pkgutil
+import warnings
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ivtp.errors import ConfigError
+from ivtp.errors import ConfigError, short_reason
+
+_BASES = {"methods": "Method", "hosts": "Host"}
+"""Rooms that installed packages add to, and what class their `base` expects."""
+_FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError),
+    *(SyntaxError, TypeError, ValueError),
+)
+"""What importing somebody's module may raise."""
+
+
+@cache
+def names_in(room: str) -> tuple[str, ...]:
+    """The names of what is registered in a room, in alphabetical order."""
+    return tuple(sorted({*_own_names(room), *_installed(room)}))
+
 
 _NO_NAMES = ("base", "compose", "tiny")
 """Files of the rooms that register nothing: what the others share."""
@@ -16,16 +36,47 @@ _NO_NAMES = ("base", "compose", "tiny")
 
 # Published methods are called PruMerge+ or the like, and a file's name cannot hold the sign: it says `_plus` instead.
 @cache
-def names_in(room: str) -> tuple[str, ...]:
-    """The names of what the files of a room register, in alphabetical order."""
+def _own_names(room: str) -> frozenset[str]:
     package = importlib.import_module(f"ivtp.{room}")
     files = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _NO_NAMES)
-    return tuple(sorted(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files))
+    return frozenset(name.removesuffix("_plus") + "+" if name.endswith("_plus") else name for name in files)
 
 
-def list_methods() -> list[str]:
-    """Names of the pruning methods, in alphabetical order."""
-    return list(names_in("methods"))
+@cache
+def _installed(room: str) -> dict[str, EntryPoint]:
+    """What installed packages add to a room; what has a name that is taken is left out, with a warning."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=f"ivtp.{room}") if room in _BASES else ():
+        own = point.name == "none" or point.name in _own_names(room)
+        if own or point.name in found:
+            owner = "ivtp" if own else _package_of(found[point.name])
+            warnings.warn(
+                f"{_noun(room)} {point.name!r} of the package {_package_of(point)} is left out, because {owner} has "
+                "one of that name; rename it",
+                stacklevel=2,
+            )
+        else:
+            found[point.name] = point
+    return found
+
+
+def _package_of(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.module
+
+
+def _noun(room: str) -> str:
+    return room.rpartition(".")[2][:-1]
+
+
+def list_methods(host: str | None = None) -> list[str]:
+    """Names of the pruning methods, in alphabetical order; of a family in `list_hosts()` those that it can be given.
+
+    A family lacks what some methods need, such as a CLS token. Raises `ConfigError` for an unknown family.
+    """
+    if host is None:
+        return list(names_in("methods"))
+    gives = host_class(host).gives
+    return [name for name, method in method_classes().items() if method.needs <= gives]
 
 
 def list_hosts() -> list[str]:
@@ -55,6 +106,27 @@ def host_class(name: str) -> Any:
     return load_named("hosts", name, "HOST")
 
 
+def method_classes() -> dict[str, Any]:
+    """All `Method` subclasses by their names; of a package that does not load there is a warning instead."""
+    return _all_that_load("methods", "METHOD")
+
+
+def host_classes() -> dict[str, Any]:
+    """All `Host` subclasses by their names; of a package that does not load there is a warning instead."""
+    return _all_that_load("hosts", "HOST")
+
+
+@cache
+def _all_that_load(room: str, attribute: str) -> dict[str, Any]:
+    found = {}
+    for name in names_in(room):
+        try:
+            found[name] = load_named(room, name, attribute)
+        except ConfigError as error:
+            warnings.warn(str(error), stacklevel=3)
+    return found
+
+
 @cache
 def _composed(first: str, second: str) -> Any:
     compose = importlib.import_module("ivtp.methods.compose").compose
@@ -62,10 +134,26 @@ def _composed(first: str, second: str) -> Any:
 
 
 def load_named(room: str, name: str, attribute: str) -> Any:
-    """What the file of that name gives as `attribute`. Raises `ConfigError` with the nearest names."""
-    if name not in names_in(room):
-        near = difflib.get_close_matches(str(name), names_in(room), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        noun = room.rpartition(".")[2][:-1]
-        raise ConfigError(f"unknown {noun} {name!r}; {hint}available: {', '.join(names_in(room))}")
-    return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)
+    """What the file of that name gives as `attribute`, or an entry point.
+
+    Raises `ConfigError` with the nearest names, and for an entry point that does not give what it should.
+    """
+    if name in _own_names(room):
+        return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)
+    if name in _installed(room):
+        return _load(room, _installed(room)[name])
+    near = difflib.get_close_matches(str(name), names_in(room), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ConfigError(f"unknown {_noun(room)} {name!r}; {hint}available: {', '.join(names_in(room))}")
+
+
+def _load(room: str, point: EntryPoint) -> Any:
+    base = getattr(importlib.import_module(f"ivtp.{room}.base"), _BASES[room])
+    what = f"{_noun(room)} {point.name!r} of the package {_package_of(point)}"
+    try:
+        loaded = point.load()
+    except _FAILURES as error:
+        raise ConfigError(f"{what} cannot be loaded ({short_reason(error)}); repair or uninstall it") from None
+    if not isinstance(loaded, type) or not issubclass(loaded, base):
+        raise ConfigError(f"{what} is {point.value}, which is no subclass of {base.__module__}.{base.__name__}")
+    return loaded

@@ -66,7 +66,7 @@ def clean(subject: Subject) -> bool:
 
 
 def test_the_oracle_has_the_counts_and_reads_nothing(subject: Subject) -> None:
-    size, config = subject.host.size, PruneConfig(keep=6, llm_layers=6)
+    size, config = subject.host.size, PruneConfig.of(keep=6, llm_layers=6)
     plan, oracle = method_class("ivtp")(config, size).plan, Oracle(config, size).plan
     assert oracle.tokens_per_layer(size) == plan.tokens_per_layer(size)
     assert not oracle.guide_layers

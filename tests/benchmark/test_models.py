@@ -69,7 +69,7 @@ def test_a_slice_is_pruned_with_scaled_llm_layers(ask: Any) -> None:
     assert len(subject.host.vision_layers) == 4
     assert len(subject.host.text_layers) == 4
     config = config_for(subject, asked, "ivtp", 6)
-    assert (config.llm_layers, config.guide, config.keep) == (3, "text", 6)
+    assert (config.options["llm_layers"], config.options["guide"], config.keep) == (3, "text", 6)
 
 
 def test_unknown_sizes_name_what_there_is(ask: Any) -> None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ivtp.core.select import keep_highest, right_aligned, take
+from ivtp.core.select import keep_highest, put, right_aligned, take
 
 rows = st.integers(1, 4)
 columns = st.integers(1, 30)
@@ -62,3 +62,18 @@ def test_take_gathers_along_any_dimension() -> None:
     taken = take(tensor, index, dim=2)
     assert torch.equal(taken[0], tensor[0][:, [4, 0]])
     assert torch.equal(taken[1], tensor[1][:, [1, 3]])
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.data())
+def test_put_is_the_inverse_of_take(batch: int, length: int, data: st.DataObject) -> None:
+    count, tail = data.draw(st.integers(0, length)), data.draw(st.sampled_from([(), (4,), (2, 3)]))
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tensor = torch.randn(batch, length, *tail, generator=draw)
+    values = torch.randn(batch, count, *tail, generator=draw)
+    index = torch.stack([torch.randperm(length, generator=draw)[:count] for _ in range(batch)])
+    changed = put(tensor, index, values)
+    assert torch.equal(take(changed, index), values)
+    for b in range(batch):
+        rest = sorted(set(range(length)) - set(index[b].tolist()))
+        assert torch.equal(changed[b, rest], tensor[b, rest])
+    assert torch.equal(put(changed, index, take(tensor, index)), tensor)

@@ -218,7 +218,7 @@ def test_every_method_costs_what_a_counter_sees(tiny: Tiny, method: str) -> None
 class Weighed(Method):
     """Cuts behind the encoder and behind a decoder layer; what choosing costs is its own to say."""
 
-    info = MethodInfo("Weighed", 2026, "both", guided=False, trainable=False, merges=False, paper="(test)")
+    info = MethodInfo("Weighed", 2026, "both", paper="(test)")
     choice = ChoiceCost()
 
     def make_plan(self) -> Plan:

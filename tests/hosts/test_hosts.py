@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import ivtp
-from ivtp.config import PAPER
-from ivtp.cost.sizes import sizes
 from ivtp.errors import LoadError, UnsupportedModelError
+from ivtp.plan import NEEDS
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
 
@@ -26,6 +25,14 @@ def test_the_parts_are_where_the_geometry_says(name: str) -> None:
     assert host.size.vision_layers <= len(host.vision_layers)
     assert host.size.text_layers == len(host.text_layers)
     assert host.geometry(model.config) == host.size
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_family_gives_a_cls_token_where_its_tower_has_one(name: str) -> None:
+    host = host_class(name)
+    assert host.gives <= set(NEEDS)
+    assert ("cls" in host.gives) == (host.geometry(host.tiny()[0].config).vision_cls == 1)
+    assert set(ivtp.list_methods(name)) <= set(ivtp.list_methods())
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -127,8 +134,12 @@ def test_a_checkpoint_recommends_its_options(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "group_layers": 2, "threshold": 0.3}))
     loaded = type(model).from_pretrained(tmp_path)
-    with ivtp.attach(loaded, None, keep=4, guide="text", group_layers=1) as pruner:
-        assert (pruner.config.llm_layers, pruner.config.group_layers, pruner.config.threshold) == (5, 1, 0.3)
+    asked = {"guide": "text", "group_layers": 1}
+    with ivtp.attach(loaded, None, keep=4, **asked) as pruner:
+        options = pruner.method.options
+        assert (options.llm_layers, options.group_layers, options.threshold) == (5, 1, 0.3)
+    with ivtp.attach(loaded, None, ivtp.PruneConfig(keep=4, options=asked)) as pruner:
+        assert pruner.method.options == options
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "3"])
@@ -146,9 +157,15 @@ def test_a_broken_sidecar_says_so(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_cost_and_pruner_follow_the_same_recommendation(name: str, tmp_path: Path) -> None:
     model, _ = host_class(name).tiny()
-    assert sizes(model).recommended == find_host(model).recommended()
-    assert find_host(model).recommended()["llm_layers"] == find_host(model).size.text_layers < PAPER["llm_layers"]
+    with ivtp.attach(model, None, keep=4, guide="text") as pruner:
+        assert pruner.method.options.llm_layers == pruner.host.size.text_layers < 12  # as many as there are
     model.save_pretrained(tmp_path)
     (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "clip": "clip", "unknown": 1}))
     loaded = type(model).from_pretrained(tmp_path)
-    assert sizes(tmp_path).recommended == find_host(loaded).recommended() == {"llm_layers": 5}
+    with torch.no_grad(), ivtp.attach(loaded, None, keep=4, guide="text") as pruner:
+        assert pruner.method.options.llm_layers == 5
+    told, five, six = (
+        ivtp.flops(tmp_path, keep=4, guide="text", **layers).total
+        for layers in ({}, {"llm_layers": 5}, {"llm_layers": 6})
+    )
+    assert told == five != six

@@ -369,13 +369,13 @@ def keep_and_fuse(tokens: Matrix, attention: Vector, count: int) -> tuple[list[i
     return kept, gone, fused
 
 
-def match(metric: Matrix, removed: int, gaps: Gaps = None) -> tuple[list[int], list[int]]:
-    """ToMe: where every token goes, and the columns that stay in ToMe's order. Token 0 is CLS."""
+def match(metric: Matrix, removed: int, gaps: Gaps = None, cls: int = 1) -> tuple[list[int], list[int]]:
+    """ToMe: where every token goes, and the columns that stay in ToMe's order. The first `cls` tokens, 0 or 1, stay."""
     first, second = list(range(0, len(metric), 2)), list(range(1, len(metric), 2))
     into = list(range(len(metric)))
     edges = []
     for i in first:
-        if i == 0:
+        if i < cls:
             continue
         likeness = [cosine(metric[i], metric[j]) for j in second]
         best = argmax(likeness, gaps)

@@ -588,15 +588,16 @@ def test_evit_of_equal_attention_keeps_the_lower_index() -> None:
 @given(seed=seeds, batch=batches, length=lengths, data=st.data())
 def test_tome_matches_the_most_similar_pairs(seed: int, batch: int, length: int, data: st.DataObject) -> None:
     metric = normal(seed, batch, length, 4)
-    removed = data.draw(st.integers(0, (length - 1) // 2))
+    cls = data.draw(st.integers(0, 1))
+    removed = data.draw(st.integers(0, (length - cls) // 2))
     gaps: list[float] = []
-    expected = [naive.match(sample, removed, gaps) for sample in plain(metric)]
+    expected = [naive.match(sample, removed, gaps, cls) for sample in plain(metric)]
     assume(clear(gaps))
-    into, stay = match(metric, removed)
+    into, stay = match(metric, removed, cls)
     assert into.tolist() == [e[0] for e in expected]
     assert stay.tolist() == [e[1] for e in expected]
     for b in range(batch):
-        alone = match(metric[b : b + 1], removed)
+        alone = match(metric[b : b + 1], removed, cls)
         assert torch.equal(alone[0][0], into[b])
         assert torch.equal(alone[1][0], stay[b])
 
@@ -604,9 +605,22 @@ def test_tome_matches_the_most_similar_pairs(seed: int, batch: int, length: int,
 def test_tome_never_merges_cls() -> None:
     metric = normal(0, 1, 9, 4)
     metric[0, 3] = metric[0, 0]
-    into, _ = match(metric, 4)
+    into, _ = match(metric, 4, 1)
     assert into[0, 0] == 0
     assert (into[0, 1:] != 0).all()
+
+
+def test_tome_protects_no_patch_of_a_tower_without_cls() -> None:
+    """Patch 0 is the twin of patch 3: with a CLS token in its column it would stay."""
+    size = dataclasses.replace(geometry(8), vision_cls=0)
+    method = ToMe(PruneConfig(method="tome", keep=7), size)
+    key = normal(0, 1, 2, 8, 4)
+    key[:, :, 0] = key[:, :, 3]
+    tap, patch = AttentionTap(key, key, key, 0.5, False), torch.arange(8)[None]
+    cut = Cut("vision", 0, 7, taps=(0,), sized=True)
+    merged = method.merge(Window(cut, (tap,), normal(1, 1, 8, 5), patch, 0, sources=patch))
+    assert merged.into.tolist() == [[3, 1, 2, 3, 4, 5, 6, 7]]
+    assert sorted(merged.order[0].tolist()) == [1, 2, 3, 4, 5, 6, 7]
 
 
 def geometry(patches: int = 36) -> Any:

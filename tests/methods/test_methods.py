@@ -257,23 +257,42 @@ def test_an_unknown_option_is_named(method: str) -> None:
         method_class(method)(config, HOST.geometry(HOST.tiny()[0].config))
 
 
-OTHER_VALUES = {
-    "group_layers": 2,
-    "llm_layers": 6,
-    "threshold": 0.3,
-    "aggregation": "mean",
-    "guide": "text",
-    "stages": "vision",
-    "schedule": (20, 14, 8),
-    "budget": "prompt",
-}
+OTHER_VALUES = {"schedule": (20, 14, 8), "budget": "prompt"}
 FOR_ALL = {"method", "keep", "positions", "cache", "logits", "seed", "options"}
 
 
 def test_every_common_option_is_for_all_or_for_those_that_read_it() -> None:
     assert {f.name for f in dataclasses.fields(PruneConfig)} == set(OTHER_VALUES) | FOR_ALL
     assert all(method_class(m).reads <= {*OTHER_VALUES, "seed"} for m in METHODS)
-    assert method_class("ivtp").reads == set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("group_layers", 0, "use a whole number from 1 up"),
+        ("llm_layers", 2.0, "use a whole number from 1 up"),
+        ("llm_layers", True, "use a whole number from 1 up"),
+        ("threshold", 2, "use a number from -1 to 1"),
+        ("threshold", float("nan"), "use a number from -1 to 1"),
+        ("threshold", "high", "use a number from -1 to 1"),
+        ("aggregation", "sum", "use one of residual, mean"),
+        ("guide", "image", "use one of instruction, text"),
+        ("stages", "none", "use one of both, vision"),
+    ],
+)
+def test_bad_values_of_ivtp_say_what_would_do(field: str, value: object, says: str) -> None:
+    """Before there is a model, as the command line needs it."""
+    with pytest.raises(ConfigError, match=says) as caught:
+        method_class("ivtp").options_of(PruneConfig.of(**{field: value}))
+    assert f"{field}={value!r}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "ivtp"])
+@pytest.mark.parametrize("field", ["group_layers", "llm_layers", "threshold", "aggregation", "guide", "stages"])
+def test_options_of_ivtp_are_no_other_methods(method: str, field: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"{method!r} has no option {field!r}")):
+        method_class(method).options_of(PruneConfig.of(method=method, **{field: 1}))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,7 +320,7 @@ def test_options_for_all_are_accepted_by_all(method: str) -> None:
 
 def test_a_schedule_takes_the_place_of_keep() -> None:
     size = HOST.geometry(HOST.tiny()[0].config)
-    method = method_class("ivtp")(PruneConfig(schedule=(20, 8), llm_layers=6), size)
+    method = method_class("ivtp")(PruneConfig.of(schedule=(20, 8), llm_layers=6), size)
     assert method.keep == method.plan.cuts[-1].keep == 8
 
 

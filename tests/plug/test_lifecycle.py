@@ -277,8 +277,9 @@ def test_options_as_keywords_or_as_a_config(tiny: Tiny) -> None:
     model = tiny.model()
     with ivtp.attach(model, tiny.processor, clip=tiny.clip, method="ivtp", keep=8, llm_layers=6) as pruner:
         by_keyword = pruner.config
-    with ivtp.attach(model, tiny.processor, ivtp.PruneConfig(keep=8, llm_layers=6), clip=tiny.clip) as pruner:
-        assert pruner.config == by_keyword == ivtp.PruneConfig(keep=8, llm_layers=6, group_layers=3, threshold=0.2)
+    for config in (ivtp.PruneConfig.of(keep=8, llm_layers=6), ivtp.PruneConfig(keep=8, options={"llm_layers": 6})):
+        with ivtp.attach(model, tiny.processor, config, clip=tiny.clip) as pruner:
+            assert pruner.config == by_keyword == config
     with pytest.raises(ConfigError):
         ivtp.attach(model, tiny.processor, ivtp.PruneConfig(keep=8), clip=tiny.clip, keep=9)
 

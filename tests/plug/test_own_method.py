@@ -15,9 +15,7 @@ from ivtp.methods.base import Cut, Method, MethodInfo, Plan, Window
 class First(Method):
     """Keeps the first patches."""
 
-    info = MethodInfo(
-        title="First", year=2026, stage="vision", guided=False, trainable=False, merges=False, paper="(baseline)"
-    )
+    info = MethodInfo(title="First", year=2026, stage="vision", paper="(baseline)")
 
     def make_plan(self) -> Plan:
         return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="behind"),))

@@ -123,19 +123,21 @@ class Asked:
 
     def values_for(self, method: str) -> dict[str, Any]:
         """The options that `method` takes."""
-        taken = _taken(method)
-        return {name: value for name, value in {**self.options, "seed": self.seed}.items() if name in taken}
+        names = taken(method)
+        return {name: value for name, value in {**self.options, "seed": self.seed}.items() if name in names}
 
     def _check_options(self) -> None:
-        taken = frozenset().union(*map(_taken, self.methods))
+        names = frozenset().union(*map(taken, self.methods))
         for name in self.options:
-            if name not in taken:
+            if name not in names:
                 raise ConfigError(f"option {name!r} is read by none of {', '.join(self.methods)}; leave it out")
         for method in self.methods:
             for keep in self.keeps:
-                PruneConfig.of(method=method, keep=keep, **self.values_for(method))
+                config = PruneConfig.of(method=method, keep=keep, **self.values_for(method))
+                method_class(method).options_of(config)
 
 
-def _taken(method: str) -> frozenset[str]:
+def taken(method: str) -> frozenset[str]:
+    """Names of the options that a method takes."""
     kind: type[Method] = method_class(method)
     return FOR_ALL | kind.reads | {f.name for f in dataclasses.fields(kind.Options)}

@@ -16,6 +16,7 @@ from ivtp.files.checkpoint import LOADING
 from ivtp.generate import check_device, load
 from ivtp.hosts.base import Host
 from ivtp.plug import find_host
+from ivtp.registry import method_class
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Subject:
     processor: Any = None
     """None for random weights: prompts are then random ids."""
     options: dict[str, Any] | None = None
-    """What this benchmark sets for the methods that read it, because weights or sizes demand it."""
+    """What this benchmark sets for the methods that have it, because weights or sizes demand it."""
     notes: tuple[str, ...] = ()
     """What a reader of the numbers has to know about the model."""
 
@@ -45,10 +46,6 @@ class Subject:
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
 
-    def recommended(self) -> dict[str, Any]:
-        """Options for this model that a method takes if it reads them."""
-        return {**self.host.recommended(), **(self.options or {})}
-
 
 def load_subject(asked: Asked) -> Subject:
     """The model that is asked for. Raises `LoadError` and `ConfigError`."""
@@ -62,7 +59,8 @@ def _random_subject(asked: Asked, name: str) -> Subject:
     on_cpu = check_device(asked.device) == "cpu"
     config = model_config(name)
     whole = sizes(config).geometry
-    options: dict[str, Any] = {"guide": "text", **sizes(name).recommended}
+    advice = method_class("ivtp").recommended_options(whole, sizes(name).recommended)
+    options: dict[str, Any] = {"guide": "text", **advice}
     notes = ["random weights and ids: guide=text, the mean of the text behind the last image, leads the decoder's cuts"]
     if asked.layers is not None:
         config = slice_layers(config, *asked.layers)

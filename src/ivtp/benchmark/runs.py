@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ivtp.benchmark.asked import Asked
+from ivtp.benchmark.asked import Asked, taken
 from ivtp.benchmark.models import Subject
 from ivtp.config import PruneConfig
 from ivtp.guide.pseudo_cls import GuideMaker
@@ -27,7 +27,7 @@ Runs = dict[str, Pruner | None]
 class Oracle(Method):
     """Cuts where another method cuts, to the same counts, without taps, guide or scores: the first patches stay."""
 
-    info = MethodInfo("Oracle", 2024, "both", guided=False, trainable=False, merges=False, paper="(yardstick)")
+    info = MethodInfo("Oracle", 2024, "both", paper="(yardstick)")
     reads = frozenset(field.name for field in dataclasses.fields(PruneConfig))  # the followed method checks them
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
@@ -56,7 +56,7 @@ def make_runs(subject: Subject, asked: Asked, keep: int | str) -> Runs:
 
 
 def _equip_oracle(host: Host, config: PruneConfig) -> Equipment:
-    return Equipment(Oracle(config, host.size), GuideMaker(config, host, None, None))
+    return Equipment(Oracle(config, host.size), GuideMaker(None, host, None, None))
 
 
 def oracle_of(run: str, runs: Iterable[str]) -> str:
@@ -67,9 +67,11 @@ def oracle_of(run: str, runs: Iterable[str]) -> str:
 
 def config_for(subject: Subject, asked: Asked, method: str, keep: int | str) -> PruneConfig:
     """The options of one method: the model's recommendations that it reads, then what was asked."""
-    reads, told = method_class(method).reads, subject.recommended()
-    told = {name: value for name, value in told.items() if name in reads}
-    return PruneConfig.of(**{**told, **asked.values_for(method), "method": method, "keep": keep}).filled(reads)
+    kind, names = method_class(method), taken(method)
+    demanded = {name: value for name, value in (subject.options or {}).items() if name in names}
+    config = PruneConfig.of(**{**demanded, **asked.values_for(method), "method": method, "keep": keep})
+    filled: PruneConfig = kind.filled(config, subject.host.size, subject.host.recommended())
+    return filled
 
 
 @contextmanager

@@ -167,10 +167,10 @@ def methods(as_json: Json = False) -> None:
     JSON: a list with name, title, year, stage, guided, trainable, merges, paper and note (what must be known of it) of
     each.
     """
-    from ivtp.registry import list_methods, method_class
+    from ivtp.registry import method_classes
 
     with err.status("reading"):
-        rows = [{"name": name, **asdict(method_class(name).info)} for name in list_methods()]
+        rows = [{"name": name, **asdict(method.info)} for name, method in method_classes().items()]
     if as_json:
         print_json(rows)
         return
@@ -277,10 +277,10 @@ def _save(drawn: Any, file: Path, option: str) -> None:
 
 
 def _threshold(model: Any, given: float | None) -> float:
-    from ivtp.config import PAPER
+    from ivtp.methods.base import GuideOptions
     from ivtp.plug import find_host
 
-    return float(find_host(model).recommended().get("threshold", PAPER["threshold"]) if given is None else given)
+    return float(find_host(model).recommended().get("threshold", GuideOptions.threshold) if given is None else given)
 
 
 def _square(model: Any) -> int:

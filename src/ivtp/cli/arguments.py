@@ -49,6 +49,6 @@ def check_asked(method: str, keep: str, options: dict[str, Any]) -> None:
     from ivtp.config import PruneConfig
     from ivtp.registry import method_class
 
-    PruneConfig.of(method=method, keep=parse_keep(keep), **options)
+    config = PruneConfig.of(method=method, keep=parse_keep(keep), **options)
     if method != "none":
-        method_class(method)
+        method_class(method).options_of(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.select import take
+
 
 def cosine(features: Tensor) -> Tensor:
     """Cosine similarity of all pairs of (B, N, D): (B, N, N), float32."""
@@ -92,8 +94,7 @@ def drop_duplicates(features: Tensor, count: int, step: int) -> Tensor:
         if not second.shape[1]:  # one token is left, and none may stay
             return left[:, :0]
         gone = min(step, left.shape[1] - count, first.shape[1])
-        a, b = (unit.gather(1, part.unsqueeze(-1).expand(-1, -1, unit.shape[2])) for part in (first, second))
-        best = (a @ b.transpose(1, 2)).amax(dim=2)  # (B, len(first))
+        best = (take(unit, first) @ take(unit, second).transpose(1, 2)).amax(dim=2)  # (B, len(first))
         order = best.argsort(dim=1, descending=True, stable=True)[:, gone:]
         left = torch.cat([first.gather(1, order), second], dim=1)
     return left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.select import on_device, others, take
+from ivtp.core.select import on_device, others, put, take
 
 
 def nearest_grid(tokens: int, rows: int, columns: int) -> tuple[int, int]:
@@ -83,7 +83,6 @@ def take_up_neighbours(
     one the kept one with the most similar key), and the columns that stay (B, K + 1): `kept` in their order, then the
     extra one.
     """
-    batch, _, width = hidden.shape
     patches, weight = hidden[:, 1:], attention.to(hidden.dtype)
     unit = nn.functional.normalize(key.float().transpose(1, 2).flatten(2)[:, 1:], dim=-1)  # (B, N, H * d)
     similarity = take(unit, kept) @ unit.transpose(1, 2)  # (B, K, N)
@@ -96,8 +95,8 @@ def take_up_neighbours(
     extra = left.unsqueeze(1) @ take(patches, rest)  # (B, 1, D)
     leader = rest.gather(1, left.argmax(dim=1, keepdim=True))  # (B, 1)
     order = torch.cat([kept, leader], dim=1) + 1
-    new = hidden.scatter(1, order.unsqueeze(-1).expand(-1, -1, width), torch.cat([merged, extra], dim=1))
+    new = put(hidden, order, torch.cat([merged, extra], dim=1))
     alone = (leader + 1).expand(-1, rest.shape[1])
     target = kept.gather(1, take(similarity, rest, dim=2).argmax(dim=1)) + 1 if kept.shape[1] else alone  # (B, R)
-    into = torch.full((batch, hidden.shape[1]), -1, device=hidden.device).scatter(1, rest + 1, target)
+    into = torch.full(hidden.shape[:2], -1, device=hidden.device).scatter(1, rest + 1, target)
     return new, into.scatter(1, order, order), order

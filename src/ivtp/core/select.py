@@ -67,6 +67,15 @@ def take(tensor: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     return tensor.expand(index.shape[0], *tensor.shape[1:]).gather(dim, index.view(shape).expand(sizes))
 
 
+def put(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """The inverse of `take` along dim 1: `tensor` (B, T, ...) with `values` (B, k, ...) at `index` (B, k).
+
+    Where an index comes twice either value may win.
+    """
+    shape = index.shape + (1,) * (tensor.dim() - 2)
+    return tensor.scatter(1, index.view(shape).expand(values.shape), values)
+
+
 def iqr_outliers(scores: Tensor) -> Tensor:
     """Marks the `scores` (B, N) above Q3 + 1.5 (Q3 - Q1), quartiles interpolated linearly: (B, N) bool."""
     values = scores.float()

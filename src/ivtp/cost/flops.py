@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Method
@@ -103,9 +103,8 @@ def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Releva
         return None, None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
-    method: Method = kind(asked.filled(kind.reads, known.recommended), known.geometry)
-    reads_clip = kind.reads_clip or (method.plan.guide_layers > 0 and asked.guide in READS_CLIP)
-    if known.clip is None or not reads_clip:
+    method: Method = kind(kind.filled(asked, known.geometry, known.recommended), known.geometry)
+    if known.clip is None or not method.reads_text_side:
         return method, None
     compared = known.geometry.num_patches if kind.reads_clip else 1
     return method, dataclasses.replace(known.clip, compared=compared)

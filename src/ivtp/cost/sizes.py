@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ivtp.errors import LoadError, UnsupportedModelError
-from ivtp.files.sidecar import MICRO, local_folder, read_json, sidecar
-from ivtp.hosts.base import openai_clip, recommended
+from ivtp.files.sidecar import MICRO, local_folder, read_json, recommended, sidecar
+from ivtp.hosts.base import openai_clip
 from ivtp.plan import Geometry
-from ivtp.registry import host_class, list_hosts
+from ivtp.registry import host_classes
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Sizes:
     clip: Relevance | None
     """The CLIP that the vision tower is from; None where it is not known: its text encoder is then not counted."""
     recommended: Mapping[str, Any]
-    """Options for this checkpoint, see `recommended`."""
+    """Options for this checkpoint, of which a method takes those that it knows."""
 
 
 def sizes(model: Any) -> Sizes:
     """The sizes of a model in any of the forms that `flops` takes."""
     if isinstance(model, Geometry):
-        return Sizes(model, _openai_text_side(model, 1), recommended(model, {}))
+        return Sizes(model, _openai_text_side(model, 1), {})
     name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
     folder: Path | None = None
     if isinstance(model, str | Path):
@@ -64,10 +64,10 @@ def sizes(model: Any) -> Sizes:
     else:
         config = getattr(model, "config", model)
         folder = local_folder(getattr(model, "name_or_path", None))
-    host = next((h for h in map(host_class, list_hosts()) if h.matches(config)), None)
+    host = next((h for h in host_classes().values() if h.matches(config)), None)
     if host is None:
         kind = getattr(config, "model_type", None) or type(model).__name__
-        families = ", ".join(list_hosts())
+        families = ", ".join(host_classes())
         raise UnsupportedModelError(f"{kind!r} is no model family that can be pruned; use one of {families}")
     geometry: Geometry = host.geometry(config)
     if isinstance(model, str | Path):
@@ -75,7 +75,7 @@ def sizes(model: Any) -> Sizes:
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
-    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(geometry, beside))
+    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(beside))
 
 
 def model_config(model: str | Path) -> Any:
@@ -90,7 +90,7 @@ def model_config(model: str | Path) -> Any:
 
 def _stock_host(name: str | None) -> Any:
     """The family that knows sizes of this name, or None."""
-    return next((host for host in map(host_class, list_hosts()) if name in host.stock), None)
+    return next((host for host in host_classes().values() if name in host.stock), None)
 
 
 def _folder_of(model: str | Path) -> Path | None:
@@ -103,7 +103,7 @@ def _local_config(model: str | Path, folder: Path | None) -> Any:
     try:
         return AutoConfig.from_pretrained(folder or str(model), local_files_only=True)
     except (OSError, ValueError):
-        names = [*(name for host in list_hosts() for name in host_class(host).stock), "micro"]
+        names = [*(name for host in host_classes().values() for name in host.stock), "micro"]
         near = difflib.get_close_matches(str(model), names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise LoadError(

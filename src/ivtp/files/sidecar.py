@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def sidecar(folder: Path | None) -> dict[str, Any]:
     Raises `LoadError` for a file that cannot be read or holds something else.
     """
     return read_json(folder / "ivtp.json") if folder else {}
+
+
+def recommended(sidecar: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a checkpoint recommends in its `ivtp.json`; methods take those that they know."""
+    return {name: value for name, value in sidecar.items() if name != "clip"}
 
 
 def read_json(file: Path) -> dict[str, Any]:

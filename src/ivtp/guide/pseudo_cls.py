@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivtp.config import PruneConfig
 from ivtp.core import relevance as rel
 from ivtp.core.characters import widened
 from ivtp.core.select import on_device
 from ivtp.guide.clip import ClipText
 from ivtp.hosts.base import Host
-from ivtp.methods.base import Method
+from ivtp.methods.base import GuideOptions, Method
 from ivtp.prompt.batch import TextTokens
 from ivtp.prompt.instruction import Instruction, InstructionReader
 from ivtp.trace import Word
@@ -43,15 +42,16 @@ class Guide:
 
 def reads_question(method: Method) -> bool:
     """Whether the method, or its guide, reads what the user asks."""
-    guided = method.plan.guide_layers > 0 and method.config.guide != "visual"
-    return guided or method.reads_clip or method.reads_text
+    options = method.guide_options
+    return (options is not None and options.guide != "visual") or method.reads_clip or method.reads_text
 
 
 @dataclass(frozen=True)
 class GuideMaker:
     """Makes the pseudo CLS token of a prompt (Eq. 5-7 and the ablations of the paper's guide)."""
 
-    config: PruneConfig
+    options: GuideOptions | None
+    """None for a method without a pseudo CLS token."""
     host: Host
     reader: InstructionReader | None
     clip: ClipText | None
@@ -72,7 +72,8 @@ class GuideMaker:
         if cls.shape[0] == 0:
             return Guide(torch.zeros_like(embeddings[0]), no)
         visual = self.host.project(cls).mean(dim=0).to(embeddings.dtype)
-        kind = self.config.guide
+        assert self.options is not None
+        kind = self.options.guide
         if kind == "visual":
             return Guide(visual, no)
         if kind == "text":
@@ -88,7 +89,7 @@ class GuideMaker:
         clip_words, own_words = rel.overlapping(words, spans), rel.overlapping(words, instruction.spans)
         with torch.autocast(tokens.device.type, enabled=False):
             by_token = rel.relevance(tokens, self.clip.image(pooled)).to(embeddings.device)
-        weights = self._weigh(rel.spread(by_token, clip_words, own_words, len(instruction.columns)))
+        weights = _weights(rel.spread(by_token, clip_words, own_words, len(instruction.columns)), self.options)
         token, empty = rel.pseudo_cls(embeddings[on_device(instruction.columns, embeddings.device)], weights, visual)
         scores = rel.spread(by_token, clip_words, [(i, i) for i in range(len(words))], len(words)).nan_to_num()
         joined = _joined(own_words, weights, len(words))
@@ -106,14 +107,6 @@ class GuideMaker:
         projected = self.clip.image(patches).float()
         return torch.cosine_similarity(projected, sentences[:, None].float(), dim=-1).to(patches.device)
 
-    def _weigh(self, scores: Tensor) -> Tensor:
-        """Weights of Eq. 7: 0/1 by the threshold, or the relevance itself where it is positive."""
-        if self.config.guide == "weighted":
-            return scores.nan_to_num().clamp_min(0)
-        threshold = self.config.threshold
-        assert threshold is not None  # a method fills what was not said
-        return (scores > threshold).float()
-
     def _sentence(self, sentence: Tensor, cls: Tensor) -> Tensor:
         """CLIP's sentence embedding on the path that a visual CLS takes, at a visual CLS's length."""
         assert self.clip is not None
@@ -121,6 +114,13 @@ class GuideMaker:
         length = torch.linalg.vector_norm(cls.float(), dim=-1).mean()
         scaled = feature * length / torch.linalg.vector_norm(feature).clamp_min(1e-12)
         return self.host.project(scaled.to(cls.dtype))
+
+
+def _weights(scores: Tensor, options: GuideOptions) -> Tensor:
+    """Weights of Eq. 7: 0/1 by the threshold, or the relevance itself where it is positive."""
+    if options.guide == "weighted":
+        return scores.nan_to_num().clamp_min(0)
+    return (scores > options.threshold).float()
 
 
 def _joined(own_words: list[tuple[int, int]], weights: Tensor, words: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ivtp.config import PAPER
-from ivtp.files.sidecar import local_folder, sidecar
+from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.hosts.tiny import PROMPTS, tiny_images
 from ivtp.plan import Geometry
 
@@ -49,12 +48,6 @@ class Visual:
         return tuple((self.tiles >= 0).sum(dim=1).tolist())
 
 
-def recommended(geometry: Geometry, sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for a checkpoint: those of its `ivtp.json`, and no more decoder layers than there are."""
-    named = {k: v for k, v in sidecar.items() if k in PAPER}
-    return {"llm_layers": min(PAPER["llm_layers"], geometry.text_layers), **named}
-
-
 def openai_clip(geometry: Geometry, layers: int) -> str | None:
     """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
     return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
@@ -79,6 +72,9 @@ class Host:
     """Names of well-known sizes, for `stock_config`."""
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder could not tell it apart."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"cls", "grid", "text_side"})
+    """What methods may need and this family has, of `ivtp.plan.NEEDS`."""
 
     model: nn.Module
     """The stock model, as the user calls it."""
@@ -218,7 +214,7 @@ class Host:
 
     def recommended(self) -> dict[str, Any]:
         """Options for this checkpoint; methods take those that they read. Raises `LoadError` for a broken sidecar."""
-        return recommended(self.size, self._sidecar())
+        return recommended(self._sidecar())
 
     def _folder(self) -> Path | None:
         return local_folder(getattr(self.model, "name_or_path", None))

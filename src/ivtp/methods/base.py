@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from ivtp.plan import ChoiceCost, Cut, Geometry, Plan
 __all__ = [
     "ChoiceCost",
     "Cut",
+    "GuideOptions",
     "Merged",
     "Method",
     "MethodInfo",
@@ -34,6 +35,9 @@ __all__ = [
     "vision_only_plan",
 ]
 
+Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
+READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
+"""Guides that read the instruction with CLIP's text side."""
 _FOR_ALL = frozenset({"method", "keep", "positions", "cache", "logits", "seed", "options"})
 """Fields of `PruneConfig` that no method refuses."""
 
@@ -119,10 +123,10 @@ class MethodInfo:
     title: str
     year: int
     stage: Literal["vision", "llm", "both"]
-    guided: bool
-    trainable: bool
-    merges: bool
     paper: str
+    guided: bool = False
+    trainable: bool = False
+    merges: bool = False
     note: str = ""
     """What a user must know before trusting an answer, with the options' defaults; empty where there is nothing."""
 
@@ -132,6 +136,22 @@ class NoOptions:
     """For methods that have no options of their own."""
 
 
+@dataclass(frozen=True)
+class GuideOptions:
+    """Options of a method whose plan has `guide_layers`; such a method adds its own to them."""
+
+    threshold: float = 0.2
+    """tau: words with a relevance above it make the pseudo CLS token (Eq. 7)."""
+    guide: Guide = "instruction"
+    """What the pseudo CLS token is made of: the paper's OTT+TE+RT, OTT, TE, OTT+TE, or no instruction."""
+
+    def __post_init__(self) -> None:
+        value = self.threshold
+        if not isinstance(value, int | float) or isinstance(value, bool) or not -1.0 <= value <= 1.0:
+            raise ConfigError(f"threshold={value!r} is not a cosine; use a number from -1 to 1 (default 0.2)")
+        check_choice("guide", self.guide, get_args(Guide))
+
+
 class Method:
     """One way to choose visual tokens. A subclass plans its cuts and scores the tokens at each of them."""
 
@@ -139,6 +159,8 @@ class Method:
     Options: ClassVar[type[Any]] = NoOptions
     reads: ClassVar[frozenset[str]] = frozenset()
     """Common options that shape this method, beside those that are for all."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a family has to give, of `NEEDS`; `needed` says what it is with the options that are set."""
     keeps_all: ClassVar[bool] = True
     """Whether `keep` = N leaves the model as it is; not where tokens that are no patches count among the kept."""
     reads_text: ClassVar[bool] = False
@@ -151,12 +173,54 @@ class Method:
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""
         self._refuse_unread(config)
-        self.config = config = config.filled(self.reads)
+        self.config = config
         self.geometry = geometry
         self.keep = config.schedule[-1] if config.schedule else config.tokens(geometry.num_patches)
-        self.options = self._parse_options(config.options)
+        self.options = self.options_of(config)
         self._sized: dict[int, Method] = {}
         self.plan = self.make_plan()
+
+    @classmethod
+    def options_of(cls, config: PruneConfig) -> Any:
+        """Its own options. Raises `ConfigError` for one that it does not have, and for a bad value."""
+        accepted = [f.name for f in dataclasses.fields(cls.Options)]
+        unknown = sorted(set(config.options) - set(accepted))
+        if unknown:
+            raise ConfigError(
+                f"method {config.method!r} has no option {unknown[0]!r}; its own options: "
+                f"{', '.join(accepted) or 'none'}; "
+                f"common options: {', '.join(f.name for f in dataclasses.fields(PruneConfig))}"
+            )
+        return cls.Options(**config.options)
+
+    @classmethod
+    def recommended_options(cls, geometry: Geometry, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of its own options for a model of these sizes, whose checkpoint tells the options `told`; here none.
+
+        They hold where nothing else is asked for.
+        """
+        return {}
+
+    @classmethod
+    def filled(cls, config: PruneConfig, geometry: Geometry, told: Mapping[str, Any]) -> PruneConfig:
+        """What was not said, as it is recommended for a model, see `recommended_options`."""
+        return dataclasses.replace(config, options={**cls.recommended_options(geometry, told), **config.options})
+
+    @property
+    def guide_options(self) -> GuideOptions | None:
+        """What its pseudo CLS token is made of; None where it has none."""
+        return self.options if self.plan.guide_layers else None
+
+    @property
+    def reads_text_side(self) -> bool:
+        """Whether the instruction is read with CLIP's text side: for `Window.relevance`, or by the guide."""
+        options = self.guide_options
+        return self.reads_clip or (options is not None and options.guide in READS_CLIP)
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What a family has to give, with the options that are set."""
+        return self.needs
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -253,17 +317,6 @@ class Method:
                     f"method {config.method!r} does not read {field.name}={value!r}; leave it out. It reads {read}"
                 )
 
-    def _parse_options(self, given: Mapping[str, Any]) -> Any:
-        fields = dataclasses.fields(self.Options)
-        unknown = sorted(set(given) - {f.name for f in fields})
-        if unknown:
-            accepted = ", ".join(f.name for f in fields) or "none"
-            raise ConfigError(
-                f"method {self.config.method!r} has no option {unknown[0]!r}; its own options: {accepted}; "
-                f"common options: {', '.join(f.name for f in dataclasses.fields(PruneConfig))}"
-            )
-        return self.Options(**given)
-
 
 class OutlierMerging(Method):
     """Keeps some patches by their similarity to CLS, and merges the others into them (PruMerge and PruMerge+).
@@ -272,6 +325,7 @@ class OutlierMerging(Method):
     that the projector reads. One of `keep` is an extra token that takes up all dropped ones.
     """
 
+    needs = frozenset({"cls"})
     keeps_all = False
 
     def choose(self, similarity: Tensor, count: int) -> Tensor:

@@ -22,10 +22,9 @@ class CdPruner(Method):
         year=2025,
         stage="vision",
         guided=True,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2506.10967",
     )
+    needs = frozenset({"text_side"})
     reads_clip = True
 
     def make_plan(self) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -42,6 +43,7 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         "info": info,
         "parts": (first, second),
         "reads": (first.reads | second.reads) - frozenset(_OWN),
+        "needs": first.needs | second.needs,
         "reads_text": second.reads_text,
         "reads_states": second.reads_states,
         "reads_clip": first.reads_clip,
@@ -62,7 +64,7 @@ class Composed(Method):
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for what one of the two refuses, and for an option that is of both or of neither."""
         self._refuse_unread(config)
-        self.config = config.filled(self.reads)
+        self.config = config
         self._sized = {}
         self._divide(geometry)
 
@@ -73,11 +75,11 @@ class Composed(Method):
         self.keep = budgets[-1]
         between = budgets[0] if len(budgets) == 2 else round((geometry.num_patches * self.keep) ** 0.5)
         vision, llm = self.parts
-        self.vision = vision(self._config_of(vision, between), geometry)
+        self.vision = vision(self._config_of(vision, config, between), geometry)
         handed_on = self.vision.plan.cuts[-1].keep  # pooling keeps the nearest grid
         if handed_on < self.keep:
             raise ConfigError(f"keep={config.keep!r} gives the encoder less than the decoder; give it at least as much")
-        self.llm = llm(self._config_of(llm, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
+        self.llm = llm(self._config_of(llm, config, self.keep), dataclasses.replace(geometry, num_patches=handed_on))
         self.options = (self.vision.options, self.llm.options)
         self.plan = Plan(self.vision.plan.cuts + self.llm.plan.cuts)
 
@@ -109,6 +111,22 @@ class Composed(Method):
         """Those of both parts."""
         return self.vision.notes + self.llm.notes
 
+    @classmethod
+    def options_of(cls, config: PruneConfig) -> Any:
+        """Those of both parts."""
+        return tuple(part.options_of(cls._config_of(part, config, config.keep)) for part in cls.parts)
+
+    @classmethod
+    def recommended_options(cls, geometry: Geometry, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of both parts."""
+        first, second = cls.parts
+        return {**first.recommended_options(geometry, told), **second.recommended_options(geometry, told)}
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What either part needs."""
+        return self.vision.needed | self.llm.needed
+
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """What the stage's method says."""
         return self._of(cut).cost(cut, entering, text_tokens)
@@ -128,16 +146,16 @@ class Composed(Method):
     def _of(self, cut: Cut) -> Method:
         return self.vision if cut.where == "vision" else self.llm
 
-    def _config_of(self, part: type[Method], keep: int) -> PruneConfig:
-        """The part's share of the config: its budget, what it reads, and its own options."""
-        names = [{f.name for f in dataclasses.fields(p.Options)} for p in self.parts]
-        own = names[self.parts.index(part)]
-        for option in self.config.options:
+    @classmethod
+    def _config_of(cls, part: type[Method], config: PruneConfig, keep: int | str) -> PruneConfig:
+        """A part's share of the config: its budget, what it reads, and its own options."""
+        names = [{f.name for f in dataclasses.fields(p.Options)} for p in cls.parts]
+        for option in config.options:
             if (option in names[0]) == (option in names[1]):
                 whose = "both parts have" if option in names[0] else "no part has"
                 known = ", ".join(sorted(names[0] ^ names[1])) or "none"
-                raise ConfigError(f"method {self.config.method!r}: {whose} an option {option!r}; use one of {known}")
-        options = {k: v for k, v in self.config.options.items() if k in own}
-        foreign = self.reads - part.reads
-        unread: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(PruneConfig) if f.name in foreign}
-        return dataclasses.replace(self.config, keep=keep, options=options, **unread)
+                raise ConfigError(f"method {config.method!r}: {whose} an option {option!r}; use one of {known}")
+        own = names[cls.parts.index(part)]
+        options = {name: value for name, value in config.options.items() if name in own}
+        budget = config.budget if "budget" in part.reads else PruneConfig.budget
+        return dataclasses.replace(config, keep=keep, options=options, budget=budget)

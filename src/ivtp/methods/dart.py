@@ -42,8 +42,6 @@ class Dart(Method):
         year=2025,
         stage="llm",
         guided=True,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2502.11494",
     )
     Options = Options

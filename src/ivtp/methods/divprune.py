@@ -20,9 +20,6 @@ class DivPrune(Method):
         title="DivPrune",
         year=2025,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2503.02175",
     )
 

@@ -35,9 +35,7 @@ class DynamicVit(Method):
         title="DynamicViT",
         year=2021,
         stage="vision",
-        guided=False,
         trainable=True,
-        merges=False,
         paper="https://arxiv.org/abs/2106.02034",
         note="untrained: its predictors are random unless the option predictors=FILE names trained ones",
     )

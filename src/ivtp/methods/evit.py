@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivtp.core.rollout import attention_row
 from ivtp.core.schedule import linear, uniform_ratio
-from ivtp.core.select import highest, others
+from ivtp.core.select import highest, others, put, take
 from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window, check_choice, quarters_of
 
 
@@ -37,12 +37,11 @@ class Evit(Method):
         title="EViT",
         year=2022,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2202.07800",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """Cuts inside the encoder's layers."""
@@ -69,7 +68,7 @@ class Evit(Method):
             return Merged(window.hidden, columns.expand(window.patch.shape))
         kept, rest, fused = keep_and_fuse(tokens, attention, window.cut.keep - 1)
         leader = rest.gather(1, attention.gather(1, rest).argmax(dim=1, keepdim=True)) + first  # (B, 1)
-        hidden = window.hidden.scatter(1, leader.unsqueeze(-1).expand(-1, -1, tokens.shape[2]), fused)
+        hidden = put(window.hidden, leader, fused)
         into = leader.expand(window.patch.shape).scatter(1, kept + first, kept + first)
         return Merged(hidden, into, order=torch.cat([kept + first, leader], dim=1))
 
@@ -82,9 +81,8 @@ def keep_and_fuse(tokens: Tensor, attention: Tensor, count: int) -> tuple[Tensor
     """
     kept = highest(attention, count)
     rest = others(kept, tokens.shape[1])
-    left = tokens.gather(1, rest.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
     weights = attention.gather(1, rest).to(tokens.dtype)
-    return kept, rest, weights.unsqueeze(1) @ left
+    return kept, rest, weights.unsqueeze(1) @ take(tokens, rest)
 
 
 METHOD = Evit

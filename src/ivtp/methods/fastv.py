@@ -28,8 +28,6 @@ class FastV(Method):
         year=2024,
         stage="llm",
         guided=True,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2403.06764",
     )
     Options = Options

@@ -41,12 +41,10 @@ class HiPrune(Method):
         title="HiPrune",
         year=2025,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2508.00553",
     )
     Options = Options
+    needs = frozenset({"grid"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder that reads two layers in full."""

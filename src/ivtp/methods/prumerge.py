@@ -22,8 +22,6 @@ class PruMerge(OutlierMerging):
         title="PruMerge",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2403.15388",
     )

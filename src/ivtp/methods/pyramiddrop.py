@@ -36,8 +36,6 @@ class PyramidDrop(Method):
         year=2024,
         stage="llm",
         guided=True,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2410.17247",
     )
     Options = Options

@@ -28,9 +28,6 @@ class Random(Method):
         title="Random",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="(baseline)",
     )
     Options = Options

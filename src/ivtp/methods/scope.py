@@ -31,12 +31,10 @@ class Scope(Method):
         title="SCOPE",
         year=2025,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2510.24214",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""

@@ -35,7 +35,6 @@ class SparseVlm(Method):
         year=2024,
         stage="llm",
         guided=True,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2410.04417",
     )

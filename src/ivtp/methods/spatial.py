@@ -36,12 +36,11 @@ class Spatial(Method):
         title="Spatial pooling",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://doi.org/10.1007/978-3-031-72643-9_13",
     )
     Options = Options
+    needs = frozenset({"grid"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""

@@ -16,17 +16,16 @@ class ToMe(Method):
 
     The tokens, CLS included, are split in turn; the r of the one half that are most similar to one of the other, by
     the cosine of their keys averaged over the heads, merge into it: a mean weighted by the number of patches that
-    each stands for. CLS never merges. Attention is proportional: the logarithm of a token's size is added to its
-    logits. r is the same in every layer, up to rounding, so that `keep` remain; where that is more than half of the
-    tokens, earlier layers merge more. A merged token stands at the place of the one that the others went into.
+    each stands for. CLS, where there is one, never merges. Attention is proportional: the logarithm of a token's size
+    is added to its logits. r is the same in every layer, up to rounding, so that `keep` remain; where that is more than
+    half of the tokens, earlier layers merge more. A merged token stands at the place of the one that the others went
+    into.
     """
 
     info = MethodInfo(
         title="ToMe",
         year=2023,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2210.09461",
     )
@@ -53,7 +52,7 @@ class ToMe(Method):
         assert window.sources is not None
         removed = window.hidden.shape[1] - first - window.cut.keep
         metric = window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
-        into, order = match(metric, removed)
+        into, order = match(metric, removed, first)
         count = sizes(window.sources, window.patch).unsqueeze(-1)  # (B, T, 1)
         weighted = window.hidden.float() * count
         target = into.unsqueeze(-1)
@@ -63,8 +62,8 @@ class ToMe(Method):
         return Merged(hidden, into, order[:, first:])
 
 
-def match(metric: Tensor, removed: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching of tokens by `metric` (B, T, d); the first token is CLS.
+def match(metric: Tensor, removed: int, protected: int) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching of tokens by `metric` (B, T, d); the first `protected`, CLS (1) or none (0), never merge.
 
     Returns the column (B, T) that every token goes into, its own where it stays, and the columns that stay, in
     ToMe's order (B, T - removed): those of the first half, ascending, then the second half; as they were where none
@@ -77,7 +76,7 @@ def match(metric: Tensor, removed: int) -> tuple[Tensor, Tensor]:
     if removed == 0:
         return columns, columns
     best, partner = scores.max(dim=2)
-    best[:, 0] = float("-inf")  # CLS
+    best[:, :protected] = float("-inf")
     ranked = best.argsort(dim=1, descending=True, stable=True)
     merged, stay = ranked[:, :removed], ranked[:, removed:].sort(dim=1).values
     into = columns.scatter(1, 2 * merged, 2 * partner.gather(1, merged) + 1)

@@ -36,12 +36,10 @@ class TopK(Method):
         title="TopK (CLS attention)",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder or one in each of its layers."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.rollout import attention_row
-from ivtp.core.select import highest, others
+from ivtp.core.select import highest, others, put, take
 from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 
 
@@ -25,11 +25,10 @@ class VisionZip(Method):
         title="VisionZip",
         year=2024,
         stage="vision",
-        guided=False,
-        trainable=False,
         merges=True,
         paper="https://arxiv.org/abs/2412.04467",
     )
+    needs = frozenset({"cls"})
     keeps_all = False
 
     def make_plan(self) -> Plan:
@@ -57,9 +56,7 @@ class VisionZip(Method):
         into = torch.full_like(window.patch, -1).scatter(1, members + 1, targets.gather(1, choice) + 1)
         own = torch.cat([stand_in, placed], dim=1) + 1
         into = into.scatter(1, own, own)
-        width = hidden.shape[2]
-        hidden = hidden.scatter(1, (targets + 1).unsqueeze(-1).expand(-1, -1, width), merged)
-        hidden = hidden.scatter(1, (stand_in + 1).unsqueeze(-1).expand(-1, -1, width), hidden[:, :1])
+        hidden = put(put(hidden, targets + 1, merged), stand_in + 1, hidden[:, :1])
         return Merged(hidden, into, order=own, stand_ins=own[:, :1])
 
 
@@ -80,15 +77,12 @@ def merge_contextual(hidden: Tensor, metric: Tensor, rest: Tensor, count: int) -
     chosen = torch.arange(0, left, stride, device=rest.device)[:count].expand(batch, -1)
     targets, members = rest.gather(1, chosen), rest.gather(1, others(chosen, left))
     if count == 0 or left == count:
-        merged = hidden.gather(1, targets.unsqueeze(-1).expand(-1, -1, hidden.shape[2]))
-        return targets, members[:, :0], merged, members[:, :0]
+        return targets, members[:, :0], take(hidden, targets), members[:, :0]
     unit = nn.functional.normalize(metric.float(), dim=-1)
-    a, b = (unit.gather(1, i.unsqueeze(-1).expand(-1, -1, unit.shape[2])) for i in (members, targets))
-    choice = (a @ b.transpose(1, 2)).argmax(dim=2)  # (B, R - count)
+    choice = (take(unit, members) @ take(unit, targets).transpose(1, 2)).argmax(dim=2)  # (B, R - count)
     goes = nn.functional.one_hot(choice, count).to(hidden.dtype)  # (B, R - count, count)
-    own, theirs = (hidden.gather(1, i.unsqueeze(-1).expand(-1, -1, hidden.shape[2])) for i in (targets, members))
-    mean = goes.transpose(1, 2) @ theirs / goes.sum(dim=1).clamp_min(1).unsqueeze(-1)
-    return targets, members, own + mean, choice
+    mean = goes.transpose(1, 2) @ take(hidden, members) / goes.sum(dim=1).clamp_min(1).unsqueeze(-1)
+    return targets, members, take(hidden, targets) + mean, choice
 
 
 METHOD = VisionZip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ivtp.core.diversity import drop_duplicates
 from ivtp.core.rollout import attention_row
-from ivtp.core.select import highest, ranks
+from ivtp.core.select import highest, ranks, take
 from ivtp.errors import ConfigError
 from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
@@ -40,12 +40,10 @@ class VisPruner(Method):
         title="VisPruner",
         year=2025,
         stage="vision",
-        guided=False,
-        trainable=False,
-        merges=False,
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
+    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
@@ -79,8 +77,7 @@ def important_and_distinct(features: Tensor, attention: Tensor, keep: int, impor
     """VisPruner's choice (B, keep) of `features` (B, N, D) by CLS `attention` (B, N): `important` ones, then others."""
     ranked = highest(attention, attention.shape[1])
     rest = ranked[:, important:]
-    left = features.gather(1, rest.unsqueeze(-1).expand(-1, -1, features.shape[2]))
-    distinct = rest.gather(1, drop_duplicates(left, keep - important, step))
+    distinct = rest.gather(1, drop_duplicates(take(features, rest), keep - important, step))
     return torch.cat([ranked[:, :important], distinct], dim=1)
 
 

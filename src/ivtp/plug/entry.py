@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 from ivtp import registry
-from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
+from ivtp.plan import NEEDS
 from ivtp.plug.calls import Equipment
 from ivtp.plug.pruner import Pruner, check_unpruned
 from ivtp.plug.transformers import execution_device, floating_dtype
@@ -55,13 +56,14 @@ def attach(
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
     """The method that `config` asks for on `host`, and what it reads the instruction with."""
     kind = registry.method_class(config.method)
-    method: Method = kind(config.filled(kind.reads, host.recommended()), host.size)
+    method: Method = kind(kind.filled(config, host.size, host.recommended()), host.size)
+    _check_needs(host, method)
     return Equipment(method, _guide_maker(host, method, processor, clip))
 
 
 def find_host(model: nn.Module) -> Host:
     """The host of `model`, also when it is wrapped (by PEFT, say). Raises `UnsupportedModelError` with the list."""
-    hosts = [registry.host_class(name) for name in registry.list_hosts()]
+    hosts = registry.host_classes().values()
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for host in hosts:
             if type(module).__name__ == host.model_class and host.matches(module.config):
@@ -72,16 +74,27 @@ def find_host(model: nn.Module) -> Host:
     raise UnsupportedModelError(f"{type(model).__name__} is not a model that can be pruned; supported: {names}{hint}")
 
 
+def _check_needs(host: Host, method: Method) -> None:
+    """Raise `ConfigError` where the family lacks something without which the method would silently be another one."""
+    missing = sorted(method.needed - host.gives)
+    if missing:
+        lacks = " and ".join(NEEDS[name] for name in missing)
+        guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
+        raise ConfigError(
+            f"method {method.config.method!r} needs {lacks}, which {host.name} lacks; "
+            f"use {guides}one of {', '.join(registry.list_methods(host.name))}"
+        )
+
+
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
-    config = method.config
+    options = method.guide_options
     reader = InstructionReader(processor) if processor is not None and reads_question(method) else None
-    guided = method.plan.guide_layers > 0 and config.guide in READS_CLIP
-    if not guided and not method.reads_clip:
-        return GuideMaker(config, host, reader, None)
+    if not method.reads_text_side:
+        return GuideMaker(options, host, reader, None)
     if reader is None:
-        asker, ways = f'guide="{config.guide}"', ', or guide="text" or guide="visual"'
-        if method.reads_clip:
-            asker, ways = f"method {config.method!r}", ""
+        asker, ways = f"method {method.config.method!r}", ""
+        if options is not None and not method.reads_clip:
+            asker, ways = f'guide="{options.guide}"', ', or guide="text" or guide="visual"'
         raise ConfigError(f"{asker} reads the instruction; pass the processor{ways}")
     source = clip if clip is not None else host.default_clip()
     if source is None:
@@ -93,4 +106,4 @@ def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> Guide
     text_side = ClipText.load(
         source, vision_hidden=host.size.vision_hidden, device=execution_device(tower), dtype=floating_dtype(tower)
     )
-    return GuideMaker(config, host, reader, text_side)
+    return GuideMaker(options, host, reader, text_side)
