@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fingerprint import difference, fingerprint
 from tiny import (
     LLM_LAYERS,
     NUM_PATCHES,
@@ -21,60 +20,10 @@ from tiny import (
     image,
     samples,
 )
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ivtp
-import ivtp.plug  # adds its own attention kernel to the shared table once, when it is imported
 from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import AttachError, ConfigError
-
-# Library modules whose classes and functions no pruner may replace for good.
-SHARED = [
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.llava.modeling_llava",
-    "transformers.cache_utils",
-    "transformers.masking_utils",
-    "transformers.generation.utils",
-    "transformers.modeling_utils",
-    "torch.nn.functional",
-]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything that a pruner could leave behind: attributes, hooks, classes, configs, shared library state."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        found[f"{name}.__class__"] = type(module)
-        found[f"{name}.__dict__"] = {key: _freeze(value) for key, value in vars(module).items()}
-        for base in type(module).__mro__:
-            found[f"{base.__module__}.{base.__qualname__}"] = {
-                k: id(v) for k, v in vars(base).items() if k != "__doc__"
-            }
-    for name, module in model.named_modules():
-        for attribute in ("config", "generation_config"):
-            if hasattr(module, attribute):
-                found[f"{name}.{attribute}"] = repr(vars(getattr(module, attribute)))
-    for name in SHARED:
-        module = importlib.import_module(name)
-        found[name] = {k: id(v) for k, v in vars(module).items() if callable(v)}
-        for klass in (v for v in vars(module).values() if isinstance(v, type)):
-            found[f"{name}.{klass.__name__}"] = {k: id(v) for k, v in vars(klass).items() if callable(v)}
-    found["attention"] = {key: id(ALL_ATTENTION_FUNCTIONS[key]) for key in ALL_ATTENTION_FUNCTIONS.valid_keys()}
-    return found
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, dict | OrderedDict):
-        return {key: _freeze(inner) for key, inner in value.items()}
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    return id(value)
-
-
-def difference(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
 
 
 @pytest.fixture
