@@ -36,6 +36,12 @@ def test_alone_and_in_a_batch(family: Family, method: str) -> None:
     assert together(family, batch, method=method) == alone(family, batch, method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_image_in_each_row(family: Family, method: str) -> None:
+    batch = (ONE, ("Is it a cat", ((90, 30),)), ("How many bananas are there?", ((40, 120),)))
+    assert together(family, batch, method=method) == alone(family, batch, method=method)
+
+
 @pytest.mark.parametrize(
     "options",
     [
