@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from test_lifecycle import difference, fingerprint
+from fingerprint import difference, fingerprint
 from tiny import NUM_PATCHES, QUESTIONS, Tiny, samples, with_cache
 from transformers import (
     BlipConfig,

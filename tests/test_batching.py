@@ -1,67 +1,10 @@
-"""A sample is pruned the same way, and answers the same, alone and in any left-padded batch."""
+"""Rows of a batch: questions about one image, no mask, padding on the right."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import QUESTIONS, Sample, Tiny, generated, samples
-
-import ivtp
-
-METHODS = [m for m in ivtp.list_methods() if m != "random"]
-
-
-def alone(tiny: Tiny, batch: list[Sample], **changes: object) -> list[tuple[list[int], list[int]]]:
-    """Kept patches and generated tokens of each sample by itself."""
-    model, rows = tiny.model(), []
-    with tiny.attach(model, **changes) as pruner:
-        for sample in batch:
-            inputs = tiny.inputs(sample)
-            tokens = generated(model.generate(**inputs, max_new_tokens=6, do_sample=False), inputs)[0]
-            kept = [] if not sample.images else [i for i in pruner.trace.kept()[0].tolist() if i >= 0]
-            rows.append((kept, tokens.tolist()))
-    return rows
-
-
-def together(tiny: Tiny, batch: list[Sample], **changes: object) -> list[tuple[list[int], list[int]]]:
-    model, inputs = tiny.model(), tiny.inputs(*batch)
-    with tiny.attach(model, **changes) as pruner:
-        tokens = generated(model.generate(**inputs, max_new_tokens=6, do_sample=False), inputs)
-    kept = [[i for i in row if i >= 0] for row in pruner.trace.kept().tolist()]
-    return list(zip(kept, tokens.tolist(), strict=True))
-
-
-@pytest.mark.parametrize("name", ["batch", "mixed"])
-@pytest.mark.parametrize("method", METHODS)
-def test_alone_and_in_a_batch(tiny: Tiny, method: str, name: str) -> None:
-    batch = samples(tiny, name)
-    assert together(tiny, batch, method=method) == alone(tiny, batch, method=method)
-
-
-@pytest.mark.parametrize("stages", ["vision", "llm"])
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("cache", ["evict", "layered"])
-def test_options_in_a_mixed_batch(tiny: Tiny, stages: str, positions: str, cache: str) -> None:
-    batch = samples(tiny, "mixed")
-    options = {"stages": stages, "positions": positions, "cache": cache}
-    assert together(tiny, batch, **options) == alone(tiny, batch, **options)
-
-
-@pytest.mark.parametrize("guide", ["text", "clip", "weighted", "visual"])
-def test_guides_in_a_mixed_batch(tiny: Tiny, guide: str) -> None:
-    batch = samples(tiny, "mixed")
-    assert together(tiny, batch, guide=guide) == alone(tiny, batch, guide=guide)
-
-
-def test_the_order_of_the_batch_does_not_matter(tiny: Tiny) -> None:
-    batch = samples(tiny, "mixed")
-    assert together(tiny, batch[::-1]) == together(tiny, batch)[::-1]
-
-
-def test_much_padding(tiny: Tiny) -> None:
-    """A question of a few tokens beside one of hundreds."""
-    batch = [tiny.sample("Cat?", seed=4), tiny.sample(" ".join(QUESTIONS * 4), seed=5)]
-    assert together(tiny, batch) == alone(tiny, batch)
+from tiny import QUESTIONS, Tiny, samples
 
 
 def test_different_questions_about_one_image(tiny: Tiny) -> None:

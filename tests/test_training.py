@@ -1,8 +1,7 @@
-"""The attached model trains: gradients through kept tokens, checkpointing, LoRA, saving and loading."""
+"""The attached model trains: gradients through kept tokens, checkpointing, mixed precision, loaded checkpoints."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import LoraConfig, get_peft_model
 from reference import Prompt, Reference, prompt_of
-from safetensors.torch import load_file
 from tiny import NUM_PATCHES, Tiny, generated, samples
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from ivtp.errors import AttachError
 
@@ -24,7 +21,6 @@ from ivtp.errors import AttachError
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 ANSWER = [17, 200, 300, 41]
-LORA = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
 
 
 def example(tiny: Tiny, name: str = "one", dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -177,73 +173,6 @@ def test_autocast(tiny: Tiny) -> None:
     assert loss.isfinite()
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients(model).values())
     assert pruner.trace.kept().shape == (4, 16)
-
-
-@pytest.mark.parametrize("order", ["attach first", "LoRA first", "LoRA first, inner model attached"])
-def test_lora(tiny: Tiny, order: str) -> None:
-    model, inputs = tiny.model().train(), example(tiny, "batch")
-    torch.manual_seed(3)
-    if order == "attach first":
-        pruner = tiny.attach(model)
-        adapted = get_peft_model(model, LORA)
-    else:
-        adapted = get_peft_model(model, LORA)
-        pruner = tiny.attach(adapted if order == "LoRA first" else adapted.get_base_model())
-    loss = adapted(**inputs).loss
-    loss.backward()
-    found = gradients(adapted)
-    assert found
-    assert all("lora" in name for name in found)
-    assert sum(g.abs().sum() for g in found.values()) > 0
-    assert pruner.trace.kept().shape == (3, 8)
-    kept = pruner.trace.kept().tolist()
-    pruner.detach()
-    full = adapted(**inputs).loss
-    assert full.item() != loss.item()
-
-    torch.manual_seed(3)
-    again = get_peft_model(tiny.model().train(), LORA)
-    with tiny.attach(again.get_base_model()) as other:
-        assert again(**inputs).loss.item() == pytest.approx(loss.item(), abs=1e-5)
-        assert other.trace.kept().tolist() == kept
-
-
-@pytest.mark.parametrize("order", ["attach first", "LoRA first"])
-def test_lora_generation(tiny: Tiny, order: str) -> None:
-    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "batch"))
-    torch.manual_seed(3)
-    expected = get_peft_model(tiny.model(), LORA).generate(**inputs, max_new_tokens=4, do_sample=False)
-    torch.manual_seed(3)
-    if order == "attach first":
-        pruner = tiny.attach(model, keep=NUM_PATCHES)
-        adapted = get_peft_model(model, LORA)
-    else:
-        adapted = get_peft_model(model, LORA)
-        pruner = tiny.attach(adapted, keep=NUM_PATCHES)
-    assert adapted.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == expected.tolist()
-    pruner.detach()
-    assert adapted.generate(**inputs, max_new_tokens=4, do_sample=False).tolist() == expected.tolist()
-
-
-def test_saving_an_attached_model_writes_a_stock_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
-    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "batch"))
-    model.save_pretrained(tmp_path / "stock")
-    with torch.no_grad():
-        expected = model(**inputs).logits
-    with tiny.attach(model):
-        model.save_pretrained(tmp_path / "attached")
-        assert list(model.state_dict()) == list(tiny.model().state_dict())
-    names = {p.name for p in (tmp_path / "stock").iterdir()}
-    assert names == {p.name for p in (tmp_path / "attached").iterdir()}
-    for name in names - {"model.safetensors"}:
-        a, b = (json.loads((tmp_path / folder / name).read_text()) for folder in ("stock", "attached"))
-        assert a == b, name
-    stock, attached = (load_file(tmp_path / folder / "model.safetensors") for folder in ("stock", "attached"))
-    assert stock.keys() == attached.keys()
-    assert all(torch.equal(stock[k], attached[k]) for k in stock)
-    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "attached").eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"dtype": torch.bfloat16}, {"low_cpu_mem_usage": True}])

@@ -86,7 +86,7 @@ class Tiny:
 
     def __init__(self) -> None:
         self.processor = _processor()
-        self.clip = _clip_model(), _clip_tokenizer()
+        self.clip = clip_side(_vision_config())
         self._stock = _llava(self.processor, self.clip[0])
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
@@ -227,7 +227,8 @@ def _vision_config() -> CLIPVisionConfig:
     )
 
 
-def _clip_model() -> CLIPModel:
+def clip_side(vision: CLIPVisionConfig) -> tuple[CLIPModel, CLIPTokenizer]:
+    """A random CLIP whose vision side is as `vision` says, and its tokenizer."""
     tokenizer = _clip_tokenizer()
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -240,10 +241,10 @@ def _clip_model() -> CLIPModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=_vision_config().to_dict(), projection_dim=24)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
     model = CLIPModel(config).eval()
     randomise(model, seed=2)
-    return model
+    return model, tokenizer
 
 
 def _llava(processor: LlavaProcessor, clip: CLIPModel) -> LlavaForConditionalGeneration:

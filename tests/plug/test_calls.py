@@ -58,18 +58,6 @@ def test_drafted_tokens_do_not_lead_the_pruning(tiny: Tiny, cache: str) -> None:
         assert torch.equal(pruner.trace.kept(), kept)
 
 
-def test_generating_without_a_cache_prunes_by_the_prompt_alone(tiny: Tiny) -> None:
-    inputs, model = tiny.inputs(*samples(tiny, "batch")), tiny.model()
-    with tiny.attach(model, cache="layered"):
-        assert generate(model, inputs, use_cache=False) == generate(model, inputs)
-
-
-def test_beams_without_a_cache(tiny: Tiny) -> None:
-    inputs, model = tiny.inputs(*samples(tiny, "one")), tiny.model()
-    with tiny.attach(model, cache="layered"):
-        assert generate(model, inputs, use_cache=False, num_beams=2) == generate(model, inputs, num_beams=2)
-
-
 def test_flash_attention_cannot_hide_an_answer(tiny: Tiny) -> None:
     host = find_host(tiny.model())
     host.decoder.config._attn_implementation = "flash_attention_2"

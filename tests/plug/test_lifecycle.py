@@ -3,78 +3,25 @@
 from __future__ import annotations
 
 import copy
-import importlib
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from fingerprint import difference, fingerprint
 from tiny import (
-    LLM_LAYERS,
     NUM_PATCHES,
     QUESTIONS,
     TEXT_LAYERS,
-    VISION_LAYERS,
     Tiny,
     generated,
     image,
     samples,
 )
-from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ivtp
-import ivtp.plug  # adds its own attention kernel to the shared table once, when it is imported
 from ivtp.core.schedule import uniform_ratio
 from ivtp.errors import AttachError, ConfigError
-
-# Library modules whose classes and functions no pruner may replace for good.
-SHARED = [
-    "transformers.models.clip.modeling_clip",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.llava.modeling_llava",
-    "transformers.cache_utils",
-    "transformers.masking_utils",
-    "transformers.generation.utils",
-    "transformers.modeling_utils",
-    "torch.nn.functional",
-]
-
-
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Everything that a pruner could leave behind: attributes, hooks, classes, configs, shared library state."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        found[f"{name}.__class__"] = type(module)
-        found[f"{name}.__dict__"] = {key: _freeze(value) for key, value in vars(module).items()}
-        for base in type(module).__mro__:
-            found[f"{base.__module__}.{base.__qualname__}"] = {
-                k: id(v) for k, v in vars(base).items() if k != "__doc__"
-            }
-    for name, module in model.named_modules():
-        for attribute in ("config", "generation_config"):
-            if hasattr(module, attribute):
-                found[f"{name}.{attribute}"] = repr(vars(getattr(module, attribute)))
-    for name in SHARED:
-        module = importlib.import_module(name)
-        found[name] = {k: id(v) for k, v in vars(module).items() if callable(v)}
-        for klass in (v for v in vars(module).values() if isinstance(v, type)):
-            found[f"{name}.{klass.__name__}"] = {k: id(v) for k, v in vars(klass).items() if callable(v)}
-    found["attention"] = {key: id(ALL_ATTENTION_FUNCTIONS[key]) for key in ALL_ATTENTION_FUNCTIONS.valid_keys()}
-    return found
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, dict | OrderedDict):
-        return {key: _freeze(inner) for key, inner in value.items()}
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    return id(value)
-
-
-def difference(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    return [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
 
 
 @pytest.fixture
@@ -83,31 +30,6 @@ def model(tiny: Tiny) -> Any:
     model = tiny.model()
     model.generate(**tiny.inputs(*samples(tiny, "one")), max_new_tokens=2)
     return model
-
-
-def use(tiny: Tiny, model: Any) -> None:
-    """All that one does with an attached model."""
-    inputs = tiny.inputs(*samples(tiny, "mixed"))
-    model.generate(**inputs, max_new_tokens=3)
-    model.generate(**tiny.inputs(*samples(tiny, "no image")), max_new_tokens=2, num_beams=2)
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    model.zero_grad(set_to_none=True)
-
-
-@pytest.mark.parametrize("method", ivtp.list_methods())
-def test_detach_leaves_nothing_behind(tiny: Tiny, model: Any, method: str) -> None:
-    inputs = tiny.inputs(*samples(tiny, "mixed"))
-    with torch.no_grad():
-        stock = model(**inputs).logits
-    before = fingerprint(model)
-    side = fingerprint(tiny.clip[0])
-    pruner = tiny.attach(model, method=method)
-    use(tiny, model)
-    pruner.detach()
-    assert difference(before, fingerprint(model)) == []
-    assert difference(side, fingerprint(tiny.clip[0])) == []
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, stock)
 
 
 def test_hooks_of_others_survive(tiny: Tiny, model: Any) -> None:
@@ -174,66 +96,6 @@ def test_exception_inside_the_context(tiny: Tiny, model: Any) -> None:
     with pytest.raises(RuntimeError, match="out of luck"):
         fail()
     assert difference(before, fingerprint(model)) == []
-
-
-@pytest.mark.parametrize("part", ["vision_tower.encoder.layers.4.mlp", "language_model.layers.3.mlp"])
-def test_exception_inside_the_model(tiny: Tiny, model: Any, part: str) -> None:
-    """A forward pass that dies half-way: the next one prunes as ever, and detaching still restores everything."""
-    inputs = tiny.inputs(*samples(tiny, "mixed"))
-    with torch.no_grad():
-        stock = model(**inputs).logits
-        with tiny.attach(other_model := tiny.model()):
-            expected = other_model(**inputs).logits[:, -1]
-    before = fingerprint(model)
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
-
-    with torch.no_grad(), tiny.attach(model):
-        handle = model.model.get_submodule(part).register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            model(**inputs)
-        handle.remove()
-        torch.testing.assert_close(model(**inputs).logits[:, -1], expected)
-    assert difference(before, fingerprint(model)) == []
-    with torch.no_grad():
-        assert torch.equal(model(**inputs).logits, stock)
-
-
-@pytest.mark.parametrize("name", ["one", "batch", "two images", "mixed"])
-@pytest.mark.parametrize("method", ivtp.list_methods())
-def test_trace(tiny: Tiny, name: str, method: str) -> None:
-    batch = samples(tiny, name)
-    model, inputs = tiny.model(), tiny.inputs(*batch)
-    with torch.no_grad(), tiny.attach(model, method=method) as pruner:
-        model(**inputs)
-    trace, rows = pruner.trace, len(batch)
-    images = [len(s.images) for s in batch]
-    assert trace.num_patches == NUM_PATCHES
-    assert list(trace.images) == images
-    assert trace.stages
-    assert trace.seconds > 0
-    assert trace.flops > 0
-    for stage in trace.stages:
-        assert stage.where in ("vision", "llm")
-        assert 0 <= stage.layer < (VISION_LAYERS if stage.where == "vision" else LLM_LAYERS)
-        assert stage.kept.dtype == torch.int64
-        assert stage.kept.shape[0] == rows
-        assert (stage.scores is None) == (stage.sources is not None), "what merges does not rank"
-        assert stage.scores is None or stage.scores.shape == stage.candidates.shape
-        assert stage.stand_ins is None or stage.stand_ins.shape == stage.kept.shape
-        for b, count in enumerate(images):
-            kept = [i for i in stage.kept[b].tolist() if i >= 0]
-            candidates = [i for i in stage.candidates[b].tolist() if i >= 0]
-            assert stage.kept[b, : len(kept)].tolist() == kept, "-1 only at the end"
-            assert kept == sorted(set(kept)), "raster order, no patch twice"
-            assert set(kept) <= set(candidates) <= set(range(NUM_PATCHES * count))
-            if stage.scores is not None:
-                assert not stage.scores[b][stage.candidates[b] >= 0].isnan().any()
-                assert (stage.scores[b][stage.candidates[b] < 0] == -torch.inf).all()
-    for b, count in enumerate(images):
-        assert (trace.kept()[b] >= 0).sum() == 8 * count
-    assert len(trace.words) == len(trace.fallback) == rows
 
 
 @pytest.mark.parametrize("stages", ["both", "vision", "llm"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference, prompt_of
-from tiny import FOLLOW_UP, LLM_LAYERS, NUM_PATCHES, TEXT_LAYERS, Sample, Tiny, generated, samples, with_cache
+from tiny import FOLLOW_UP, NUM_PATCHES, TEXT_LAYERS, Sample, Tiny, generated, samples, with_cache
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -209,41 +209,6 @@ def test_decode_steps_are_untouched(tiny: Tiny) -> None:
             trace = pruner.trace
             model(**step, **with_cache(model, model(**inputs, use_cache=True).past_key_values))
             assert len(pruner.trace.stages) == len(trace.stages), "a decode step must not replace the prefill's trace"
-
-
-def test_without_a_cache(tiny: Tiny) -> None:
-    """`use_cache=False` prunes the same and returns no cache."""
-    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "mixed"))
-    with torch.no_grad(), tiny.attach(model) as pruner:
-        cached = model(**inputs, use_cache=True).logits[:, -1]
-        kept = pruner.trace.kept().tolist()
-        out = model(**inputs, use_cache=False)
-    assert out.past_key_values is None
-    assert pruner.trace.kept().tolist() == kept
-    torch.testing.assert_close(out.logits[:, -1], cached, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("method", ivtp.list_methods())
-def test_every_method_decodes_on_its_pruned_cache(tiny: Tiny, method: str) -> None:
-    """One token at a time or all at once behind the same prefill: the same logits."""
-    model, inputs, later = tiny.model(), tiny.inputs(*samples(tiny, "batch")), [17, 200, 300]
-    with torch.no_grad(), tiny.attach(model, method=method):
-        runs = []
-        for chunks in ([1, 1, 1], [3]):
-            cache, mask, rows, done = (
-                model(**inputs, use_cache=True).past_key_values,
-                inputs["attention_mask"],
-                [],
-                0,
-            )
-            for size in chunks:
-                mask = torch.cat([mask, torch.ones(3, size, dtype=torch.long)], 1)
-                ids = torch.tensor([later[done : done + size]] * 3)
-                rows.append(model(input_ids=ids, attention_mask=mask, **with_cache(model, cache)).logits)
-                done += size
-            runs.append(torch.cat(rows, 1))
-    torch.testing.assert_close(*runs, atol=1e-4, rtol=0)
-    assert LLM_LAYERS < TEXT_LAYERS
 
 
 @pytest.mark.parametrize("choice", [{}, {"positions": "compact"}], ids=str)
