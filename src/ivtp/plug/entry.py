@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -56,8 +57,14 @@ def attach(
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
     """The method that `config` asks for on `host`, and what it reads the instruction with."""
     kind = registry.method_class(config.method)
-    method: Method = kind(kind.filled(config, host.size, host.recommended()), host.size)
+    largest = dataclasses.replace(host.size, num_patches=host.most_patches)
+    method: Method = kind(kind.filled(config, largest, host.recommended()), largest)
     _check_needs(host, method)
+    if host.pads and method.info.merges and any(cut.where == "vision" for cut in method.plan.cuts):
+        raise ConfigError(
+            f"method {config.method!r} merges tokens in the encoder, and could not tell the padding in the tiles of "
+            f"{host.name}; use a method that selects, or one of the decoder (see `ivtp methods`)"
+        )
     return Equipment(method, _guide_maker(host, method, processor, clip))
 
 
