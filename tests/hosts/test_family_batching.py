@@ -9,7 +9,7 @@ import torch
 from family import BATCHES, METHODS, NONE, ONE, THREE, TWO, Family, Prompt, generated
 
 import ivtp
-from ivtp.config import READS_CLIP, Guide
+from ivtp.methods.base import READS_CLIP, Guide
 
 Row = tuple[list[int], list[int]]
 

@@ -53,6 +53,15 @@ class Changes:
         slot = forward_slot(module)
         self.set(module, slot, make(getattr(module, slot)))
 
+    @contextmanager
+    def apart(self) -> Iterator[Changes]:
+        """A list of its own, which is taken out again at the end of the context."""
+        own = Changes()
+        try:
+            yield own
+        finally:
+            own.undo()
+
     def undo(self) -> None:
         """Take all changes back; does nothing when there are none."""
         while self._undo:

@@ -47,10 +47,11 @@ def encode(
         sized = method.sized(own[0].patches)
         pixels = torch.cat([tiles[m] for m in members])
         stage = _stage(plug, sized, own, pixels.device)
-        stage.install(seats)
         rows = [m for m in members for _ in range(len(visuals[m].tiles))]
         rate = None if relevance is None else (lambda last, rows=rows: relevance(last, rows))
-        made = stage.run(pixels, rate)
+        with seats.apart() as own_seats:
+            stage.install(own_seats)
+            made = stage.run(pixels, rate)
         stage.release()
         if all(len(visual.tiles) == 1 and visual.patches == visual.tiles.shape[1] for visual in own):
             for place, m in enumerate(members):
@@ -90,8 +91,10 @@ def _of_image(result: CutResult, rows: slice, visual: Visual) -> CutResult:
         own = tile_patch[rows]
         return torch.where(own >= 0, places.gather(1, own.clamp_min(0)), -1).flatten()
 
+    kept = place(result.kept)
+    kept = kept[torch.where(kept >= 0, kept, visual.patches).argsort(stable=True)]  # ascending, the others behind
     scores = None if result.scores is None else result.scores[rows].flatten()
-    return replace(result, candidates=place(result.candidates), scores=scores, kept=place(result.kept))
+    return replace(result, candidates=place(result.candidates), scores=scores, kept=kept)
 
 
 def _join(

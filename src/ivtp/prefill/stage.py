@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +40,9 @@ class Seats(Protocol):
 
     def stand_in(self, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
         """Put `make(stock)` in the place of a module's own forward."""
+
+    def apart(self) -> AbstractContextManager[Seats]:
+        """Seats that are empty again at the end of the context."""
 
 
 @dataclass(frozen=True)
