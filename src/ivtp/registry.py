@@ -94,11 +94,8 @@ def method_class(name: str | type[Any]) -> Any:
             raise ConfigError(f"{name.__name__} is no pruning method; subclass ivtp.methods.base.Method")
         return name
     known = names_in("methods")
-    for place, sign in enumerate(str(name)):
-        first, second = str(name)[:place], str(name)[place + 1 :]
-        if sign == "+" and first in known and second in known:
-            return _composed(first, second)
-    return load_named("methods", name, "METHOD")
+    pair = next(((a, b) for a in known for b in known if name == f"{a}+{b}"), None)  # a name may hold the sign itself
+    return _composed(*pair) if pair else load_named("methods", name, "METHOD")
 
 
 def host_class(name: str) -> Any:

@@ -14,9 +14,6 @@ from ivtp.errors import ConfigError
 from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
 from ivtp.plan import Geometry
 
-_OWN = ("schedule",)
-"""Common options that two methods would read in two ways."""
-
 
 def compose(first: type[Method], second: type[Method], name: str) -> type[Method]:
     """The method that does what `first` does in the encoder and `second` in the decoder.
@@ -29,28 +26,26 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
             'a "vision" method and then an "llm" one can be joined, see `ivtp methods`'
         )
     a, b = first.info, second.info
-    info = MethodInfo(
-        title=f"{a.title} + {b.title}",
-        year=max(a.year, b.year),
-        stage="both",
-        guided=a.guided or b.guided,
-        trainable=a.trainable or b.trainable,
-        merges=a.merges or b.merges,
-        paper=f"{a.paper} {b.paper}",
-        note="; ".join(filter(None, (a.note, b.note))),
-    )
-    body = {
-        "info": info,
-        "parts": (first, second),
-        "reads": (first.reads | second.reads) - frozenset(_OWN),
-        "needs": first.needs | second.needs,
-        "reads_text": second.reads_text,
-        "reads_states": second.reads_states,
-        "reads_clip": first.reads_clip,
-        "keeps_all": first.keeps_all and second.keeps_all,
-        "__doc__": f"{a.title} in the vision encoder, then {b.title} in the decoder.",
-    }
-    return type("Composed", (Composed,), body)
+
+    class Joined(Composed):
+        __doc__ = f"{a.title} in the vision encoder, then {b.title} in the decoder."
+        parts = first, second
+        info = MethodInfo(
+            title=f"{a.title} + {b.title}",
+            year=max(a.year, b.year),
+            stage="both",
+            paper=f"{a.paper} {b.paper}",
+            guided=a.guided or b.guided,
+            trainable=a.trainable or b.trainable,
+            merges=a.merges or b.merges,
+            note="; ".join(filter(None, (a.note, b.note))),
+        )
+        reads = (first.reads | second.reads) - {"schedule"}  # two methods would read it in two ways
+        needs = first.needs | second.needs
+        reads_text, reads_states, reads_clip = second.reads_text, second.reads_states, first.reads_clip
+        keeps_all = first.keeps_all and second.keeps_all
+
+    return Joined
 
 
 class Composed(Method):
