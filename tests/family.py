@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -65,7 +66,8 @@ class Family:
 
     def options(self, method: str, **changes: Any) -> dict[str, Any]:
         """A few tokens of each image, and of the tests' defaults those that the method reads."""
-        read = method_class(method).reads
+        kind = method_class(method)
+        read = kind.reads | {field.name for field in dataclasses.fields(kind.Options)}
         guide = {} if self.clip is not None else {"guide": "text"}
         defaults = {"llm_layers": 6, "threshold": 0.06, **guide}
         return {"method": method, "keep": KEEP, **{k: v for k, v in defaults.items() if k in read}, **changes}
