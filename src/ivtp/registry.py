@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,23 @@ def list_hosts() -> list[str]:
     return list(names_in("hosts"))
 
 
+def method_name(name: str) -> str:
+    """How the registry spells `name`, whatever its case: tables and papers write IVTP or FastV."""
+    text = str(name).strip()
+    spelled = {known.lower(): known for known in (*names_in("methods"), "none")}
+    if text.lower() in spelled:
+        return spelled[text.lower()]
+    halves = _halves(text.lower(), spelled)
+    return "+".join(spelled[half] for half in halves) if halves else text
+
+
+def _halves(name: str, known: Collection[str]) -> tuple[str, str] | None:
+    """The two methods that "first+second" names; a name of one method may hold the sign, too."""
+    places = [place for place, sign in enumerate(name) if sign == "+"]
+    pairs = ((name[:place], name[place + 1 :]) for place in places)
+    return next((pair for pair in pairs if pair[0] in known and pair[1] in known), None)
+
+
 def method_class(name: str | type[Any]) -> Any:
     """The `Method` subclass called `name`, or "first+second" for two; a class of the user's own is itself.
 
@@ -39,11 +57,12 @@ def method_class(name: str | type[Any]) -> Any:
         if not issubclass(name, importlib.import_module("ivtp.methods.base").Method):
             raise ConfigError(f"{name.__name__} is no pruning method; subclass ivtp.methods.base.Method")
         return name
-    known = names_in("methods")
-    for place, sign in enumerate(str(name)):
-        first, second = str(name)[:place], str(name)[place + 1 :]
-        if sign == "+" and first in known and second in known:
-            return _composed(first, second)
+    name = method_name(name)
+    if name == "none":
+        raise ConfigError("method 'none' is the untouched model: there is nothing to attach; ask and flops take it")
+    halves = _halves(name, names_in("methods"))
+    if halves:
+        return _composed(*halves)
     return load_named("methods", name, "METHOD")
 
 
@@ -61,7 +80,7 @@ def _composed(first: str, second: str) -> Any:
 def load_named(room: str, name: str, attribute: str) -> Any:
     """What the file of that name gives as `attribute`. Raises `ConfigError` with the nearest names."""
     if name not in names_in(room):
-        near = difflib.get_close_matches(str(name), names_in(room), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(str(name).lower(), names_in(room), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         noun = room.rpartition(".")[2][:-1]
         raise ConfigError(f"unknown {noun} {name!r}; {hint}available: {', '.join(names_in(room))}")

@@ -90,8 +90,8 @@ def ask(
     such as that the method is untrained), picture.
     """
     from ivtp.generate import ask as answer_question
-    from ivtp.generate import check_question
     from ivtp.images import load_image
+    from ivtp.prompt.question import check_question
 
     options = {**parse_options(option, context, answer_question), "seed": seed}
     if threshold is not None:

@@ -13,11 +13,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ivtp.config import READS_CLIP, PruneConfig
+from ivtp.config import READS_CLIP, PruneConfig, check_none
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.plan import Cut, Geometry, Plan
-from ivtp.registry import method_class
+from ivtp.registry import method_class, method_name
 from ivtp.trace import TokensPerLayer
 
 
@@ -95,8 +95,8 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
 
 def _plan(known: Sizes, config: dict[str, Any]) -> tuple[Plan, Relevance | None, tuple[str, ...]]:
     """The plan of a method, which takes of the checkpoint's recommendation what it reads; its CLIP side; its notes."""
-    if config["method"] == "none":
-        PruneConfig.of(**config)  # refuses what is no option
+    if isinstance(config["method"], str) and method_name(config["method"]) == "none":
+        check_none(PruneConfig.of(**config))
         return Plan(), None, ()
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
