@@ -67,9 +67,11 @@ def flops(
     `PruneConfig` and options of the method. Raises `ConfigError` for a value out of range,
     `UnsupportedModelError` for a family without a host, `LoadError` for a model that is not there.
     """
-    for name, value, low in (("batch", batch, 1), ("images", images, 1), ("text_tokens", text_tokens, images)):
+    for name, value, low in (("batch", batch, 1), ("images", images, 1), ("text_tokens", text_tokens, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
+    if text_tokens < images:
+        raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = sizes(model)
     geometry = known.geometry
     plan, clip, notes = _plan(known, {**config, "method": method, "keep": keep})

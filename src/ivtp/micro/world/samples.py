@@ -22,6 +22,7 @@ def write_samples(
     Returns the image files. ``samples.json`` beside them holds, for each, the objects with their boxes in
     pixels, the canonical caption, and questions with answer, kind, object indices and patch indices.
     """
+    split_seed(split, seed + count - 1)  # refuses a scene that there is not before a folder is made
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     files, entries = [], []
