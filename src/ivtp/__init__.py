@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from ivtp.config import PruneConfig
     from ivtp.cost.flops import FlopsReport, flops
     from ivtp.errors import IvtpError
-    from ivtp.generate import Answer, ask, load
-    from ivtp.plug import Pruner, attach
+    from ivtp.generate import Answer, ask, asking, load, prompt_for, save
+    from ivtp.plug import Pruner, attach, detach, pruner_of
     from ivtp.registry import list_hosts, list_methods
     from ivtp.trace import PruneTrace, StageTrace, Word
+    from ivtp.visualize import draw
 
 __version__ = "0.1.0"
 
@@ -26,11 +27,17 @@ __all__ = [
     "StageTrace",
     "Word",
     "ask",
+    "asking",
     "attach",
+    "detach",
+    "draw",
     "flops",
     "list_hosts",
     "list_methods",
     "load",
+    "prompt_for",
+    "pruner_of",
+    "save",
 ]
 
 # torch and transformers take seconds to import; `ivtp --help` must not wait for them
@@ -38,10 +45,11 @@ _HOMES = {
     "config": ("PruneConfig",),
     "errors": ("IvtpError",),
     "cost.flops": ("FlopsReport", "flops"),
-    "generate": ("Answer", "ask", "load"),
-    "plug": ("Pruner", "attach"),
+    "generate": ("Answer", "ask", "asking", "load", "prompt_for", "save"),
+    "plug": ("Pruner", "attach", "detach", "pruner_of"),
     "registry": ("list_hosts", "list_methods"),
     "trace": ("PruneTrace", "StageTrace", "Word"),
+    "visualize": ("draw",),
 }
 
 

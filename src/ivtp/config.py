@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,8 +47,8 @@ class PruneConfig:
     """Options of the method itself, checked by the method's own `Options`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, str):
-            object.__setattr__(self, "keep", self.keep.strip())
+        for name in ("keep", "group_layers", "llm_layers", "seed", "threshold"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_keep(self.keep)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is not a seed; use a whole number from 0 up to 2**64 - 1")
@@ -94,14 +95,30 @@ class PruneConfig:
         return counts
 
 
+def check_none(config: PruneConfig) -> None:
+    """Refuse options beside the method "none", which has none. Raises `ConfigError`."""
+    if config.options:
+        name = next(iter(config.options))
+        raise ConfigError(f"method 'none' has no option {name!r}; leave it out or name a method")
+
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "positions": get_args(Positions),
     "cache": get_args(CacheMode),
     "logits": get_args(Logits),
     "budget": get_args(Budget),
 }
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%")
-_BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?)%", re.ASCII)
+_BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)", re.ASCII)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and the like as Python's own, text without blanks around it; anything else as it is."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: object) -> bool:
@@ -118,7 +135,8 @@ def _check_keep(keep: object) -> None:
             return
         match = _PERCENT.fullmatch(keep)
         if not match or not 0 < float(match[1]) <= 100:
-            raise ConfigError(f"keep={keep!r} is not a fraction from above 0% to 100%; {hint}")
+            kind = "share from above 0% to 100%" if keep.endswith("%") else "number of tokens or a share of them"
+            raise ConfigError(f"keep={keep!r} is no {kind}; {hint}")
     elif not _is_int(keep):
         kind = "NaN" if isinstance(keep, float) and math.isnan(keep) else repr(keep)
         raise ConfigError(f"keep={kind} is not a number of tokens; {hint}")
@@ -126,10 +144,12 @@ def _check_keep(keep: object) -> None:
         raise ConfigError(f"keep={keep} leaves no visual token; {hint}")
 
 
-def _check_schedule(schedule: object) -> tuple[int, ...]:
+def _check_schedule(schedule: Any) -> tuple[int, ...]:
+    if callable(getattr(schedule, "tolist", None)):  # an array
+        schedule = schedule.tolist()
     if not isinstance(schedule, Sequence) or isinstance(schedule, str | bytes):
         raise ConfigError(f"schedule={schedule!r} is no list of token counts; use one such as (133, 64)")
-    counts = tuple(schedule)
+    counts = tuple(map(_plain, schedule))
     if not counts or not all(_is_int(k) and k >= 1 for k in counts):
         raise ConfigError(f"schedule={counts} has an entry that is no token count; use whole numbers from 1 up")
     if any(a < b for a, b in pairwise(counts)):

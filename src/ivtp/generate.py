@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import numbers
+import shutil
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
+from PIL import Image
 from torch import nn
 
-from ivtp.config import PruneConfig
-from ivtp.errors import InputError, LoadError, short_reason
+from ivtp.config import PruneConfig, check_none
+from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputError, short_reason
 from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
-from ivtp.files.sidecar import MICRO
-from ivtp.images import load_image
-from ivtp.plug import attach, check_unpruned, exclusive, find_host
+from ivtp.files.outputs import whole
+from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
+from ivtp.images import is_sequence, load_image
+from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
 from ivtp.prompt.chat import ChatTemplate, image_token_of
+from ivtp.prompt.question import check_question
+from ivtp.registry import method_name
 from ivtp.trace import PruneTrace
+from ivtp.visualize import draw
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Answer:
     """The answer to one question."""
 
@@ -33,6 +41,38 @@ class Answer:
     """Wall-clock of `generate` alone: prefill and decoding, not reading the image, attaching or preparing inputs."""
     notes: tuple[str, ...] = ()
     """What the reader of the answer has to know; of a prompt that is longer than the model was made for."""
+    question: str = ""
+    pictures: tuple[Image.Image, ...] = ()
+    """The images as they were shown to the model, upright and in RGB."""
+    threshold: float | None = None
+    """Relevance above which a word guided; None where none was read."""
+    prompt_columns: int = 0
+    """Tokens of the prompt, one for each patch of its images."""
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        return f"Answer({text!r}, {1000 * self.seconds:.0f} ms, {self.trace or 'all visual tokens'!r})"
+
+    def draw(self, file: str | Path | None = None) -> Image.Image:
+        """The pictures with what was kept of them, the question, its words' relevances and the answer.
+
+        Also written to `file` where one is named. Raises `ConfigError` for an answer without a trace, and
+        `OutputError` where the file cannot be written.
+        """
+        if self.trace is None:
+            raise ConfigError("this answer has no trace: the method was 'none', nothing was pruned")
+        page = draw(self.pictures, self.trace, question=self.question, answer=self.text, threshold=self.threshold)
+        if file is not None:
+            with whole(Path(file), "the picture") as partial:
+                page.save(partial)
+        return page
+
+
+class Ask(Protocol):
+    """What `asking` gives: a question about one image, or several of one prompt, to its answer."""
+
+    def __call__(self, image: Any, question: str, *, streamer: Any = None) -> Answer:
+        """`streamer` is transformers' own: it gets the tokens as they come."""
 
 
 def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> tuple[nn.Module, Any]:
@@ -62,6 +102,27 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
     return read_checkpoint(path, read, what="model", advice=advice)
 
 
+def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
+    """Write a checkpoint that `load` and `ivtp ask --model` take as it is: model, processor and what lies beside them.
+
+    transformers' own `save_pretrained` writes neither `ivtp.json`, with the recommended options, nor the folder of the
+    CLIP text side that it names; they are copied from where the model was loaded. Raises `OutputError`.
+    """
+    any_model: Any = model
+    source, target = local_folder(getattr(model, "name_or_path", None)), Path(folder)
+    beside = sidecar(source)
+    try:
+        any_model.save_pretrained(target)
+        processor.save_pretrained(target)
+        if source is not None and beside and source.resolve() != target.resolve():
+            shutil.copyfile(source / SIDECAR, target / SIDECAR)
+            clip = beside.get("clip")
+            if clip:
+                shutil.copytree(source / str(clip), target / str(clip), dirs_exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
+
+
 def _check_template(processor: Any) -> None:
     """Refuse a chat template that is no template, with a `ValueError`; what it says to a prompt shows there."""
     if getattr(processor, "chat_template", None):
@@ -82,16 +143,6 @@ def check_device(device: str) -> str:
         raise LoadError(
             f"device {device!r} cannot be used ({short_reason(error)}); use cpu, or cuda with a GPU"
         ) from None
-
-
-def check_question(question: object) -> None:
-    """Refuse what asks nothing. Raises `InputError`."""
-    if not isinstance(question, str):
-        raise InputError(f"a question is text, not {type(question).__name__}; pass a str")
-    if not question.strip():
-        raise InputError("the question is empty; ask something about the image")
-    if any("\ud800" <= c <= "\udfff" for c in question):
-        raise InputError(f"the question {question!r} is no valid Unicode (UTF-8 on a command line); write it anew")
 
 
 def _notes(model: Any, tokens: int) -> tuple[str, ...]:
@@ -128,35 +179,113 @@ def ask(
     clip: Any = None,
     **config: Any,
 ) -> Answer:
-    """Answer `question` about `image` (a path, bytes or a PIL image), greedily.
+    """Answer `question` about `image`, greedily.
 
-    `method="none"` answers with all tokens. `config` are further fields of `PruneConfig` or options of the method.
-    The model is left as it was; threads that ask one model wait for each other. Raises `ImageError`, `ConfigError`,
-    `InputError` for a question that is empty or no text, and what `prompt_for` and `attach` raise.
+    `image` is what `ivtp.images.load_image` takes (a path, bytes, a PIL image, an array, ...), or a list of them, which
+    stand before the question in this order. `method="none"` answers with all tokens. `config` are further fields of
+    `PruneConfig` or options of the method. The model is left as it was; threads that ask one model wait for each other.
+    Many questions are asked faster through `asking`. Raises `ImageError`, `ConfigError`, `InputError` for a question
+    that is empty or no text, and what `prompt_for` and `attach` raise.
     """
     check_question(question)
-    picture, prompt, host = load_image(image), prompt_for(processor, question), find_host(model)
+    _check_asking(processor, max_new_tokens)
+    pictures = _pictures(image)
+    prompt_for(processor, question, images=len(pictures))  # what is wrong with it is said before anything is attached
+    with asking(
+        model, processor, method=method, keep=keep, max_new_tokens=max_new_tokens, clip=clip, **config
+    ) as answer:
+        return answer(pictures, question)
+
+
+@contextmanager
+def asking(
+    model: nn.Module,
+    processor: Any,
+    *,
+    method: str | type[Any] = "ivtp",
+    keep: int | str = 64,
+    max_new_tokens: int = 64,
+    clip: Any = None,
+    **config: Any,
+) -> Iterator[Ask]:
+    """Attach once and ask many questions: gives a function of image and question, with the meaning of `ask`.
+
+    Other threads that ask or run the model meanwhile wait until the block ends, which leaves the model as it was.
+    """
+    host = find_host(model)
+    _check_asking(processor, max_new_tokens)
     with exclusive(host.model), ExitStack() as stack:
-        if method == "none":
+        if isinstance(method, str) and method_name(method) == "none":
             check_unpruned(host)
-            PruneConfig.of(method=method, keep=keep, **config)  # the same bad options are refused without pruning too
+            check_none(PruneConfig.of(method="none", keep=keep, **config))  # the same bad options are refused
             pruner = None
         else:
             pruner = stack.enter_context(attach(model, processor, clip=clip, method=method, keep=keep, **config))
-        any_model: Any = model
-        inputs = processor(images=picture, text=prompt, return_tensors="pt")
-        inputs = inputs.to(any_model.device, any_model.dtype)
-        began = time.perf_counter()
-        (text,) = complete(model, processor, inputs, max_new_tokens)
-        seconds = time.perf_counter() - began
-        trace = pruner.trace if pruner else None
-        notes = (*(trace.notes if trace else ()), *_notes(host.model, inputs["input_ids"].shape[1]))
-        return Answer(text, trace, seconds, notes)
+
+        def answer(image: Any, question: str, *, streamer: Any = None) -> Answer:
+            return _answer(host, model, processor, pruner, _pictures(image), question, max_new_tokens, streamer)
+
+        yield answer
 
 
-def complete(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+def _answer(
+    host: Any,
+    model: Any,
+    processor: Any,
+    pruner: Pruner | None,
+    pictures: tuple[Image.Image, ...],
+    question: str,
+    max_new_tokens: int,
+    streamer: Any,
+) -> Answer:
+    """One prompt with its pictures to its answer."""
+    check_question(question)
+    prompt = prompt_for(processor, question, images=len(pictures))
+    inputs = processor(images=list(pictures), text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    began = time.perf_counter()
+    (text,) = complete(model, processor, inputs, max_new_tokens, streamer=streamer)
+    seconds = time.perf_counter() - began
+    trace = pruner.trace if pruner else None
+    columns = inputs["input_ids"].shape[1]
+    return Answer(
+        text,
+        trace,
+        seconds,
+        notes=(*(trace.notes if trace else ()), *_notes(host.model, columns)),
+        question=question,
+        pictures=pictures,
+        threshold=_threshold_of(pruner),
+        prompt_columns=columns,
+    )
+
+
+def _threshold_of(pruner: Pruner | None) -> float | None:
+    """Relevance above which a word guides; None where no word does."""
+    guide = pruner.method.guide_options if pruner else None
+    return None if guide is None else guide.threshold
+
+
+def _pictures(image: Any) -> tuple[Image.Image, ...]:
+    """One image or several, read. Raises `ImageError`, also for none."""
+    pictures = tuple(load_image(one) for one in (image if is_sequence(image) else (image,)))
+    if not pictures:
+        raise ImageError("there is no image in the list; pass one at least")
+    return pictures
+
+
+def _check_asking(processor: Any, max_new_tokens: Any) -> None:
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens!r} leaves no answer; use a whole number from 1 up")
+    if getattr(processor, "image_processor", None) is None:
+        raise ConfigError(
+            f"processor={type(processor).__name__} reads no images; pass the model's processor, ivtp.load(...)[1] or "
+            "AutoProcessor.from_pretrained(...)"
+        )
+
+
+def complete(model: Any, processor: Any, inputs: Any, max_new_tokens: int, streamer: Any = None) -> list[str]:
     """What the model says, greedily, behind each prompt of `inputs` (the processor's, left-padded)."""
     with torch.inference_mode():
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     new = generated[:, inputs["input_ids"].shape[1] :]
     return [str(text).strip() for text in processor.batch_decode(new, skip_special_tokens=True)]

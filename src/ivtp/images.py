@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import urllib.parse
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,22 +25,98 @@ _MAX_ASPECT = 100
 def load_image(source: object) -> Image.Image:
     """The image as RGB: upright, transparency on white, of an animation the first frame.
 
-    `source`: a path, the bytes of a file, or a PIL image (which is left as it is). Raises `ImageError` for
-    a file that is missing, empty, broken, no image, or so large that decoding it would be unsafe.
+    `source`: a path, a `data:` URL, the bytes of a file, an open file, a PIL image (which is left as it is), a numpy
+    array (H, W), (H, W, 3) or (H, W, 4), or a torch tensor with the channels in front; numbers are 0..255 as integers
+    or 0..1 as floats. Raises `ImageError` for a file that is missing, empty, broken, no image, or so large that
+    decoding it would be unsafe, and for arrays of other shapes or values.
     """
     if isinstance(source, Image.Image):
         return _decode(source, "the PIL image")
-    if isinstance(source, bytes):
-        return _open(source, "the image data")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _open(bytes(source), "the image data")
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return _open(_decoded(source), "the image in the data URL")
     if isinstance(source, str | Path):
         return _open(_read(source), f"'{source}'")
+    reader: Any = source
+    if callable(getattr(source, "read", None)):
+        return _from_file(reader)
+    if callable(getattr(source, "detach", None)):  # a tensor, of a library that is not imported for this
+        return _decode(_from_array(_channels_last(reader)), "the image tensor")
+    if isinstance(source, np.ndarray):
+        return _decode(_from_array(source), "the image array")
     kind = type(source).__name__
-    raise ImageError(f"cannot read an image from a {kind}; pass a path, bytes or a PIL image")
+    raise ImageError(
+        f"cannot read an image from a {kind}; pass a path, bytes, an open file, a PIL image, an array or a tensor"
+    )
+
+
+def is_sequence(image: object) -> bool:
+    """Whether `image` is several images, in the order of a prompt, and not one in whatever form."""
+    return isinstance(image, list | tuple)
+
+
+def _from_file(file: Any) -> Image.Image:
+    name = f"the image file {getattr(file, 'name', '')!r}" if getattr(file, "name", "") else "the image file"
+    try:
+        data = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # the latter from a file that is closed
+        raise ImageError(f"{name} cannot be read ({short_reason(error)}); open it for reading") from None
+    if not isinstance(data, bytes):
+        raise ImageError(f"{name} is open as text; open it in binary mode, 'rb'")
+    if len(data) > _MAX_BYTES:
+        raise ImageError(f"{name} has more than {_MAX_BYTES / 1e9:.1f} GB, too much for an image")
+    return _open(data, name)
+
+
+def _decoded(address: str) -> bytes:
+    """The bytes in a `data:` URL."""
+    head, comma, body = address.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        if head.lower().endswith(";base64"):
+            return base64.b64decode("".join(urllib.parse.unquote(body).split()), validate=True)
+        return urllib.parse.unquote_to_bytes(body)
+    except (ValueError, binascii.Error) as error:
+        raise ImageError(
+            f"the data URL cannot be read ({short_reason(error)}); use data:image/png;base64,... with the whole file"
+        ) from None
+
+
+def _channels_last(tensor: Any) -> np.ndarray[Any, Any]:
+    """A tensor (H, W) or (C, H, W) as an array (H, W) or (H, W, C)."""
+    plain = tensor.detach().cpu()
+    array = np.asarray(plain.float() if plain.is_floating_point() else plain)
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 else array
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    """A picture of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) numbers."""
+    shape = tuple(array.shape)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)) or 0 in shape:
+        raise ImageError(
+            f"an array of shape {shape} is no image; pass (H, W), (H, W, 3) or (H, W, 4), as a tensor (3, H, W)"
+        )
+    if array.dtype.kind not in "uifb":
+        raise ImageError(f"an array of {array.dtype} is no image; pass integers 0..255 or floats 0..1")
+    most = 1 if array.dtype.kind in "fb" else 255
+    values = array.astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > most:
+        low, high = values.min(), values.max()
+        raise ImageError(
+            f"an array of {array.dtype} from {low:g} to {high:g} is no image; pass integers 0..255 or floats 0..1"
+        )
+    pixels = (values * (255 / most)).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if array.ndim == 3 and shape[2] == 1 else pixels)
 
 
 def _read(source: str | Path) -> bytes:
-    if str(source).lower().startswith(("http://", "https://")):
-        raise ImageError(f"'{source}' is an address; download the image and pass its path")
+    if str(source) in ("", "."):  # an empty `Path` is the latter
+        raise ImageError("the name of the image is empty; name one image file")
+    if str(source).lower().startswith(("http:/", "https:/", "ftp:/", "file:/")):
+        fix = "pass its path" if str(source).lower().startswith("file:") else "download the image and pass its path"
+        raise ImageError(f"'{source}' is an address; {fix}")
     path = Path(source)
     try:
         kind = "a directory" if path.is_dir() else "no regular file" if path.exists() and not path.is_file() else None

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import pkgutil
 import warnings
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -84,6 +85,23 @@ def list_hosts() -> list[str]:
     return list(names_in("hosts"))
 
 
+def method_name(name: str) -> str:
+    """How the registry spells `name`, whatever its case: tables and papers write IVTP or FastV."""
+    text = str(name).strip()
+    spelled = {known.lower(): known for known in (*names_in("methods"), "none")}
+    if text.lower() in spelled:
+        return spelled[text.lower()]
+    halves = _halves(text.lower(), spelled)
+    return "+".join(spelled[half] for half in halves) if halves else text
+
+
+def _halves(name: str, known: Collection[str]) -> tuple[str, str] | None:
+    """The two methods that "first+second" names; a name of one method may hold the sign, too."""
+    places = [place for place, sign in enumerate(name) if sign == "+"]
+    pairs = ((name[:place], name[place + 1 :]) for place in places)
+    return next((pair for pair in pairs if pair[0] in known and pair[1] in known), None)
+
+
 def method_class(name: str | type[Any]) -> Any:
     """The `Method` subclass called `name`, or "first+second" for two; a class of the user's own is itself.
 
@@ -93,9 +111,11 @@ def method_class(name: str | type[Any]) -> Any:
         if not issubclass(name, importlib.import_module("ivtp.methods.base").Method):
             raise ConfigError(f"{name.__name__} is no pruning method; subclass ivtp.methods.base.Method")
         return name
-    known = names_in("methods")
-    pair = next(((a, b) for a in known for b in known if name == f"{a}+{b}"), None)  # a name may hold the sign itself
-    return _composed(*pair) if pair else load_named("methods", name, "METHOD")
+    name = method_name(name)
+    if name == "none":
+        raise ConfigError("method 'none' is the untouched model: there is nothing to attach; ask and flops take it")
+    halves = _halves(name, names_in("methods"))
+    return _composed(*halves) if halves else load_named("methods", name, "METHOD")
 
 
 def host_class(name: str) -> Any:
@@ -139,7 +159,7 @@ def load_named(room: str, name: str, attribute: str) -> Any:
         return getattr(importlib.import_module(f"ivtp.{room}.{name.replace('+', '_plus')}"), attribute)
     if name in _installed(room):
         return _load(room, _installed(room)[name])
-    near = difflib.get_close_matches(str(name), names_in(room), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), names_in(room), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(f"unknown {_noun(room)} {name!r}; {hint}available: {', '.join(names_in(room))}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 Where = Literal["vision", "llm"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageTrace:
     """One cut: which patches stayed.
 
@@ -31,6 +32,17 @@ class StageTrace:
     candidates: Tensor
     sources: Tensor | None = None
     stand_ins: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"StageTrace({self.where} layer {self.layer}: kept {_span(_counts(self.kept))})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields with lists in place of tensors; what is no number (-inf behind the end of a row) is None."""
+        return {
+            "where": self.where,
+            "layer": self.layer,
+            **{name: _listed(getattr(self, name)) for name in ("kept", "scores", "candidates", "sources", "stand_ins")},
+        }
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class TokensPerLayer:
         return sum(entering) / len(entering), sum(leaving) / len(leaving)
 
 
-@dataclass
+@dataclass(repr=False)
 class PruneTrace:
     """The record of one prefill, with a row (in tensors and lists) for each row of the batch that the model ran.
 
@@ -96,6 +108,27 @@ class PruneTrace:
     patches: tuple[tuple[int, ...], ...] = ()
     """Patches of each image of each row; empty: `num_patches` everywhere."""
 
+    def __repr__(self) -> str:
+        total = self.num_patches * max(self.images, default=0)
+        rows = f"{len(self.images)} prompts, " if len(self.images) != 1 else ""
+        return (
+            f"PruneTrace({rows}kept {_span(_counts(self.kept()))} of {total} visual tokens in {len(self.stages)} cuts)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, of numbers, texts, lists and dictionaries alone: `json.dumps` takes it."""
+        return {
+            "num_patches": self.num_patches,
+            "images": list(self.images),
+            "stages": [stage.to_dict() for stage in self.stages],
+            "words": [[asdict(word) for word in row] for row in self.words],
+            "fallback": list(self.fallback),
+            "tokens_per_layer": None if self.tokens_per_layer is None else _plain(asdict(self.tokens_per_layer)),
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
     def kept(self, where: Where | None = None) -> Tensor:
         """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.
 
@@ -108,3 +141,27 @@ class PruneTrace:
         everything = torch.arange(max(map(sum, patches), default=0)).repeat(len(self.images), 1)  # (B, all patches)
         limits = torch.tensor([sum(row) for row in patches]).unsqueeze(1)
         return torch.where(everything < limits, everything, -1)
+
+
+def _counts(kept: Tensor) -> list[int]:
+    """Tokens in each row (B, k)."""
+    return [int(count) for count in (kept >= 0).sum(dim=1)]
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts, default=0), max(counts, default=0)
+    return f"{low}" if low == high else f"{low}..{high}"
+
+
+def _listed(tensor: Tensor | None) -> Any:
+    """Nested lists of a tensor's numbers."""
+    return None if tensor is None else _plain(tensor.tolist())
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -78,6 +78,8 @@ def one_line(text: str) -> str:
 # ---- ask ------------------------------------------------------------------------------------------------------
 
 ASK_KEYS = [
+    "image",
+    "question",
     "answer",
     "model",
     "method",
@@ -213,10 +215,10 @@ def test_a_file_is_no_folder_to_write_to(run: Run, photo: Path, command: list[st
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--keep", "0"], "keep=0"),
+        (["--keep", "0"], "--keep 0 leaves"),
         (["--keep", str(NUM_PATCHES + 1)], f"1..{NUM_PATCHES}"),
         (["--keep", "300%"], "300%"),
-        (["--keep", "nan"], "keep='nan'"),
+        (["--keep", "nan"], "--keep nan"),
         (["--method", "ivpt"], "did you mean ivtp"),
         (["--threshold", "7"], "cosine"),
         (["--option", "guide"], "NAME=VALUE"),
@@ -330,7 +332,7 @@ def test_images_of_a_prompt_may_share_a_budget(run: Run) -> None:
     assert run(*asked).code == 0
     refused = run(*asked, "--method", "topk")
     assert refused.code == 2
-    assert "does not read budget" in one_line(refused.err)
+    assert "does not read --option budget=prompt" in one_line(refused.err)
 
 
 def test_methods_lists_every_method(run: Run) -> None:
@@ -397,11 +399,10 @@ def test_samples_are_written_with_questions(run: Run, tmp_path: Path) -> None:
 def test_demo_compares_two_questions(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("samples", tmp_path / "samples", "--count", 1)
-    monkeypatch.setattr("ivtp.cli.app._SAMPLES", tmp_path / "samples")
     monkeypatch.setattr("ivtp.generate.MICRO", checkpoint)
     result = run("demo", "--output", tmp_path / "shown", "--keep", 8)
     assert result.code == 0, result.err
+    assert "chosen to show the difference" in result.out
     asked = [line for line in result.out.splitlines() if "right answer" in line]
     assert len(asked) == len(set(asked)) == 2
     for title in ("all tokens", "TopK", "IVTP"):

@@ -83,7 +83,7 @@ def test_growth_prints_how_fast_scoring_grows(bench: Run, few: tuple[object, ...
     [
         (["--method", "ivpt"], "did you mean ivtp"),
         (["--keep", "600"], "1..36"),
-        (["--keep", "nan"], "keep='nan'"),
+        (["--keep", "nan"], "--keep nan"),
         (["--layers", "4"], "VIT,LLM"),
         (["--layers", "9,9"], "1..6,1..8"),
         (["--model", "micro"], "give one of them"),

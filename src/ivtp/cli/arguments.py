@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import json
+import re
+import shlex
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ivtp.errors import ConfigError
+from ivtp.cli.door import interruptible
+from ivtp.config import PruneConfig, check_none
+from ivtp.errors import ConfigError, IvtpError
+from ivtp.registry import method_name, names_in
+
+Model = Annotated[str, typer.Option("--model", "-m", help="micro (the embedded model), a folder, or a hub id.")]
+Method = Annotated[str, typer.Option(help="A method that `ivtp methods` lists; none keeps every token.")]
+Keep = Annotated[
+    str, typer.Option("--keep", "-k", help='Visual tokens kept of each image: a number, or a share as "11%".')
+]
+Threshold = Annotated[float | None, typer.Option(help="Relevance above which a word guides; default: the model's.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the methods that draw at random.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="NAME=VALUE", help="Another option of PruneConfig or of the method; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="What to compute in; auto is float32 on a CPU, else the checkpoint's own."),
+]
+Clip = Annotated[str | None, typer.Option(help="Folder or hub id of the CLIP text side; default: the model's own.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print answers and errors, nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+RESERVED = frozenset(
+    {
+        *("model", "processor", "image", "question", "method", "keep", "max_new_tokens", "clip", "config", "options"),
+        *("text_tokens", "batch", "images", "instruction_tokens"),
+    }
+)
+"""What `ask`, `attach` and `flops` take for themselves: no option may have such a name."""
 
 
 def parse_keep(text: str) -> int | str:
     """A number of tokens, or a share such as "11%" as it is."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) else text
 
 
-def parse_options(given: list[str] | None, context: typer.Context, function: Callable[..., Any]) -> dict[str, Any]:
+def parse_options(given: list[str] | None, context: typer.Context) -> dict[str, Any]:
     """`name=value` pairs: a value that is JSON is what it says, `1,2` is a tuple, anything else stays text.
 
-    Refuses the command's own flags and what `function`, which takes the options, would take for itself.
+    Refuses the command's own flags and `RESERVED` names.
     """
-    flags = {p.name: p.opts[0] for p in context.command.params if p.param_type_name == "option"}
-    own = {"options", *inspect.signature(function).parameters}
+    flags = _flags(context)
     options: dict[str, Any] = {}
     for pair in given or []:
         name, separator, text = pair.partition("=")
@@ -34,21 +65,77 @@ def parse_options(given: list[str] | None, context: typer.Context, function: Cal
             raise ConfigError(f"--option {pair!r} is not NAME=VALUE; write for example --option guide=visual")
         if name in flags:
             raise ConfigError(f"--option {pair!r} sets what the command has a flag for; use {flags[name]} {text}")
-        if name in own:
+        if name in RESERVED:
             raise ConfigError(f"--option {pair!r}: {name} is no option of PruneConfig or of a method; leave it out")
-        try:
-            value = json.loads(f"[{text}]" if "," in text else text)
-        except ValueError:
-            value = text
-        options[name] = tuple(value) if isinstance(value, list) else value
+        options[name] = _value(text)
     return options
 
 
-def check_asked(method: str, keep: str, options: dict[str, Any]) -> None:
-    """Refuse what is wrong in itself before a model is loaded."""
-    from ivtp.config import PruneConfig
-    from ivtp.registry import method_class
+def _value(text: str) -> Any:
+    listed = text if text.startswith("[") else f"[{text.removesuffix(',')}]" if "," in text else text
+    try:
+        value = json.loads(listed)
+    except ValueError:
+        return text
+    return tuple(value) if isinstance(value, list) else value
 
-    config = PruneConfig.of(method=method, keep=parse_keep(keep), **options)
-    if method != "none":
-        method_class(method).options_of(config)
+
+def check_asked(method: str, keep: str, options: dict[str, Any]) -> str:
+    """Refuse what is wrong in itself before a model, or torch, is loaded; gives the method's registered name."""
+    name = method_name(method)
+    config = PruneConfig.of(method=name, keep=parse_keep(keep), **options)
+    if name == "none":
+        check_none(config)
+    else:
+        if options or name not in names_in("methods"):
+            from ivtp.registry import method_class  # which knows pairs, what is near, and a method's own options
+
+            method_class(name).options_of(config)
+    return name
+
+
+def spoken(command: Callable[..., Any]) -> Callable[..., Any]:
+    """A command whose errors name the flags that it has, and that says what Ctrl-C has left."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with interruptible(lambda: "nothing was written"):
+            try:
+                return command(*args, **kwargs)
+            except IvtpError as error:
+                context = kwargs.get("context")
+                raise type(error)(in_flags(str(error), context) if context else str(error)) from error
+
+    return wrapper
+
+
+def in_flags(text: str, context: typer.Context) -> str:
+    """An error of the library in the words of the command line: `keep=600` is `--keep 600` there."""
+    flags = _flags(context)
+    given = {pair.partition("=")[0] for pair in context.params.get("option") or []}
+    known = {field.name for field in fields(PruneConfig)} | given
+    if "clip" in flags:
+        text = _CLIP.sub("--clip with", text)
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found[1], found[2].strip("'\"")
+        if name in flags:
+            return f"{flags[name]} {shlex.quote(value)}"
+        return f"--option {name}={value}" if name in known else found[0]
+
+    text = _TUPLE.sub(lambda found: re.sub(r"[ ()]", "", found[0]).removesuffix(","), text)
+    return _ASSIGNED.sub(flag, text)
+
+
+_CLIP = re.compile(r"clip=(?:\(\w+, (?:its )?tokenizer\),|\.\.\.)")
+_TUPLE = re.compile(r"\(\d+(?:, \d+)*,?\)")
+_ASSIGNED = re.compile(r"(?<![\w-])(?<!--option )([a-z_]+)=('[^']*'|\"[^\"]*\"|[^\s;:()]*[^\s;:(),.])")
+
+
+def _flags(context: typer.Context) -> dict[str, str]:
+    """The command's options by their names in Python."""
+    return {
+        str(p.name): next((o for o in p.opts if o.startswith("--")), p.opts[0])
+        for p in context.command.params
+        if p.param_type_name == "option"
+    }

@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ivtp.cli.arguments import parse_keep, parse_options
+from ivtp.cli.arguments import parse_keep, parse_options, spoken
 from ivtp.cli.console import err, out
-from ivtp.cli.door import quiet
+from ivtp.cli.door import interruptible, quiet
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_output
 
 _SIZES = "llava-1.5-7b, llava-1.5-13b, micro, or a CONFIG.json"
 
 
+@spoken
 def bench(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="micro (the default), a folder or a hub id.")] = None,
@@ -62,8 +63,6 @@ def bench(
     The oracle is the same model that is handed the same token counts in every layer for free. Ratios are medians of
     the ratios of each round. The file of --output is rewritten after each configuration, so --resume can go on with it.
     """
-    from ivtp.plug import attach
-
     if model is not None and geometry is not None:
         raise ConfigError("--model has its own weights and --geometry random ones; give one of them")
     if resume and output is None:
@@ -79,7 +78,7 @@ def bench(
         texts=tuple(text or ()),
         images=tuple(images or ()),
         batches=tuple(batch or ()),
-        options=parse_options(option, context, attach),
+        options=parse_options(option, context),
         tokens=tokens,
         repeats=repeats,
         dtype=dtype,
@@ -101,7 +100,10 @@ def _run(asked: Any, output: Path | None, resume: bool, plot_file: Path | None) 
     check_output(output, "--output", inputs=(asked.name,))
     check_plot(plot_file, inputs=(asked.name, output))
     quiet()
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
+    with (
+        interruptible(lambda: _left(output)),
+        Progress(console=err, transient=True, disable=not err.is_terminal) as progress,
+    ):
         task = progress.add_task("preparing", total=rounds(asked))
         command = shlex.join(["ivtp", *sys.argv[1:]])
         document = sweep(
@@ -111,11 +113,17 @@ def _run(asked: Any, output: Path | None, resume: bool, plot_file: Path | None) 
             command=command,
             report=lambda done: progress.update(task, advance=1, description=done),
         )
-    _print(document)
-    if plot_file is not None:
+    if plot_file is not None:  # ahead of the tables: whoever reads only their first lines closes the pipe
         plot(document, plot_file)
+    _print(document)
     for file in filter(None, (output, plot_file)):
         err.print(f"written: {file}", markup=False, soft_wrap=True)
+
+
+def _left(output: Path | None) -> str:
+    if output is None or not output.exists():
+        return "nothing was written; with --output FILE every finished configuration is kept"
+    return f"what was finished is in {output}; go on with the same command and --resume"
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -7,12 +7,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ivtp.cli.arguments import spoken
 from ivtp.cli.console import err, out
-from ivtp.cli.door import quiet
+from ivtp.cli.door import interruptible, quiet
 from ivtp.files.outputs import check_output, write_text
 
 
+@spoken
 def compare(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="micro, or a folder with an exported model.")] = "micro",
     method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: all.")] = None,
     keep: Annotated[
@@ -49,20 +52,27 @@ def compare(
     check_output(output, "--output", inputs=(model,))
     check_output(markdown, "--markdown", inputs=(model, output))
     quiet()
-    _, text = measure(
-        model=model,
-        methods=method or list_methods(),
-        keeps=keep or [16, 64, 128],
-        questions=questions,
-        positions=positions,
-        batch=batch,
-        dtype=dtype,
-        workers=workers,
-        threads=threads,
-        resume=resume,
-        output=output,
-        report=report,
-    )
+    with interruptible(lambda: _left(output)):
+        _, text = measure(
+            model=model,
+            methods=method or list_methods(),
+            keeps=keep or [16, 64, 128],
+            questions=questions,
+            positions=positions,
+            batch=batch,
+            dtype=dtype,
+            workers=workers,
+            threads=threads,
+            resume=resume,
+            output=output,
+            report=report,
+        )
     out.print(Markdown(text))
     if markdown is not None:
         write_text(markdown, text, "--markdown")
+
+
+def _left(output: Path | None) -> str:
+    if output is None or not output.exists():
+        return "nothing was written; with --output FILE every finished method is kept"
+    return f"finished methods are in {output}; go on with the same command and --resume"

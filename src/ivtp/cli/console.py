@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,20 +35,19 @@ class Cost:
     pruned: float
 
     @classmethod
-    def of(cls, model: Any, processor: Any, photo: Any, question: str, trace: PruneTrace | None) -> Cost:
-        """The cost of one question about one image; None is the trace of the untouched model."""
+    def of(cls, model: Any, answer: Answer) -> Cost:
+        """What the prefill of an answer cost."""
         from ivtp.cost.flops import flops as count
         from ivtp.cost.flops import prompt_tokens
         from ivtp.cost.sizes import sizes
-        from ivtp.generate import prompt_for
 
-        geometry = sizes(model).geometry
-        patches = geometry.num_patches
-        ids = processor(images=photo, text=prompt_for(processor, question))["input_ids"][0]
-        full = count(model, method="none", text_tokens=prompt_tokens(len(ids), geometry)).total
-        if trace is None:
+        geometry, images = sizes(model).geometry, len(answer.pictures)
+        patches = geometry.num_patches * images
+        text = prompt_tokens(answer.prompt_columns, geometry, images)
+        full = count(model, method="none", text_tokens=text, images=images).total
+        if answer.trace is None:
             return cls(patches, patches, full, full)
-        return cls(patches, int((trace.kept()[0] >= 0).sum()), full, trace.flops)
+        return cls(patches, int((answer.trace.kept()[0] >= 0).sum()), full, answer.trace.flops)
 
     def tokens(self) -> str:
         """For example "64 of 576"."""
@@ -61,9 +60,10 @@ class Cost:
         return f"{self.pruned / size:.1f} {unit}{saved}"
 
 
-def print_answer(answer: Answer, cost: Cost) -> None:
-    """The answer on the standard output, everything about it on the standard error."""
-    out.print(answer.text, markup=False, soft_wrap=True)
+def print_answer(answer: Answer, cost: Cost, *, streamed: bool = False) -> None:
+    """The answer on the standard output (where it was not `streamed`), everything about it on the standard error."""
+    if not streamed:
+        out.print(answer.text, markup=False, soft_wrap=True)
     time = f"{1000 * answer.seconds:.0f} ms"
     err.print(f"{cost.tokens()} visual tokens, prefill {cost.flops()}, {time}", markup=False)
     words = answer.trace.words[0] if answer.trace and answer.trace.words else []
@@ -88,10 +88,38 @@ def guided_by(words: Sequence[Word], most: int = 10) -> str:
     return named + (f" and {len(best) - most} less relevant words" if len(best) > most else "")
 
 
-def answer_json(answer: Answer, cost: Cost, *, model: str, method: str, picture: Path | None) -> dict[str, Any]:
+def terminal_streamer(processor: Any) -> Any:
+    """Prints an answer word by word where the standard output is a terminal; None elsewhere."""
+    if not out.is_terminal:
+        return None
+    from transformers import TextStreamer
+
+    class Printing(TextStreamer):  # type: ignore[misc]  # transformers' classes are untyped here
+        """Without blanks in front, and without what would move the cursor; calls `before` ahead of the first word."""
+
+        before: Any = None
+        begun = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text if self.begun else text.lstrip()
+            if text and not self.begun:
+                self.begun = True
+                if self.before is not None:
+                    self.before()
+            shown = "\n".join(printable(line) for line in text.split("\n"))
+            out.print(shown, end="\n" if stream_end else "", markup=False, soft_wrap=True)
+
+    return Printing(getattr(processor, "tokenizer", processor), skip_prompt=True, skip_special_tokens=True)
+
+
+def answer_json(
+    answer: Answer, cost: Cost, model: str, method: str, image: str | list[str], picture: Path | None
+) -> dict[str, Any]:
     """The document of `ivtp ask --json`."""
     trace = answer.trace
     return {
+        "image": image,
+        "question": answer.question,
         "answer": answer.text,
         "model": model,
         "method": method,
@@ -126,8 +154,8 @@ def parts(report: FlopsReport) -> dict[str, float]:
     return {name: getattr(report, name) for name in (*PARTS, "total")}
 
 
-def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
-    """Both costs side by side, with the saving in percent of the printed totals, as papers print it."""
+def print_flops(full: FlopsReport, pruned: FlopsReport, *, batch: int = 1, images: int = 1) -> None:
+    """Both costs side by side, with the difference in percent of the printed totals, as papers print it."""
     size, unit = _unit(full.total)
     totals = [round(report.total / size, 1) for report in (full, pruned)]
     table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
@@ -136,24 +164,61 @@ def print_flops(full: FlopsReport, pruned: FlopsReport) -> None:
     table.add_column(f"{pruned.method}, {pruned.keep} tokens", f"{totals[1]}", justify="right")
     for name in PARTS:
         table.add_row(name, *(f"{getattr(report, name) / size:.3f}" for report in (full, pruned)))
-    out.print(f"{full.model}, {full.text_tokens} prompt tokens", markup=False)
+    several = f", {images} images in each prompt" if images > 1 else ""
+    several += f", {batch} prompts at once" if batch > 1 else ""
+    out.print(f"{full.model}, {full.text_tokens} prompt tokens{several}", markup=False)
     out.print(table)
     printed, exact = totals[1] / totals[0] - 1, pruned.total / full.total - 1
     entering, leaving = pruned.equivalent
     if entering != leaving:
         out.print(f"equivalent tokens: {entering:.1f} enter a layer of the decoder on average, {leaving:.1f} leave it")
-    out.print(f"saved: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")
+    out.print(f"cost: {100 * printed:+.1f}% (of the unrounded totals {100 * exact:+.2f}%)")
     for note in pruned.notes:
         out.print(f"note: {note}", markup=False)
 
 
 def print_json(document: Any) -> None:
-    """One document on the standard output, whatever the terminal's width; escapes where it has no such characters."""
-    text = json.dumps(document, indent=2, ensure_ascii=False)
+    """One document on the standard output, a line for a key or, where it holds a list of objects, for each of these."""
+    _write(_pretty(document, ascii_too=False), _pretty(document, ascii_too=True))
+
+
+def print_json_list(documents: Iterable[Any]) -> None:
+    """A list of documents, each as `print_json` writes it."""
+    whole = list(documents)
+    plain, escaped = (",\n".join(_pretty(document, ascii_too) for document in whole) for ascii_too in (False, True))
+    _write(f"[\n{plain}\n]", f"[\n{escaped}\n]")
+
+
+def print_json_line(document: Any) -> None:
+    """A document in one line."""
+    _write(json_line(document), json.dumps(document))
+
+
+def json_line(document: Any) -> str:
+    """A document in one line, without its end."""
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _pretty(document: Any, ascii_too: bool) -> str:
+    def one(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=ascii_too)
+
+    def parts_of(value: Any, indent: str) -> str:
+        if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+            return "[\n" + ",\n".join(f"{indent}  {one(part)}" for part in value) + f"\n{indent}]"
+        return one(value)
+
+    if not isinstance(document, dict):
+        return parts_of(document, "")
+    return "{\n" + ",\n".join(f"  {one(key)}: {parts_of(value, '  ')}" for key, value in document.items()) + "\n}"
+
+
+def _write(text: str, escaped: str) -> None:
+    """`escaped` where the standard output has no such characters."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(document, indent=2)
+        text = escaped
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

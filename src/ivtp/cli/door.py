@@ -6,7 +6,8 @@ import io
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ivtp.errors import ConfigError, ImageError, InputError, IvtpError, short_reason
@@ -28,6 +29,16 @@ def run(command: Callable[[], Any]) -> None:
         print(f"error: {printable(_line(error))}", file=sys.stderr)
         asked = isinstance(error, ConfigError | ImageError | InputError)
         raise SystemExit(2 if asked else 1) from None
+
+
+@contextmanager
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """On Ctrl-C one line, with what `left` says was written and how to go on; exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"interrupted: {printable(left())}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def quiet() -> None:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ivtp.config import PruneConfig
+from ivtp.config import PruneConfig, check_none
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Method
 from ivtp.plan import Cut, Geometry, Plan, Rows
-from ivtp.registry import method_class
+from ivtp.registry import method_class, method_name
 from ivtp.trace import TokensPerLayer
 
 
@@ -70,9 +70,11 @@ def flops(
     `PruneConfig` and options of the method. Raises `ConfigError` for a value out of range,
     `UnsupportedModelError` for a family without a host, `LoadError` for a model that is not there.
     """
-    for name, value, low in (("batch", batch, 1), ("images", images, 1), ("text_tokens", text_tokens, images)):
+    for name, value, low in (("batch", batch, 1), ("images", images, 1), ("text_tokens", text_tokens, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
+    if text_tokens < images:
+        raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = sizes(model)
     geometry = known.geometry
     chosen, clip = _method(known, {**config, "method": method, "keep": keep})
@@ -98,8 +100,8 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
 
 def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:
     """A method, which takes of the checkpoint's recommendation what it reads, and its CLIP side."""
-    if config["method"] == "none":
-        PruneConfig.of(**config)  # refuses what is no option
+    if isinstance(config["method"], str) and method_name(config["method"]) == "none":
+        check_none(PruneConfig.of(**config))
         return None, None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)

@@ -13,6 +13,9 @@ MICRO = Path(__file__).parents[1] / "micro" / "assets"
 """The folder of the embedded model."""
 
 
+SIDECAR = "ivtp.json"
+
+
 def local_folder(name: object) -> Path | None:
     """The folder that a model's name means on this machine; None for a hub id, or no name at all."""
     folder = Path(str(name or ""))
@@ -24,7 +27,7 @@ def sidecar(folder: Path | None) -> dict[str, Any]:
 
     Raises `LoadError` for a file that cannot be read or holds something else.
     """
-    return read_json(folder / "ivtp.json") if folder else {}
+    return read_json(folder / SIDECAR) if folder else {}
 
 
 def recommended(sidecar: Mapping[str, Any]) -> dict[str, Any]:

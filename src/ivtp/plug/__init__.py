@@ -2,6 +2,6 @@
 
 from ivtp.plug.changes import exclusive
 from ivtp.plug.entry import attach, find_host
-from ivtp.plug.pruner import Pruner, check_unpruned
+from ivtp.plug.pruner import Pruner, check_unpruned, detach, pruner_of
 
-__all__ = ["Pruner", "attach", "check_unpruned", "exclusive", "find_host"]
+__all__ = ["Pruner", "attach", "check_unpruned", "detach", "exclusive", "find_host", "pruner_of"]

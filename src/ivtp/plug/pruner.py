@@ -116,6 +116,12 @@ class Pruner:
         record = self.thread.record if self.thread.has_called else self._last
         return None if record is None else record.trace
 
+    def __repr__(self) -> str:
+        state = "attached to" if self._attached else "detached from"
+        method = self.config.method
+        name = method if isinstance(method, str) else method.__name__
+        return f"Pruner({name}, keep={self.config.keep!r}, {state} {type(self.host.model).__name__})"
+
     def __enter__(self) -> Pruner:
         return self
 
@@ -269,6 +275,20 @@ def check_unpruned(host: Host) -> None:
     """Raise `AttachError` where a pruner is attached."""
     if MARK in host.model.__dict__:
         raise AttachError("a pruner is attached to this model already; call its detach() first")
+
+
+def pruner_of(model: nn.Module) -> Pruner | None:
+    """The pruner that is attached to `model`, also where it is wrapped (by PEFT, say); None without one."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found: Iterator[Pruner] = (m.__dict__[MARK] for m in modules if MARK in m.__dict__)
+    return next(found, None)
+
+
+def detach(model: nn.Module) -> None:
+    """Take off whatever pruner is attached to `model`; does nothing where there is none."""
+    pruner = pruner_of(model)
+    if pruner is not None:
+        pruner.detach()
 
 
 def _no() -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ivtp.errors import ConfigError
+from ivtp.images import is_sequence, load_image
 from ivtp.trace import PruneTrace
 from ivtp.visualize.fonts import write
 from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, outline, paint
@@ -39,7 +41,7 @@ class Panel:
 
 
 def draw(
-    image: Image.Image | Sequence[Image.Image],
+    image: Any,
     trace: PruneTrace,
     *,
     row: int = 0,
@@ -53,14 +55,18 @@ def draw(
     Patches are counted below each picture; a picture that is no square is shown as the model saw it, and the share that
     was cut off is said.
 
-    `image`: the picture of sample `row`, or all of them in the order of the prompt. `square`: side in
-    pixels of the model's input, to which each picture is scaled and cropped. `threshold`: drawn as a line
-    through the word bars. Raises `ConfigError` when the pictures and the trace do not fit together.
+    `image`: the picture of sample `row`, in any form that `load_image` takes, or a list of all of them in the order of
+    the prompt. `square`: side in pixels of the model's input, to which each picture is scaled and cropped. `threshold`:
+    drawn as a line through the word bars. Raises `ImageError`, and `ConfigError` when the pictures and the trace do
+    not fit together.
     """
-    pictures = [image] if isinstance(image, Image.Image) else list(image)
+    pictures = [load_image(one) for one in (image if is_sequence(image) else [image])]
+    if 0 <= row < len(trace.images) and len(pictures) != trace.images[row]:
+        raise ConfigError(
+            f"sample {row} of the trace has {trace.images[row]} images, passed: {len(pictures)}; "
+            "pass all of them, in the order of the prompt"
+        )
     maps = [fates(trace, row, m) for m in range(len(pictures))]
-    if len(pictures) != trace.images[row]:
-        raise ConfigError(f"sample {row} of the trace has {trace.images[row]} images; pass all of them, in order")
     panels = [paint(_enlarged(p, square), f) for p, f in zip(pictures, maps, strict=True)]
     bars = _bars(trace, row, threshold)
     pictures_width = len(panels) * (panels[0].width + _MARGIN) - _MARGIN

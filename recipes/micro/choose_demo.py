@@ -1,0 +1,120 @@
+"""Which picture and questions `ivtp demo` shows: ``python -m recipes.micro.choose_demo``.
+
+The rule, fixed before the search: of the validation scenes in order, the first one with two questions of different
+kinds about different objects that the embedded model answers with all tokens and with IVTP, but not with TopK, at 64
+tokens. Kinds whose answer can be guessed (yes or no, counts, letters) are left out. The whole range is searched
+whatever is found, and how often either method alone is right is printed and stored with the choice: a demonstration
+is one example, and not how the methods compare. With ``--write`` the scene becomes the demo's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ivtp.cli.door import quiet, run
+from ivtp.generate import ask, load
+from ivtp.micro.formats.base import normalise
+from ivtp.micro.world.questions import Question, questions
+from ivtp.micro.world.render import render
+from ivtp.micro.world.samples import describe
+from ivtp.micro.world.scene import Scene, sample_scene, split_seed
+
+KINDS = ("colour", "neighbour", "position", "extreme", "sign")
+METHODS = ("none", "topk", "ivtp")
+FOLDER = Path(__file__).parents[2] / "src" / "ivtp" / "micro" / "samples"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question about a scene, and which of `METHODS` answered it rightly."""
+
+    scene: Scene
+    question: Question
+    right: tuple[bool, ...]
+
+
+def asked_about(model: Any, processor: Any, index: int, most: int, keep: int) -> list[Asked]:
+    """At most ``most`` questions about validation scene ``index``, answered with every method."""
+    scene = sample_scene(split_seed("validation", index), min_objects=3)
+    picture = render(scene)
+    suitable = [question for question in questions(scene, seed=0, count=12) if question.kind in KINDS][:most]
+    return [
+        Asked(
+            scene,
+            question,
+            tuple(
+                normalise(ask(model, processor, picture, question.text, method=method, keep=keep).text)
+                == normalise(question.answer)
+                for method in METHODS
+            ),
+        )
+        for question in suitable
+    ]
+
+
+def pair_in(found: list[Asked]) -> tuple[Question, Question] | None:
+    """The first two questions of one scene that show what the demo is to show."""
+    telling = [asked.question for asked in found if asked.right == (True, False, True)]
+    for first, second in itertools.combinations(telling, 2):
+        if first.kind != second.kind and not set(first.objects) & set(second.objects):
+            return first, second
+    return None
+
+
+def summary(found: list[list[Asked]], keep: int) -> str:
+    """How often each outcome occurred in the search."""
+    rights = [asked.right for scene in found for asked in scene]
+    ivtp, topk = (sum(right[0] and right[a] and not right[b] for right in rights) for a, b in ((2, 1), (1, 2)))
+    return (
+        f"{len(rights)} questions about {len(found)} validation scenes, {keep} tokens: all tokens right in "
+        f"{sum(right[0] for right in rights)}, TopK in {sum(right[1] for right in rights)}, IVTP in "
+        f"{sum(right[2] for right in rights)}; where all tokens are right, IVTP alone is right in {ivtp}, "
+        f"TopK alone in {topk}"
+    )
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+console = Console()
+
+
+@app.command(help=__doc__)
+def main(
+    scenes: Annotated[int, typer.Option(min=1, help="validation scenes to search, from the first")] = 60,
+    most: Annotated[int, typer.Option(min=2, help="questions of each scene")] = 4,
+    keep: Annotated[int, typer.Option(min=1, help="visual tokens that stay")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
+    write: Annotated[bool, typer.Option("--write", help="make the scene the demo's")] = False,
+) -> None:
+    torch.set_num_threads(threads)
+    quiet()
+    model, processor = load("micro")
+    numbers = track(range(scenes), "scenes", console=Console(stderr=True))
+    found = [asked_about(model, processor, index, most, keep) for index in numbers]
+    said = summary(found, keep)
+    console.print(said, soft_wrap=True)
+    pairs = [(index, pair) for index, scene in enumerate(found) if (pair := pair_in(scene))]
+    console.print(f"scenes with two telling questions: {[index for index, _ in pairs]}", soft_wrap=True)
+    if not pairs:
+        raise SystemExit(1)
+    index, pair = pairs[0]
+    for question in pair:
+        console.print(f"scene {index}: {question.text} ({question.answer})", markup=False, soft_wrap=True)
+    if write:
+        scene = found[index][0].scene
+        file = FOLDER / f"validation-{index:05d}.png"
+        render(scene).save(file)
+        entry = {**describe(scene, file.name, pair), "chosen": said}
+        (FOLDER / "demo.json").write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(app)
