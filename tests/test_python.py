@@ -179,12 +179,12 @@ def test_asking_attaches_once_and_answers_as_ask_does(tiny: Tiny) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    config = ivtp.PruneConfig(
+    config = ivtp.PruneConfig.of(
         keep=np.int64(64), threshold=np.float32(0.25), seed=np.uint8(3), schedule=np.array([9, 4])
     )
-    assert config == ivtp.PruneConfig(keep=64, threshold=0.25, seed=3, schedule=(9, 4))
+    assert config == ivtp.PruneConfig.of(keep=64, threshold=0.25, seed=3, schedule=(9, 4))
     assert type(config.keep) is int
-    assert type(config.threshold) is float
+    assert type(config.options["threshold"]) is float
     with pytest.raises(ConfigError, match="keep"):
         ivtp.PruneConfig(keep=np.float64(64.5))
 

@@ -47,7 +47,7 @@ class PruneConfig:
     """Options of the method itself, checked by the method's own `Options`."""
 
     def __post_init__(self) -> None:
-        for name in ("keep", "group_layers", "llm_layers", "seed", "threshold"):
+        for name in ("keep", "seed"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         _check_keep(self.keep)
         if not _is_int(self.seed) or not 0 <= self.seed < 2**64:
@@ -158,7 +158,7 @@ def _check_schedule(schedule: Any) -> tuple[int, ...]:
 
 
 def _check_options(options: object) -> dict[str, Any]:
-    """A copy, so that the caller's own dictionary cannot change a config."""
+    """A copy, so that the caller's own dictionary cannot change a config; numbers are Python's own."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"options={options!r} are no names with values; use a dictionary")
-    return dict(options)
+    return {name: _plain(value) for name, value in options.items()}
