@@ -19,7 +19,7 @@ from ivtp import trace
 
 def test_examples_of_the_methods_page() -> None:
     result = doctest.testfile(str(DOCS / "methods.md"), module_relative=False)
-    assert result.attempted == 3
+    assert result.attempted == 7
     assert result.failed == 0
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -87,7 +88,7 @@ def check_asked(method: str, keep: str, options: dict[str, Any]) -> str:
     if name == "none":
         check_none(config)
     else:
-        if options or name not in names_in("methods"):
+        if config.options or name not in names_in("methods"):
             from ivtp.registry import method_class  # which knows pairs, what is near, and a method's own options
 
             method_class(name).options_of(config)
@@ -114,6 +115,8 @@ def in_flags(text: str, context: typer.Context) -> str:
     flags = _flags(context)
     given = {pair.partition("=")[0] for pair in context.params.get("option") or []}
     known = {field.name for field in fields(PruneConfig)} | given
+    if "ivtp.methods.ivtp" in sys.modules:  # where it is not, no torch is either, and the error is not of a method
+        known |= {field.name for field in fields(sys.modules["ivtp.methods.ivtp"].Options)}
     if "clip" in flags:
         text = _CLIP.sub("--clip with", text)
 

@@ -12,11 +12,11 @@ from transformers.image_processing_utils import select_best_resolution
 
 from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
-from ivtp.hosts.llava import LlavaHost
+from ivtp.hosts.clip_llama import ClipLlamaHost
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
 
 
-class LlavaNextHost(LlavaHost):
+class LlavaNextHost(ClipLlamaHost):
     """`LlavaNextForConditionalGeneration` with a CLIP tower and one feature layer; images of any size.
 
     An image's patches are those of the whole, scaled down, and then those of the tiles in raster order, without
