@@ -25,7 +25,7 @@ from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
 from ivtp.prompt.chat import ChatTemplate, image_token_of
 from ivtp.prompt.question import check_question
-from ivtp.registry import method_name
+from ivtp.registry import host_class, list_hosts, method_name
 from ivtp.trace import PruneTrace
 from ivtp.visualize import draw
 
@@ -99,6 +99,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     path = MICRO if str(name) == "micro" else name
     advice = 'use "micro", a folder with a transformers checkpoint, or a hub id'
+    if any(str(name) in host_class(host).stock for host in list_hosts()):
+        advice = f"did you mean llava-hf/{name}-hf, its hub id?"
     return read_checkpoint(path, read, what="model", advice=advice)
 
 

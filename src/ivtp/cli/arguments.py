@@ -114,7 +114,7 @@ def in_flags(text: str, context: typer.Context) -> str:
     given = {pair.partition("=")[0] for pair in context.params.get("option") or []}
     known = {field.name for field in fields(PruneConfig)} | given
     if "clip" in flags:
-        text = _CLIP.sub("--clip with", text)
+        text = _CLIP.sub("--clip with", text).replace("clip=...", "--clip")
 
     def flag(found: re.Match[str]) -> str:
         name, value = found[1], found[2].strip("'\"")
@@ -126,7 +126,7 @@ def in_flags(text: str, context: typer.Context) -> str:
     return _ASSIGNED.sub(flag, text)
 
 
-_CLIP = re.compile(r"clip=(?:\(\w+, (?:its )?tokenizer\),|\.\.\.)")
+_CLIP = re.compile(r"clip=\(\w+, (?:its )?tokenizer\),")
 _TUPLE = re.compile(r"\(\d+(?:, \d+)*,?\)")
 _ASSIGNED = re.compile(r"(?<![\w-])(?<!--option )([a-z_]+)=('[^']*'|\"[^\"]*\"|[^\s;:()]*[^\s;:(),.])")
 
