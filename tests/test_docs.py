@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from packages import Packages
 from pages import DOCS, read, run_python
+from typer.main import get_command
 
 import ivtp
 from ivtp import trace
+from ivtp.cli import app as cli
 
 
 def test_examples_of_the_methods_page() -> None:
@@ -62,3 +64,23 @@ def test_a_new_method_by_the_page(packages: Packages) -> None:
         exec(compile(block, "add_method.md", "exec"), {})
     imported = set(re.findall(r"^from (ivtp[\w.]*) import", code, flags=re.MULTILINE))
     assert imported <= {"ivtp.errors", "ivtp.methods.base"}  # public names only
+
+
+def test_the_python_of_the_page_on_use_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python run\n(.*?)```", (DOCS / "use.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    known: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "use.md", "exec"), known)
+    assert len(known["texts"]) == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"kept.png", "trace.png"}
+
+
+def test_the_commands_of_the_page_on_use_exist() -> None:
+    text = (DOCS / "use.md").read_text(encoding="utf-8")
+    commands = {name: get_command(cli.app).commands[name] for name in re.findall(r"^ivtp ([a-z]+)", text, re.MULTILINE)}
+    assert set(commands) >= {"ask", "batch", "chat", "methods"}
+    for line in re.findall(r"^ivtp .*$", text, flags=re.MULTILINE):
+        name, flags = line.split()[1], re.findall(r"(--[a-z]+)", line.partition("#")[0])
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(flags) <= options, line

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import NUM_PATCHES, QUESTIONS, Tiny, image
 
 import ivtp
-from ivtp.errors import ConfigError, ImageError, OutputError
+from ivtp.errors import ConfigError, ImageError, LoadError, OutputError
 from ivtp.images import load_image
 
 ASKED: dict[str, Any] = {"keep": 8, "llm_layers": 6, "max_new_tokens": 3}
@@ -239,3 +239,23 @@ def test_what_save_writes_answers_like_the_model(tiny: Tiny, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="another folder"):
         ivtp.save(model, processor, tmp_path / "file" / "x")
+
+
+# ---- names of models ------------------------------------------------------------------------------------------
+
+
+def test_the_name_of_a_size_is_no_name_of_a_checkpoint() -> None:
+    with pytest.raises(LoadError, match=r"did you mean llava-hf/llava-1\.5-7b-hf"):
+        ivtp.load("llava-1.5-7b")
+
+
+def test_a_clip_folder_that_is_missing_and_a_broken_configuration(tiny: Tiny, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    tiny.processor.save_pretrained(tmp_path)
+    (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "clip": "clip"}))
+    model, processor = ivtp.load(tmp_path)
+    with pytest.raises(LoadError, match="beside it names, does not exist"):
+        ivtp.ask(model, processor, image(3), "Cat?", keep=8)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(LoadError, match="cannot be read as JSON"):
+        ivtp.flops(tmp_path)

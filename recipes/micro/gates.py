@@ -190,7 +190,7 @@ def main(
     quiet()
     lvlm, processor = load(model, dtype=dtype)
     columns = (TextColumn("photos"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not {1, 2, 4} & set(gates)) as progress:
         task = progress.add_task("", total=None)
 
         def report() -> None:

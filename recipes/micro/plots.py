@@ -32,7 +32,8 @@ def plot_log(log: Path) -> Path:
         figure.subplots(2, 1, sharex=True), (losses, curves.keys() - losses), ("loss", "share"), strict=True
     ):
         for name in sorted(chosen):
-            axes.plot(*zip(*curves[name], strict=True), label=name, linewidth=1)
+            marker = "." if len(curves[name]) == 1 else None  # a line needs two points to be seen
+            axes.plot(*zip(*curves[name], strict=True), label=name, linewidth=1, marker=marker)
         axes.set_ylabel(title)
         axes.legend(fontsize=6, ncols=4)
         axes.grid(alpha=0.3)

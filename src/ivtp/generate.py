@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 import shutil
 import time
@@ -21,11 +22,12 @@ from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputEr
 from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
 from ivtp.files.outputs import whole
 from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
+from ivtp.guide.familiar import KEY, watching
 from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
 from ivtp.prompt.chat import ChatTemplate, image_token_of
 from ivtp.prompt.question import check_question
-from ivtp.registry import method_name
+from ivtp.registry import host_class, list_hosts, method_name
 from ivtp.trace import PruneTrace
 from ivtp.visualize import draw
 
@@ -99,6 +101,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     path = MICRO if str(name) == "micro" else name
     advice = 'use "micro", a folder with a transformers checkpoint, or a hub id'
+    if any(str(name) in host_class(host).stock for host in list_hosts()):
+        advice = f"did you mean llava-hf/{name}-hf, its hub id?"
     return read_checkpoint(path, read, what="model", advice=advice)
 
 
@@ -116,9 +120,10 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
         processor.save_pretrained(target)
         if source is not None and beside and source.resolve() != target.resolve():
             shutil.copyfile(source / SIDECAR, target / SIDECAR)
-            clip = beside.get("clip")
-            if clip:
-                shutil.copytree(source / str(clip), target / str(clip), dirs_exist_ok=True)
+            if KEY in beside:
+                shutil.copyfile(source / str(beside[KEY]), target / str(beside[KEY]))
+            if beside.get("clip"):
+                shutil.copytree(source / str(beside["clip"]), target / str(beside["clip"]), dirs_exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
 
@@ -222,8 +227,11 @@ def asking(
         else:
             pruner = stack.enter_context(attach(model, processor, clip=clip, method=method, keep=keep, **config))
 
+        strange = stack.enter_context(watching(host.model, host.vision_tower))
+
         def answer(image: Any, question: str, *, streamer: Any = None) -> Answer:
-            return _answer(host, model, processor, pruner, _pictures(image), question, max_new_tokens, streamer)
+            found = _answer(host, model, processor, pruner, _pictures(image), question, max_new_tokens, streamer)
+            return dataclasses.replace(found, notes=(*found.notes, *strange()))
 
         yield answer
 

@@ -276,7 +276,11 @@ def test_a_terminal_sees_the_same_answer_as_a_file(
 
 def test_ctrl_c_is_one_line(photo: Path) -> None:
     """While the chat waits for a question."""
-    command = [sys.executable, "-m", "ivtp", "chat", str(photo)]
+    # a shell that runs the tests in the background hands an ignored signal down
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom ivtp.cli.app import main; main()"
+    )
+    command = [sys.executable, "-c", code, "chat", str(photo)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

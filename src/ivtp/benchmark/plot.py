@@ -48,7 +48,7 @@ def _latency(document: Document) -> Any:
         axes.set(xlabel="visual tokens kept of each image", ylabel="prefill ms", ylim=(0, None))
         axes.set_title(f"{text} text tokens, {images} image(s), batch {batch}", fontsize=9)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="best", framealpha=0.5)
     return figure
 
 

@@ -118,7 +118,7 @@ def in_flags(text: str, context: typer.Context) -> str:
     if "ivtp.methods.ivtp" in sys.modules:  # where it is not, no torch is either, and the error is not of a method
         known |= {field.name for field in fields(sys.modules["ivtp.methods.ivtp"].Options)}
     if "clip" in flags:
-        text = _CLIP.sub("--clip with", text)
+        text = _CLIP.sub("--clip with", text).replace("clip=...", "--clip")
 
     def flag(found: re.Match[str]) -> str:
         name, value = found[1], found[2].strip("'\"")
@@ -130,7 +130,7 @@ def in_flags(text: str, context: typer.Context) -> str:
     return _ASSIGNED.sub(flag, text)
 
 
-_CLIP = re.compile(r"clip=(?:\(\w+, (?:its )?tokenizer\),|\.\.\.)")
+_CLIP = re.compile(r"clip=\(\w+, (?:its )?tokenizer\),")
 _TUPLE = re.compile(r"\(\d+(?:, \d+)*,?\)")
 _ASSIGNED = re.compile(r"(?<![\w-])(?<!--option )([a-z_]+)=('[^']*'|\"[^\"]*\"|[^\s;:()]*[^\s;:(),.])")
 

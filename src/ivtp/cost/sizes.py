@@ -100,6 +100,8 @@ def _folder_of(model: str | Path) -> Path | None:
 def _local_config(model: str | Path, folder: Path | None) -> Any:
     from transformers import AutoConfig
 
+    if folder is not None:
+        read_json(folder / "config.json")  # says what is wrong with a broken one
     try:
         return AutoConfig.from_pretrained(folder or str(model), local_files_only=True)
     except (OSError, ValueError):

@@ -80,6 +80,8 @@ class Host:
     """The stock model, as the user calls it."""
     multimodal: nn.Module
     """The sub-module that merges image features and text and calls the decoder."""
+    vision_tower: Any
+    """The module whose output holds the pooled CLS."""
     decoder: nn.Module
     embedding: nn.Module
     vision_layers: nn.ModuleList

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from ivtp.errors import InputError, UnsupportedModelError
+from ivtp.errors import InputError, LoadError, UnsupportedModelError
+from ivtp.files.sidecar import SIDECAR
 from ivtp.hosts.base import Host, cache_name, openai_clip
 from ivtp.plan import Geometry
 
@@ -170,7 +171,12 @@ class ClipLlamaHost(Host):
         """The folder that the checkpoint's `ivtp.json` names, else OpenAI's CLIP for a tower of its sizes."""
         folder, named = self._folder(), self._sidecar().get("clip")
         if folder and named:
-            return str(folder / str(named))
+            clip = folder / str(named)
+            if not clip.is_dir():
+                raise LoadError(
+                    f"{clip}, which {SIDECAR} beside it names, does not exist; copy it there or pass clip=..."
+                )
+            return str(clip)
         return openai_clip(self.size, len(self.vision_layers))
 
 
