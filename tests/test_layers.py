@@ -104,6 +104,14 @@ def test_imports_point_downwards(file: Path) -> None:
     assert not [text for target in sorted(found) if (text := complaint(here, target))]
 
 
+def test_the_package_does_not_lean_on_what_its_wheel_leaves_out() -> None:
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not [m for m in modules if m.split(".")[0] in ("recipes", "benchmarks", "tests")], file
+
+
 def test_names_that_are_only_known_at_run_time_are_the_registrys() -> None:
     """Everywhere else an import by name has its name in the source, where the rule sees it."""
     for file in FILES:

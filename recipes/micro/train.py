@@ -273,7 +273,7 @@ def export(out: Out = RUNS, weights: Weights = None, asset: Asset = ASSET, threa
     tokenizer, clip = recipe.tokenizer_in(out), CLIPModel.from_pretrained(folder).eval()
     clip_tokenizer, images_of = AutoTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
     projector = recipe.projector_from(checkpoint)
-    model = assemble(recipe.decoder_from(checkpoint, tokenizer), clip, tokenizer, projector)
+    model = assemble(recipe.decoder_from(checkpoint, tokenizer), clip, tokenizer, projector.stock())
     threshold = choose_threshold(clip, clip_tokenizer, images_of)
     save_asset(asset, model, build_processor(tokenizer, images_of), clip, clip_tokenizer, threshold=threshold)
     console.print(f"{asset}: threshold {threshold:.3f}", soft_wrap=True)

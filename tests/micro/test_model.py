@@ -61,7 +61,7 @@ def test_offsets_point_into_the_text(tokenizer) -> None:
 def test_the_saved_folder_is_a_stock_checkpoint(tokenizer, tmp_path: Path) -> None:
     clip = tiny_clip(len(tokenizer))
     decoder, projector = build_decoder(tokenizer, layers=2, width=64), Projector(32, 64)
-    model = assemble(decoder, clip, tokenizer, projector)
+    model = assemble(decoder, clip, tokenizer, projector.stock())
     processor = build_processor(
         tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     )

@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
     tokenizer = build_tokenizer(corpus())
     clip = tiny_clip(len(tokenizer))
     torch.manual_seed(0)
-    model = assemble(build_decoder(tokenizer, layers=6, width=64), clip, tokenizer, Projector(32, 64))
+    model = assemble(build_decoder(tokenizer, layers=6, width=64), clip, tokenizer, Projector(32, 64).stock())
     processor = build_processor(
         tokenizer, CLIPImageProcessor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from ivtp.micro import world
 from ivtp.micro.tokenizer import IMAGE
 from ivtp.micro.world.chinese import COLOURS_ZH, NAMES_ZH, POSITIONS_ZH
 from ivtp.micro.world.vocabulary import plural
-from recipes.micro.projector import Projector
 
 WIDTH = 192
 ROPE_THETA = 1e6
@@ -133,9 +133,9 @@ def _match_alike(attention: Any) -> None:
 
 
 def assemble(
-    decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: Projector
+    decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: Mapping[str, Tensor]
 ) -> LlavaForConditionalGeneration:
-    """A stock LLaVA-1.5 of the decoder, CLIP's vision tower (its second-to-last layer is read) and the projector."""
+    """A stock LLaVA-1.5 of the decoder, CLIP's vision tower (its second-to-last layer is read) and a stock projector's weights."""
     vision = clip.config.vision_config
     config = LlavaConfig(
         vision_config=vision,
@@ -153,7 +153,7 @@ def assemble(
     model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
-    model.model.multi_modal_projector.load_state_dict(projector.stock())
+    model.model.multi_modal_projector.load_state_dict(projector)
     _load_tower(model.model.vision_tower, clip)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.generation_config, name, getattr(tokenizer, name))
