@@ -135,7 +135,7 @@ def _match_alike(attention: Any) -> None:
 def assemble(
     decoder: LlamaForCausalLM, clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, projector: Mapping[str, Tensor]
 ) -> LlavaForConditionalGeneration:
-    """A stock LLaVA-1.5 of the decoder, CLIP's vision tower (its second-to-last layer is read) and a stock projector's weights."""
+    """A stock LLaVA-1.5 of the decoder, CLIP's vision tower, whose second-to-last layer is read, and a projector."""
     vision = clip.config.vision_config
     config = LlavaConfig(
         vision_config=vision,
