@@ -50,6 +50,8 @@ class Answer:
     """Relevance above which a word guided; None where none was read."""
     prompt_columns: int = 0
     """Tokens of the prompt, one for each patch of its images."""
+    tiles: tuple[tuple[int, ...], ...] = ()
+    """Of each image, how many tokens of each tile that the encoder read reached the prompt; one tile of most models."""
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
@@ -264,6 +266,7 @@ def _answer(
         pictures=pictures,
         threshold=_threshold_of(pruner),
         prompt_columns=columns,
+        tiles=tuple(visual.visible for visual in host.visuals(dict(inputs))),
     )
 
 

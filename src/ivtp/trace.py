@@ -107,6 +107,8 @@ class PruneTrace:
     """What must be known before the answer is trusted, such as that a part of the method is untrained."""
     patches: tuple[tuple[int, ...], ...] = ()
     """Patches of each image of each row; empty: `num_patches` everywhere."""
+    grids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """(rows, columns) that the patches of each image of each row form; () for an image that is read in tiles."""
 
     def __repr__(self) -> str:
         total = self.num_patches * max(self.images, default=0)
@@ -120,6 +122,8 @@ class PruneTrace:
         return {
             "num_patches": self.num_patches,
             "images": list(self.images),
+            "patches": [list(row) for row in self.patches],
+            "grids": [[list(grid) for grid in row] for row in self.grids],
             "stages": [stage.to_dict() for stage in self.stages],
             "words": [[asdict(word) for word in row] for row in self.words],
             "fallback": list(self.fallback),

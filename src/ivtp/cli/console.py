@@ -37,14 +37,13 @@ class Cost:
     @classmethod
     def of(cls, model: Any, answer: Answer) -> Cost:
         """What the prefill of an answer cost."""
-        from ivtp.cost.flops import flops as count
-        from ivtp.cost.flops import prompt_tokens
+        from ivtp.cost.flops import count_prompt
         from ivtp.cost.sizes import sizes
 
-        geometry, images = sizes(model).geometry, len(answer.pictures)
-        patches = geometry.num_patches * images
-        text = prompt_tokens(answer.prompt_columns, geometry, images)
-        full = count(model, method="none", text_tokens=text, images=images).total
+        images = [(sum(visible), visible) for visible in answer.tiles]
+        patches = sum(count for count, _ in images)
+        text = answer.prompt_columns - patches
+        full = count_prompt(sizes(model).geometry, None, images, text_tokens=text).total
         if answer.trace is None:
             return cls(patches, patches, full, full)
         return cls(patches, int((answer.trace.kept()[0] >= 0).sum()), full, answer.trace.flops)

@@ -24,6 +24,9 @@ from ivtp.registry import method_class, method_name
 from ivtp.trace import TokensPerLayer
 
 
+_TILED = ("counted is an image of one tile; this family reads larger ones in tiles, and a trace counts what was read",)
+
+
 @dataclass(frozen=True)
 class FlopsReport:
     """FLOPs of one prefill of the whole batch, part by part."""
@@ -90,7 +93,9 @@ def flops(
         instruction_tokens=instruction_tokens or 0,
         name=method if isinstance(method, str) else method.__name__,
     )
-    return dataclasses.replace(report, text_tokens=text_tokens, notes=chosen.notes if chosen else ())
+    return dataclasses.replace(
+        report, text_tokens=text_tokens, notes=(*(chosen.notes if chosen else ()), *(_TILED if known.tiled else ()))
+    )
 
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:

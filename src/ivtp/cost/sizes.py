@@ -50,6 +50,8 @@ class Sizes:
     """The CLIP that the vision tower is from; None where it is not known: its text encoder is then not counted."""
     recommended: Mapping[str, Any]
     """Options for this checkpoint, of which a method takes those that it knows."""
+    tiled: bool = False
+    """Whether the family reads an image in tiles, as many as its size asks for."""
 
 
 def sizes(model: Any) -> Sizes:
@@ -75,7 +77,7 @@ def sizes(model: Any) -> Sizes:
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
-    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(beside))
+    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(beside), host.pads)
 
 
 def model_config(model: str | Path) -> Any:

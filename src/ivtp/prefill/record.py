@@ -101,6 +101,7 @@ def build_trace(record: Record) -> PruneTrace:
         num_patches=largest.geometry.num_patches,
         images=slots.images,
         patches=slots.patches,
+        grids=_grids(record.prompts),
         stages=_stages(record),
         words=[guide.words() for guide in record.guides] or [[] for _ in slots.images],
         fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(slots.images),
@@ -109,6 +110,12 @@ def build_trace(record: Record) -> PruneTrace:
         seconds=record.watch.seconds,
         notes=record.method.notes,
     )
+
+
+def _grids(prompts: PromptBatch) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The grid of each image of each row."""
+    of_all = iter(prompts.visuals[m].grid for m in prompts.image_of_slot)
+    return tuple(tuple(next(of_all) for _ in range(count)) for count in prompts.images)
 
 
 def _flops(record: Record) -> float:

@@ -49,13 +49,15 @@ def cut_off(image: Image.Image) -> str:
 def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> NDArray[np.uint8]:
     """The `Fate` of every patch (grid, grid) of one image of sample `row`.
 
-    Raises `ConfigError` when the trace holds no such sample or image, or patches that form no square.
+    Raises `ConfigError` when the trace holds no such sample or image, or patches that form no square: those of tiles.
     """
     if not 0 <= row < len(trace.images):
         last = len(trace.images) - 1
         raise ConfigError(f"row={row} is not in this batch of {last + 1}; use 0..{last}")
     if not 0 <= image < trace.images[row]:
         raise ConfigError(f"image={image} is not in sample {row}, which holds {trace.images[row]} image(s)")
+    if trace.grids and not trace.grids[row][image]:
+        raise ConfigError("an image that is read in tiles cannot be drawn yet; its patches are in trace.kept()")
     grid = math.isqrt(trace.num_patches)
     if grid**2 != trace.num_patches:
         raise ConfigError(f"{trace.num_patches} patches form no square, so they cannot be drawn on one")
