@@ -23,7 +23,6 @@ from ivtp.plan import Cut, Geometry, Plan, Rows
 from ivtp.registry import method_class, method_name
 from ivtp.trace import TokensPerLayer
 
-
 _TILED = ("counted is an image of one tile; this family reads larger ones in tiles, and a trace counts what was read",)
 
 
