@@ -115,6 +115,11 @@ class Placeholders:
         """Images of each row."""
         return tuple(map(len, self.patches))
 
+    def removed(self, kept: Many[Tensor]) -> list[int]:
+        """How many patches of each row leave where `kept` (k,) stay of each image of the rows."""
+        stay = iter(map(len, kept))
+        return [sum(n - next(stay) for n in row) for row in self.patches]
+
     def to(self, device: torch.device) -> Placeholders:
         """The same, from the host to `device`."""
         moved: dict[str, Any] = {name: on_device(getattr(self, name), device) for name in ("mask", "patch", "image")}
@@ -131,13 +136,12 @@ def enter_decoder(
     """
     holds = slots.patch >= 0
     lengths = [len(own) for own in kept]
-    removed = _by_row([n - k for n, k in zip(_flat(slots.patches), lengths, strict=True)], slots.images)
     stays = torch.zeros(len(kept), max(_flat(slots.patches), default=0), dtype=torch.bool, device=holds.device)
     number = on_device([m for m, length in enumerate(lengths) for _ in range(length)], holds.device)
     patches = torch.cat(list(kept)) if kept else number
     stays[number, patches] = True
     gone = holds & ~stays[slots.image, slots.patch.clamp_min(0)] if kept else holds
-    sequence, index = prompt.drop(gone, [sum(counts) for counts in removed])
+    sequence, index = prompt.drop(gone, slots.removed(kept))
     filled = torch.arange(index.shape[1], device=index.device) >= on_device(sequence.slack, index.device).unsqueeze(1)
     visual = (holds & ~gone).gather(1, index) & filled
     local = torch.zeros_like(index).masked_scatter(visual, patches)  # (B, T') patch within its image
@@ -173,11 +177,3 @@ def join_images(parts: Many[Tensor], images: tuple[int, ...], fill: float) -> Te
 
 def _flat(rows: Many[Many[int]]) -> list[int]:
     return [value for row in rows for value in row]
-
-
-def _by_row(values: Many[int], images: Many[int]) -> list[Many[int]]:
-    rows, first = [], 0
-    for count in images:
-        rows.append(values[first : first + count])
-        first += count
-    return rows

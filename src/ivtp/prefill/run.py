@@ -118,9 +118,7 @@ class Prefill:
             between = slots.mask.gather(1, index) & ~sequence.visual
             embeddings = torch.where(between.unsqueeze(-1), separator.to(embeddings), embeddings)
         if compact:
-            gone = [sum(self.prompts.slots.patches[row]) for row in range(len(slots.patches))]
-            left = iter(len(e.patches) for e in encoded)
-            gone = [all_ - sum(next(left) for _ in own) for all_, own in zip(gone, slots.patches, strict=True)]
+            gone = slots.removed([e.patches for e in encoded])
             self._shift = on_device(gone, index.device).unsqueeze(1)
         return sequence, embeddings
 
