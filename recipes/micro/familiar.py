@@ -137,7 +137,7 @@ class Tower:
     def __init__(self) -> None:
         quiet()
         self.model, self.processor = load("micro")
-        self.tower: Any = find_host(self.model).vision_tower
+        self.tower: Any = find_host(self.model).vision.module
 
     def alone(self, pictures: Sequence[Image.Image]) -> Tensor:
         """With all tokens."""

@@ -229,7 +229,7 @@ def asking(
         else:
             pruner = stack.enter_context(attach(model, processor, clip=clip, method=method, keep=keep, **config))
 
-        strange = stack.enter_context(watching(host.model, host.vision_tower))
+        strange = stack.enter_context(watching(host.model, host.vision.module))
 
         def answer(image: Any, question: str, *, streamer: Any = None) -> Answer:
             found = _answer(host, model, processor, pruner, _pictures(image), question, max_new_tokens, streamer)

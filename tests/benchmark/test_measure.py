@@ -103,7 +103,7 @@ def test_the_model_is_detached_whatever_ends_a_run(
         raise error
 
     prompt = make_prompt(subject, POINT, seed=0)
-    monkeypatch.setattr(subject.host.text_layers[3], "forward", fail)
+    monkeypatch.setattr(subject.host.text.layers[3], "forward", fail)
     for work in (run_prefill, lambda model, inputs: time_parts(subject.host, lambda: run_prefill(model, inputs))):
         with pytest.raises(error):
             interleave({"ivtp": runs["ivtp"]}, lambda _: work(subject.model, prompt.inputs), 1, lambda: None)  # noqa: B023
@@ -138,7 +138,7 @@ def test_decoding_on_the_pruned_cache_is_what_generate_does(subject: Subject, ru
     assert pruner is not None
     seen: list[int] = []
     pruner.install()
-    handle = subject.host.decoder.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
+    handle = subject.host.text.module.register_forward_hook(lambda m, a, out: seen.append(out.past_key_values))
     time_run(subject.model, prompt.inputs, 4, Ticks())
     handle.remove()
     stepped = seen[0]

@@ -66,8 +66,8 @@ def test_llm_layers_are_scaled_in_whole_groups() -> None:
 def test_a_slice_is_pruned_with_scaled_llm_layers(ask: Any) -> None:
     asked = ask(layers=(3, 4), options={})
     subject = load_subject(asked)
-    assert len(subject.host.vision_layers) == 4
-    assert len(subject.host.text_layers) == 4
+    assert len(subject.host.vision.layers) == 4
+    assert len(subject.host.text.layers) == 4
     config = config_for(subject, asked, "ivtp", 6)
     assert (config.options["llm_layers"], config.options["guide"], config.keep) == (3, "text", 6)
 

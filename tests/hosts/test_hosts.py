@@ -22,8 +22,8 @@ def test_the_parts_are_where_the_geometry_says(name: str) -> None:
     model, _ = host_class(name).tiny()
     host = find_host(model)
     assert host.name == name
-    assert host.size.vision_layers <= len(host.vision_layers)
-    assert host.size.text_layers == len(host.text_layers)
+    assert host.size.vision_layers <= len(host.vision.layers)
+    assert host.size.text_layers == len(host.text.layers)
     assert host.geometry(model.config) == host.size
 
 
@@ -40,10 +40,10 @@ def test_the_halves_of_a_layer_make_the_layer(name: str) -> None:
     """`attend` and `feed_forward` are the stock layer cut in two."""
     host = find_host(host_class(name).tiny()[0])
     hidden = torch.randn(2, 7, host.size.vision_hidden, generator=torch.Generator().manual_seed(0))
-    layer = host.vision_layers[0]
+    tower = host.vision
     with torch.no_grad():
-        halves = host.feed_forward("vision", layer, host.attend("vision", layer, hidden, None))
-        torch.testing.assert_close(halves, layer(hidden, None))
+        halves = tower.feed_forward(0, tower.attend(0, hidden, None))
+        torch.testing.assert_close(halves, tower.layers[0](hidden, None))
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -51,13 +51,13 @@ def test_the_last_norm_is_that_of_the_decoder(name: str) -> None:
     host = find_host(host_class(name).tiny()[0])
     embedded = torch.randn(2, 7, host.size.text_hidden, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        output = host.decoder(inputs_embeds=embedded, output_hidden_states=True)
+        output = host.text.module(inputs_embeds=embedded, output_hidden_states=True)
         before = [embedded]
-        hook = host.text_layers[-1].register_forward_hook(lambda module, args, out: before.append(out))
-        host.decoder(inputs_embeds=embedded)
+        hook = host.text.layers[-1].register_forward_hook(lambda module, args, out: before.append(out))
+        host.text.module(inputs_embeds=embedded)
         hook.remove()
         last = before[-1][0] if isinstance(before[-1], tuple) else before[-1]
-        torch.testing.assert_close(host.final_norm(last), output.last_hidden_state)
+        torch.testing.assert_close(host.text.final_norm(last), output.last_hidden_state)
 
 
 @pytest.mark.parametrize("stretch", [1.0, 1.3])
@@ -79,7 +79,9 @@ def test_keys_are_turned_back(name: str, turned: int, stretch: float) -> None:
 
     count = torch.arange(5.0).expand(2, -1)
     shifted, (cos, sin) = at(count + torch.tensor([[0.0], [7.0]]))
-    torch.testing.assert_close(host.turn_back(shifted, (cos[:, :1], sin[:, :1])), at(count)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        host.text.turn_back(shifted, (cos[:, :1], sin[:, :1])), at(count)[0], atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", HOSTS)

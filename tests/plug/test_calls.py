@@ -60,9 +60,9 @@ def test_drafted_tokens_do_not_lead_the_pruning(tiny: Tiny, cache: str) -> None:
 
 def test_flash_attention_cannot_hide_an_answer(tiny: Tiny) -> None:
     host = find_host(tiny.model())
-    host.decoder.config._attn_implementation = "flash_attention_2"
+    host.text.module.config._attn_implementation = "flash_attention_2"
     with pytest.raises(InputError, match="sdpa"):
-        host.causal_mask(torch.zeros(1, 4, 8), torch.ones(1, 4).long(), lambda b, h, q, k: q >= k)
+        host.text.causal_mask(torch.zeros(1, 4, 8), torch.ones(1, 4).long(), lambda b, h, q, k: q >= k)
 
 
 # ---- decoders -------------------------------------------------------------------------------------------------

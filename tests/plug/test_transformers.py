@@ -21,8 +21,8 @@ from transformers.models.clip import modeling_clip
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 
-from ivtp.hosts.base import CACHE_NAMES, cache_name
 from ivtp.plug import transformers as leaned
+from ivtp.towers.base import CACHE_NAMES, cache_name
 
 
 def test_without_accelerates_old_forward_a_stand_in_is_never_called() -> None:

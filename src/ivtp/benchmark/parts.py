@@ -29,11 +29,11 @@ def time_parts(host: Host, prefill: Callable[[], Any]) -> dict[str, float]:
 
         return hook
 
-    attention = host.attention_of("llm", 0)
+    attention = host.text.attention(0)
     hooks = [
-        host.vision_layers[-1].register_forward_hook(mark("encoded")),
-        host.decoder.register_forward_pre_hook(mark("decoding")),
-        host.decoder.register_forward_hook(mark("decoded")),
+        host.vision.layers[-1].register_forward_hook(mark("encoded")),
+        host.text.module.register_forward_pre_hook(mark("decoding")),
+        host.text.module.register_forward_hook(mark("decoded")),
         attention.register_forward_pre_hook(mark("attending")),
         attention.register_forward_hook(mark("attended")),
     ]

@@ -1,23 +1,18 @@
-"""What a model family has to tell: where its parts are and how its layers fall into two halves."""
+"""What a model family has to tell: its sizes, where its towers are, and what the images of a call are to it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.hosts.tiny import PROMPTS, tiny_images
-from ivtp.plan import Geometry
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls a cache among a forward's arguments: from 5.24 on, and before."""
-
+from ivtp.plan import Geometry, Place
+from ivtp.towers.base import TextTower, VisionTower
 
 OPENAI_CLIP = {
     # (hidden size, layers, patch size, patches) of a vision tower: the CLIP model that it was taken from
@@ -53,11 +48,6 @@ def openai_clip(geometry: Geometry, layers: int) -> str | None:
     return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
 
 
-def cache_name(function: Callable[..., Any]) -> str:
-    """Which of `CACHE_NAMES` a forward of a model or a layer, or a function that makes masks, takes."""
-    return next(name for name in CACHE_NAMES if name in inspect.signature(function).parameters)
-
-
 class Host:
     """One model family. A subclass locates the parts in `__init__`; nothing here changes the model."""
 
@@ -73,6 +63,8 @@ class Host:
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder could not tell it apart."""
 
+    cuts: ClassVar[frozenset[Place]] = frozenset({"inside", "behind", "projected"})
+    """Where tokens may leave its encoder: in a layer or behind one, and behind the projector."""
     gives: ClassVar[frozenset[str]] = frozenset({"cls", "grid", "text_side"})
     """What methods may need and this family has, of `ivtp.plan.NEEDS`."""
 
@@ -80,15 +72,14 @@ class Host:
     """The stock model, as the user calls it."""
     multimodal: nn.Module
     """The sub-module that merges image features and text and calls the decoder."""
-    vision_tower: Any
-    """The module whose output holds the pooled CLS."""
-    decoder: nn.Module
+    vision: VisionTower
+    text: TextTower
     embedding: nn.Module
-    vision_layers: nn.ModuleList
-    """All encoder layers, also those behind the one that feeds the projector."""
-    text_layers: nn.ModuleList
+    """Of token ids, as the decoder reads them."""
     image_token: int
+    """The id that marks an image's slots in a prompt."""
     size: Geometry
+    """Sizes of `model`."""
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -154,57 +145,8 @@ class Host:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""
         return None
 
-    def run_vision(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the encoder on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""
-        raise NotImplementedError
-
-    def normalise(self, hidden: Tensor) -> Tensor:
-        """The encoder's post layer norm of (..., D), as its CLS gets it."""
-        raise NotImplementedError
-
     def project(self, features: Tensor) -> Tensor:
         """Vision features (..., D) to decoder embeddings (..., D_text)."""
-        raise NotImplementedError
-
-    def attention_of(self, where: str, layer: int) -> nn.Module:
-        """The attention module of a layer; it chooses its kernel by its `config` attribute."""
-        raise NotImplementedError
-
-    def attend(
-        self, where: str, layer: nn.Module, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        """First half of a layer: normalisation, attention, residual.
-
-        `bias` (B, 1, 1, T) is added to the logits of an encoder layer. Raises `InputError` where its kernel cannot.
-        """
-        raise NotImplementedError
-
-    def feed_forward(self, where: str, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """Second half of a layer: normalisation, MLP, residual."""
-        raise NotImplementedError
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """The decoder's norm of (..., D) behind its last layer."""
-        raise NotImplementedError
-
-    def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """Keys (B, H, T, d) of a decoder layer, all turned back by the rotary embedding of one position of each row.
-
-        `turn` are its cosines and sines, both (B, 1, d).
-        """
-        raise NotImplementedError
-
-    def causal_mask(
-        self,
-        hidden: Tensor,
-        valid: Tensor | None,
-        visible: Callable[..., Tensor] | None = None,
-        cache: Cache | None = None,
-    ) -> Any:
-        """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
-
-        `visible(batch, head, query, key)` may hide more.
-        """
         raise NotImplementedError
 
     def check_call(self, inputs: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> Guide
             "no CLIP text side is known for this model's vision tower; pass clip=(CLIPModel, tokenizer), a folder or "
             "a hub id" + ("" if method.reads_clip else ', or use guide="text" or guide="visual"')
         )
-    tower = host.vision_layers[0]
+    tower = host.vision.layers[0]
     text_side = ClipText.load(
         source, vision_hidden=host.size.vision_hidden, device=execution_device(tower), dtype=floating_dtype(tower)
     )

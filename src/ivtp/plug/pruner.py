@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from ivtp.config import PruneConfig
 from ivtp.errors import AttachError, InputError
-from ivtp.hosts.base import CACHE_NAMES, Host, cache_name
+from ivtp.hosts.base import Host
 from ivtp.methods.base import Method, Plan
 from ivtp.plug.calls import (
     Call,
@@ -37,6 +37,7 @@ from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
 from ivtp.prefill.stage import Plug
 from ivtp.prompt.batch import read_prompts
+from ivtp.towers.base import CACHE_NAMES, cache_name
 from ivtp.trace import PruneTrace
 
 MARK = "_ivtp_pruner"
@@ -64,7 +65,7 @@ class Pruner:
         self._changes = Changes()
         self._step_changes = Changes()
         self._attached = False
-        self._probes: dict[tuple[str, int], AttentionProbe] = {}
+        self._probes: dict[nn.Module, AttentionProbe] = {}
         self._plug = Plug(host, self._probe, self._is_mine)
 
     @property
@@ -215,7 +216,7 @@ class Pruner:
             inputs, masks = continue_inputs(self.host, inputs)
             for number, mask in masks.items():
                 hook = functools.partial(_with_mask, mask)
-                layer = self.host.text_layers[number]
+                layer = self.host.text.layers[number]
                 self._step_changes.add(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             return inputs
         self.thread.record = self._last = None
@@ -261,10 +262,10 @@ class Pruner:
         own = torch.compiler.is_compiling() or self._owner == threading.get_ident()
         return own and self._prefill is not None
 
-    def _probe(self, where: str, layer: int) -> AttentionProbe:
-        if (where, layer) not in self._probes:
-            self._probes[where, layer] = AttentionProbe(self.host.attention_of(where, layer))
-        return self._probes[where, layer]
+    def _probe(self, attention: nn.Module) -> AttentionProbe:
+        if attention not in self._probes:
+            self._probes[attention] = AttentionProbe(attention)
+        return self._probes[attention]
 
     def _end_prefill(self) -> None:
         self._prefill = None
@@ -302,7 +303,7 @@ def _with_mask(mask: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
 def _check_devices(host: Host, plan: Plan) -> None:
     """Cuts need the encoder and the cut decoder layers on one device; layers behind them may be anywhere."""
     last = max((cut.layer for cut in plan.cuts if cut.where == "llm"), default=-1)
-    devices = {execution_device(m) for m in (host.embedding, *host.vision_layers, *host.text_layers[: last + 1])}
+    devices = {execution_device(m) for m in (host.embedding, *host.vision.layers, *host.text.layers[: last + 1])}
     if len(devices) > 1:
         raise AttachError(
             f"the vision tower and the first {last + 1} decoder layers lie on {sorted(map(str, devices))}; "
@@ -312,7 +313,7 @@ def _check_devices(host: Host, plan: Plan) -> None:
 
 def _check_training(host: Host) -> None:
     """Older transformers re-run a layer's hooks when checkpointing recomputes it; those cannot be served."""
-    if reruns_hooks(host.text_layers[0]):
+    if reruns_hooks(host.text.layers[0]):
         raise AttachError(
             "gradient checkpointing of a pruned model needs transformers 5.23 or newer; "
             "upgrade it or turn gradient checkpointing off"

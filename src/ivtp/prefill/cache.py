@@ -76,7 +76,7 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
             valid = _logical_mask(given, layer, tokens) if layer.prompt_valid is not None else given
             alone = DynamicCache()
             alone.layers = [layer]
-            made[layer.part] = host.causal_mask(hidden, valid, cache=alone)
+            made[layer.part] = host.text.causal_mask(hidden, valid, cache=alone)
         masks[number] = made[layer.part]
     return masks
 

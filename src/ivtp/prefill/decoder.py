@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images
 from ivtp.core.tap import AttentionTap
-from ivtp.hosts.base import CACHE_NAMES
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.cache import Seen
 from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.prompt.batch import PromptBatch
+from ivtp.towers.base import CACHE_NAMES, TextTower
 
 
 class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
@@ -26,6 +26,7 @@ class DecoderStage(Stage):
     """Stage 2: the visual tokens of a prompt beside its text, which stays; the guide leaves with the last cut."""
 
     where = "llm"
+    tower: TextTower
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class DecoderStage(Stage):
     ) -> None:
         """`sources` are `Encoded.sources` (n,) for every image of the rows; `embeddings` (B, T, D) enter."""
         super().__init__(plug, method)
+        self.tower = plug.host.text
         self.prompts = prompts
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
         self._inputs: dict[str, Any] | None = None
@@ -56,7 +58,7 @@ class DecoderStage(Stage):
     def install(self, seats: Seats) -> None:
         """Cuts and probes, and masks and rotary embeddings of its own for every layer."""
         super().install(seats)
-        for layer in self.host.text_layers:
+        for layer in self.tower.layers:
             seats.add(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
 
     def _before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,7 +74,7 @@ class DecoderStage(Stage):
         valid = self.sequence.valid.long()
         visible = self._visible()
         if visible is not None:
-            whole: Tensor = self.host.causal_mask(hidden, valid, visible)
+            whole: Tensor = self.tower.causal_mask(hidden, valid, visible)
             return whole
         # also given without padding: gaps in the positions must not be taken for packed sequences
         return valid
@@ -103,11 +105,10 @@ class DecoderStage(Stage):
     @torch.no_grad()
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut would compute of all tokens (B, T, D); nothing is written to the cache."""
-        layer = self.host.text_layers[cut.taps[-1]]
         arguments = {k: v for k, v in arguments.items() if k not in (*CACHE_NAMES, "use_cache")}
         self._peeking = True
         try:
-            self.host.attend("llm", layer, hidden, **arguments)
+            self.tower.attend(cut.taps[-1], hidden, **arguments)
         except Peeked:
             pass
         finally:
@@ -130,7 +131,7 @@ class DecoderStage(Stage):
         if self._inputs is None:  # once for all layers up to the next cut
             self._inputs = {
                 "attention_mask": self._mask(hidden),
-                "position_embeddings": tuple(take(t, self._index()) for t in kwargs["position_embeddings"]),
+                **self.tower.cut_positions(kwargs, self._index()),
             }
         return {**kwargs, **self._inputs}
 
@@ -178,7 +179,7 @@ class DecoderStage(Stage):
     def _states(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """`Window.normed` and `Window.keys` of the layer that was tapped last."""
         assert self._turn is not None
-        return self.host.final_norm(hidden), self.host.turn_back(key, self._turn)
+        return self.tower.final_norm(hidden), self.tower.turn_back(key, self._turn)
 
     def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d)."""
@@ -247,7 +248,7 @@ class DecoderStage(Stage):
     def _mask(self, hidden: Tensor) -> Any:
         visible = self._visible()
         needed = self.sequence.padded or visible is not None
-        return self.host.causal_mask(hidden, self.sequence.valid.long() if needed else None, visible)
+        return self.tower.causal_mask(hidden, self.sequence.valid.long() if needed else None, visible)
 
     def _visible(self) -> Callable[..., Tensor] | None:
         """Hides the answer from the guide, the last column; None where there is nothing to hide."""

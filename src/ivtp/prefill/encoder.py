@@ -14,6 +14,7 @@ from ivtp.core.select import keep_highest, right_aligned, take
 from ivtp.core.tap import AttentionTap
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.stage import Plug, Seats, Stage
+from ivtp.towers.base import VisionTower
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class EncoderStage(Stage):
     """Stage 1: each tile by itself; every row is a tile, and all have the same number of tokens."""
 
     where = "vision"
+    tower: VisionTower
 
     def __init__(self, plug: Plug, method: Method, hidden: Tensor | None = None) -> None:
         """`hidden` (R, N) bool marks padding, which leaves first."""
         super().__init__(plug, method)
+        self.tower = plug.host.vision
         self._hidden = hidden
         self._patch = torch.empty(0)
         self._feature: Tensor | None = None
@@ -44,7 +47,7 @@ class EncoderStage(Stage):
     def install(self, seats: Seats) -> None:
         """Cuts and probes, and a look at what the projector will read."""
         super().install(seats)
-        layer = self.host.vision_layers[self.host.size.vision_layers - 1]
+        layer = self.tower.layers[self.host.size.vision_layers - 1]
         seats.add(layer.register_forward_hook(self._feature_layer_done).remove)
 
     def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -61,7 +64,7 @@ class EncoderStage(Stage):
         indices = torch.arange(-size.vision_cls, size.num_patches, device=pixels.device).clamp_min(-1)
         self._patch = indices.expand(pixels.shape[0], -1)  # (I, 1 + N)
         self._sources = self._patch[:, size.vision_cls :]
-        pooled, last = self.host.run_vision(pixels)
+        pooled, last = self.tower.run(pixels)
         if relevance is not None:
             self._relevance = relevance(last)
         assert self._feature is not None

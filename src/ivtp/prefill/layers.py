@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ivtp.hosts.base import CACHE_NAMES, Host
 from ivtp.methods.base import Cut
+from ivtp.towers.base import CACHE_NAMES, Tower
 
 Forward = Callable[..., Any]
 
@@ -17,7 +17,7 @@ Forward = Callable[..., Any]
 class Cutter(Protocol):
     """What a cut layer asks of its stage."""
 
-    host: Host
+    tower: Tower
 
     def is_mine(self) -> bool:
         """Whether the calling thread is the one whose prefill this is."""
@@ -50,7 +50,7 @@ def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forw
                 stage.peek(cut, first, kwargs)
             left = stage.cut(cut, first)
             return (left, *output[1:]) if isinstance(output, tuple) else left
-        hidden = stage.host.attend(cut.where, layer, hidden, *args, bias=stage.bias(cut), **kwargs)
-        return stage.host.feed_forward(cut.where, layer, stage.cut(cut, hidden))
+        hidden = stage.tower.attend(cut.layer, hidden, *args, bias=stage.bias(cut), **kwargs)
+        return stage.tower.feed_forward(cut.layer, stage.cut(cut, hidden))
 
     return forward

@@ -156,7 +156,7 @@ def _relevance(record: Record) -> Relevance | None:
         text_mlp=text.intermediate_size,
         projection=clip.visual_projection.out_features,
         context=clip.context,
-        vision_layers=len(record.host.vision_layers) - record.host.size.vision_layers,
+        vision_layers=len(record.host.vision.layers) - record.host.size.vision_layers,
         compared=record.host.size.num_patches if record.method.reads_clip else 1,
     )
 

@@ -134,7 +134,7 @@ class Prefill:
                     sentence, count = self.guide_maker.sentence(instruction)
                     self._sentences += [sentence] * self.prompts.images[row]
                 self._clip_tokens.append(count)
-        patches = self.host.normalise(last[:, self.host.size.vision_cls :])
+        patches = self.host.vision.normalise(last[:, self.host.size.vision_cls :])
         return self.guide_maker.cosines(patches, torch.stack([self._sentences[m] for m in images]))
 
     @torch.no_grad()

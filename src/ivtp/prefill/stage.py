@@ -17,6 +17,7 @@ from ivtp.hosts.base import Host
 from ivtp.methods.base import Cut, Merged, Method, Window
 from ivtp.prefill.layers import Forward, cut_layer
 from ivtp.prefill.probe import AttentionProbe
+from ivtp.towers.base import Tower
 from ivtp.trace import Where
 
 
@@ -50,8 +51,8 @@ class Plug:
     """What a prefill is given of the model that it runs in."""
 
     host: Host
-    probe: Callable[[str, int], AttentionProbe]
-    """The probe of the attention of one layer, where and which; it lives as long as the plug."""
+    probe: Callable[[nn.Module], AttentionProbe]
+    """The probe of one attention module; it lives as long as the plug."""
     is_mine: Callable[[], bool]
     """Whether the calling thread is the prefill's: others may run the layers meanwhile."""
 
@@ -60,6 +61,7 @@ class Stage:
     """What both stages share: hooks in their layers, taps that wait for their cut, and the record of the cuts."""
 
     where: Where
+    tower: Tower
 
     def __init__(self, plug: Plug, method: Method) -> None:
         self.host = plug.host
@@ -73,13 +75,12 @@ class Stage:
 
     def install(self, seats: Seats) -> None:
         """Put cuts and probes into the layers, until `seats` takes them out."""
-        layers = self.host.vision_layers if self.where == "vision" else self.host.text_layers
         for cut in self.method.plan.cuts:
             if cut.where == self.where and not cut.is_after_encoder(self.host.size):
-                layer = layers[cut.layer]
+                layer = self.tower.layers[cut.layer]
                 seats.stand_in(layer, functools.partial(cut_layer, self, layer, cut))
         for tap in sorted(self._awaited):
-            probe = self._probe(self.where, tap)
+            probe = self._probe(self.tower.attention(tap))
             probe.insert(functools.partial(self._see_mine, tap))
             seats.add(probe.remove)
 

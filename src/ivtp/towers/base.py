@@ -1,0 +1,93 @@
+"""What a stack of layers has to tell: where its attention is, and how a layer falls into two halves."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache among a forward's arguments: from 5.24 on, and before."""
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """Which of `CACHE_NAMES` a forward of a model or a layer, or a function that makes masks, takes."""
+    return next(name for name in CACHE_NAMES if name in inspect.signature(function).parameters)
+
+
+class Tower:
+    """The layers of a vision encoder or a decoder. A subclass finds them in `__init__`; nothing changes the model."""
+
+    module: nn.Module
+    """The module that runs them, as the model calls it."""
+    layers: nn.ModuleList
+
+    @classmethod
+    def sizes(cls, config: Any) -> dict[str, int]:
+        """The fields of `Geometry` that the tower's own transformers config tells.
+
+        Raises `UnsupportedModelError` for layers that do not fall into the halves of this tower.
+        """
+        raise NotImplementedError
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a layer; it chooses its kernel by its `config` attribute."""
+        raise NotImplementedError
+
+    def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """First half of a layer: normalisation, attention, residual; the arguments are those of the stock layer.
+
+        `bias` (B, 1, 1, T) is added to the logits of an encoder layer. Raises `InputError` where its kernel cannot.
+        """
+        raise NotImplementedError
+
+    def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """Second half of a layer: normalisation, MLP, residual."""
+        raise NotImplementedError
+
+
+class VisionTower(Tower):
+    """A vision encoder; its layers go on behind the one that feeds the projector."""
+
+    def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Run it on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""
+        raise NotImplementedError
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """The post layer norm of (..., D), as its CLS gets it."""
+        raise NotImplementedError
+
+
+class TextTower(Tower):
+    """A decoder: its layers also take masks and positions, which are cut as the tokens are."""
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm of (..., D) behind the last layer."""
+        raise NotImplementedError
+
+    def cut_positions(self, kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
+        """Those of a layer's keyword arguments that say where its tokens are, of the columns `index` (B, T') alone."""
+        raise NotImplementedError
+
+    def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        """Keys (B, H, T, d) of a layer, all turned back by the rotary embedding of one position of each row.
+
+        `turn` are its cosines and sines, both (B, 1, d).
+        """
+        raise NotImplementedError
+
+    def causal_mask(
+        self,
+        hidden: Tensor,
+        valid: Tensor | None,
+        visible: Callable[..., Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
+
+        `visible(batch, head, query, key)` may hide more. Raises `InputError` where a kernel without a mask is asked to.
+        """
+        raise NotImplementedError
