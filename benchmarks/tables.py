@@ -21,6 +21,7 @@ from ivtp import list_hosts, list_methods
 from ivtp.config import PruneConfig
 from ivtp.hosts.base import Host
 from ivtp.registry import host_class, method_class
+from ivtp.towers.base import TextTower, Tower, VisionTower
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = ROOT / "results" / "micro-compare.json"
@@ -39,7 +40,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {"families": families(), "methods": methods(), "results": results()},
         docs / "results.md": {"compared": compared(), "gates": gates()},
         docs / "configuration.md": {"fields": fields(), "options": options()},
-        docs / "add_host.md": {"host": host_members()},
+        docs / "add_host.md": {"host": members(Host), "towers": members(Tower, VisionTower, TextTower)},
     }
 
 
@@ -150,21 +151,23 @@ def options() -> str:
     return table(("method", "option = default (values)", "what it means"), rows)
 
 
-def host_members() -> str:
-    """A row for each public member of `Host`: whether a family must give it, and what it is."""
+def members(*kinds: type[Any]) -> str:
+    """A row for each public member of the classes: whether a family must give it, and what it is."""
     rows = []
-    texts = field_texts(Host)
-    for node in class_body(Host):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name, must = node.target.id, node.value is None
-            text = texts.get(name) or f"a `{ast.unparse(node.annotation)}`"
-        elif isinstance(node, ast.FunctionDef):
-            name, must = node.name, "NotImplementedError" in ast.unparse(node.body[-1])
-            text = (ast.get_docstring(node) or "").partition("\n\n")[0]
-        else:
-            continue
-        if not name.startswith("_") or name == "__init__":
-            rows.append((f"`{name}`", "yes" if must else "–", one_line(text)))
+    for kind in kinds:
+        texts = field_texts(kind)
+        for node in class_body(kind):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                name, must = node.target.id, node.value is None
+                text = texts.get(name) or f"a `{ast.unparse(node.annotation)}`"
+            elif isinstance(node, ast.FunctionDef):
+                name, must = node.name, "NotImplementedError" in ast.unparse(node.body[-1])
+                text = (ast.get_docstring(node) or "").partition("\n\n")[0]
+            else:
+                continue
+            if not name.startswith("_") or name == "__init__":
+                owner = f"{kind.__name__}." if len(kinds) > 1 else ""
+                rows.append((f"`{owner}{name}`", "yes" if must else "–", one_line(text)))
     return table(("member", "must be given", "what it is"), rows)
 
 

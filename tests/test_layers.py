@@ -34,7 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONE_FILE_EACH = ("methods", "hosts", "towers", "compressors")
 """Rooms whose files never import one another, only what they share."""
-SHARED = ("base", "clip_llama", "tiny")
+SHARED = ("base", "clip_llama", "outliers", "tiny", "window")
 """Files that the others of their room share."""
 BY_NAME = ("import_module", "names_in", "load_named")
 """Functions that import a module, or all modules of a room, by its name."""

@@ -18,6 +18,12 @@ NEEDS = {
 }
 """What a method may need of a model family, and a family gives or not."""
 
+PLACES: dict[Place, str] = {
+    "inside": "inside an encoder layer",
+    "behind": "behind an encoder layer",
+    "projected": "behind the projector",
+}
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -36,55 +36,6 @@ def test_a_family_gives_a_cls_token_where_its_tower_has_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_halves_of_a_layer_make_the_layer(name: str) -> None:
-    """`attend` and `feed_forward` are the stock layer cut in two."""
-    host = find_host(host_class(name).tiny()[0])
-    hidden = torch.randn(2, 7, host.size.vision_hidden, generator=torch.Generator().manual_seed(0))
-    tower = host.vision
-    with torch.no_grad():
-        halves = tower.feed_forward(0, tower.attend(0, hidden, None))
-        torch.testing.assert_close(halves, tower.layers[0](hidden, None))
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_the_last_norm_is_that_of_the_decoder(name: str) -> None:
-    host = find_host(host_class(name).tiny()[0])
-    embedded = torch.randn(2, 7, host.size.text_hidden, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        output = host.text.module(inputs_embeds=embedded, output_hidden_states=True)
-        before = [embedded]
-        hook = host.text.layers[-1].register_forward_hook(lambda module, args, out: before.append(out))
-        host.text.module(inputs_embeds=embedded)
-        hook.remove()
-        last = before[-1][0] if isinstance(before[-1], tuple) else before[-1]
-        torch.testing.assert_close(host.text.final_norm(last), output.last_hidden_state)
-
-
-@pytest.mark.parametrize("stretch", [1.0, 1.3])
-@pytest.mark.parametrize("turned", [12, 8])
-@pytest.mark.parametrize("name", HOSTS)
-def test_keys_are_turned_back(name: str, turned: int, stretch: float) -> None:
-    """To what they are when positions begin at 0, also where some channels are not turned and the others stretched."""
-    host = find_host(host_class(name).tiny()[0])
-    raw = torch.randn(2, 2, 5, 12, generator=torch.Generator().manual_seed(0))
-    channel = torch.arange(turned // 2)
-
-    def at(positions: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        angle = positions[..., None] * 10000.0 ** (-channel / len(channel))  # (B, T, turned / 2)
-        pair = torch.complex(raw[..., : turned // 2], raw[..., turned // 2 : turned])
-        spun = pair * torch.polar(torch.full_like(angle, stretch), angle)[:, None]
-        key = torch.cat([spun.real, spun.imag, raw[..., turned:]], dim=-1)
-        both = torch.cat([angle, angle], dim=-1)
-        return key, (stretch * both.cos(), stretch * both.sin())
-
-    count = torch.arange(5.0).expand(2, -1)
-    shifted, (cos, sin) = at(count + torch.tensor([[0.0], [7.0]]))
-    torch.testing.assert_close(
-        host.text.turn_back(shifted, (cos[:, :1], sin[:, :1])), at(count)[0], atol=1e-5, rtol=1e-5
-    )
-
-
-@pytest.mark.parametrize("name", HOSTS)
 def test_tiny_is_the_same_every_time(name: str) -> None:
     first, second = (host_class(name).tiny()[0].state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)

@@ -9,7 +9,7 @@ from tiny import Tiny, samples
 import ivtp
 from ivtp.errors import ConfigError
 from ivtp.hosts.llava import LlavaHost
-from ivtp.plan import NEEDS
+from ivtp.plan import NEEDS, PLACES
 from ivtp.registry import method_class
 
 METHODS = ivtp.list_methods()
@@ -60,3 +60,22 @@ def test_both_parts_of_a_joined_method_count(tiny: Tiny, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError, match="CLS token"):
         tiny.attach(tiny.model(), method="visionzip+fastv", keep="16+8")
     tiny.attach(tiny.model(), method="spatial+fastv", keep="16+8").detach()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_place_where_a_family_cannot_be_cut_is_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    with tiny.attach(tiny.model(), method=method) as pruner:
+        places = {cut.place for cut in pruner.method.plan.cuts if cut.where == "vision"}
+    for place in PLACES:
+        monkeypatch.setattr(LlavaHost, "cuts", frozenset(PLACES) - {place})
+        model = tiny.model()
+        if place not in places:
+            tiny.attach(model, method=method).detach()
+            continue
+        with pytest.raises(
+            ConfigError, match=f"{method!r} cuts {PLACES[place]}, where llava cannot".replace("+", r"\+")
+        ):
+            tiny.attach(model, method=method)
+        tiny.attach(model, method="fastv").detach()  # nothing of the refused one is left

@@ -11,11 +11,9 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from ivtp.config import PruneConfig
-from ivtp.core.merge import take_up_neighbours
-from ivtp.core.rollout import full_width_row
 from ivtp.core.schedule import linear, quarters
-from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
+from ivtp.methods.window import Merged, Window
 from ivtp.plan import ChoiceCost, Cut, Geometry, Plan
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "Method",
     "MethodInfo",
     "NoOptions",
-    "OutlierMerging",
     "Plan",
     "Window",
     "check_choice",
@@ -40,80 +37,6 @@ READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
 """Guides that read the instruction with CLIP's text side."""
 _FOR_ALL = frozenset({"method", "keep", "positions", "cache", "logits", "seed", "options"})
 """Fields of `PruneConfig` that no method refuses."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """What a method sees at a cut.
-
-    `taps` as `Cut.taps` names them. `hidden` (B, T, D) is cut. `patch` (B, T) is the original patch index of every
-    token, -1 for CLS, text, padding and the guide. `reference` is the index in T of the row whose attention counts, or
-    one for each sample (B,): 0, the CLS token, in the encoder, and in the decoder the pseudo CLS token or else the last
-    prompt token.
-    """
-
-    cut: Cut
-    taps: tuple[AttentionTap, ...]
-    hidden: Tensor
-    patch: Tensor
-    reference: int | Tensor
-    images: tuple[int, ...] = ()
-    """Images in each row, in the decoder; a row of the encoder is one image."""
-    entered: tuple[tuple[int, ...], ...] = ()
-    """Tokens of each image of each row that came to the cut, in the decoder."""
-    keeps: tuple[tuple[int, ...], ...] = ()
-    """Tokens of each image of each row that stay behind it, in the decoder."""
-    segment: Tensor | None = None
-    """(B, T) the number within its row of the image that a visual token is of, -1 for others, in the decoder where
-    every image has a budget of its own; None where the images of a row share one, or there are no two."""
-    sources: Tensor | None = None
-    """(B, N) the patch that stands for every original patch so far, -1 where it was dropped."""
-    text: Tensor | None = None
-    """(B, T) what `Method.read_text` made of the question, for methods with `Method.reads_text`."""
-    normed: Tensor | None = None
-    """(B, T, D) what the decoder's last norm makes of `hidden`, for methods with `Method.reads_states`."""
-    keys: Tensor | None = None
-    """(B, H_kv, T, d) keys of the last tap, turned as if the first token of each row stood at position 0 (likewise)."""
-    tail: int = 0
-    """At most so many columns at the end hold the question."""
-    relevance: Tensor | None = None
-    """(B, N) cosine of every patch with the instruction, both as CLIP sees them (`Method.reads_clip`)."""
-
-    @property
-    def visual(self) -> Tensor:
-        """(B, T) bool: the tokens that may be cut."""
-        return self.patch >= 0
-
-    @property
-    def budgets(self) -> list[tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
-        """The visual tokens (B, T) bool that share a budget, how many of them came in each row, and how many stay.
-
-        In the decoder, where `merge`, or a choice that is no ranking, has to keep to them.
-        """
-        if self.segment is None:
-            return [(self.visual, tuple(map(sum, self.entered)), tuple(map(sum, self.keeps)))]
-
-        def of_image(counts: tuple[tuple[int, ...], ...], m: int) -> tuple[int, ...]:
-            return tuple(row[m] if m < len(row) else 0 for row in counts)
-
-        most = max(map(len, self.keeps))
-        return [(self.segment == m, of_image(self.entered, m), of_image(self.keeps, m)) for m in range(most)]
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Visual tokens that stand for others.
-
-    `hidden` (B, T, D) is the window's, new where a token stands for others; `into` (B, T) is the column that every
-    visual column went into: its own where it stays, -1 where it is dropped. `order` (B, k) lists the columns that stay
-    in the method's own order; None: as they come. `stand_ins` (B, m) are the columns that stay whose token is made of
-    something else than of the columns that went into them: CLS, a sum over what is dropped; None: there are none.
-    """
-
-    hidden: Tensor
-    into: Tensor
-    order: Tensor | None = None
-    stand_ins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -316,40 +239,6 @@ class Method:
                 raise ConfigError(
                     f"method {config.method!r} does not read {field.name}={value!r}; leave it out. It reads {read}"
                 )
-
-
-class OutlierMerging(Method):
-    """Keeps some patches by their similarity to CLS, and merges the others into them (PruMerge and PruMerge+).
-
-    Similarity is softmax(q k^T) over the full width, not head by head, in the encoder's last layer; features are those
-    that the projector reads. One of `keep` is an extra token that takes up all dropped ones.
-    """
-
-    needs = frozenset({"cls"})
-    keeps_all = False
-
-    def choose(self, similarity: Tensor, count: int) -> Tensor:
-        """Indices (B, count) of the patches that stay, in their order, by `similarity` (B, N) to CLS."""
-        raise NotImplementedError
-
-    def make_plan(self) -> Plan:
-        """One cut behind the encoder."""
-        last = self.geometry.vision_depth - 1  # also where the projector reads an earlier layer
-        return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="behind", taps=(last,)),))
-
-    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
-        """Similarity of keys, and the weighted sums."""
-        kept = cut.keep - 1
-        sums = kept * entering + entering - kept  # neighbours of the kept ones, and all dropped ones
-        return ChoiceCost(2.0 * (kept * entering + sums) * self.geometry.vision_hidden)
-
-    def merge(self, window: Window) -> Merged:
-        """Kept tokens with their neighbours, and the extra one."""
-        tap = window.taps[-1]
-        similarity = full_width_row(tap, 0)[:, 1:]
-        kept = self.choose(similarity, window.cut.keep - 1)
-        hidden, into, order = take_up_neighbours(window.hidden, tap.key, similarity, kept)
-        return Merged(hidden, into, order, stand_ins=order[:, -1:])
 
 
 def _share(keep: int, visible: tuple[int, ...]) -> int:

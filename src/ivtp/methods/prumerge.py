@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ivtp.core.select import highest
-from ivtp.methods.base import MethodInfo, OutlierMerging
+from ivtp.methods.base import MethodInfo
+from ivtp.methods.outliers import OutlierMerging
 
 
 class PruMerge(OutlierMerging):

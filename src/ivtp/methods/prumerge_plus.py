@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ivtp.core.select import highest, others
-from ivtp.methods.base import MethodInfo, OutlierMerging
+from ivtp.methods.base import MethodInfo
+from ivtp.methods.outliers import OutlierMerging
 
 
 class PruMergePlus(OutlierMerging):

@@ -15,7 +15,7 @@ from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
-from ivtp.plan import NEEDS
+from ivtp.plan import NEEDS, PLACES
 from ivtp.plug.calls import Equipment
 from ivtp.plug.pruner import Pruner, check_unpruned
 from ivtp.plug.transformers import execution_device, floating_dtype
@@ -60,6 +60,7 @@ def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipme
     largest = dataclasses.replace(host.size, num_patches=host.most_patches)
     method: Method = kind(kind.filled(config, largest, host.recommended()), largest)
     _check_needs(host, method)
+    _check_cuts(host, method)
     if host.pads and method.info.merges and any(cut.where == "vision" for cut in method.plan.cuts):
         raise ConfigError(
             f"method {config.method!r} merges tokens in the encoder, and could not tell the padding in the tiles of "
@@ -90,6 +91,16 @@ def _check_needs(host: Host, method: Method) -> None:
         raise ConfigError(
             f"method {method.config.method!r} needs {lacks}, which {host.name} lacks; "
             f"use {guides}one of {', '.join(registry.list_methods(host.name))}"
+        )
+
+
+def _check_cuts(host: Host, method: Method) -> None:
+    """Raise `ConfigError` where the method cuts the encoder at a place where the family cannot be cut."""
+    refused = sorted({cut.place for cut in method.plan.cuts if cut.where == "vision"} - host.cuts)
+    if refused:
+        raise ConfigError(
+            f"method {method.config.method!r} cuts {' and '.join(PLACES[place] for place in refused)}, where "
+            f"{host.name} cannot be cut; use a method of the decoder, or one that cuts elsewhere (see `ivtp methods`)"
         )
 
 
