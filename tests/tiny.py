@@ -31,8 +31,8 @@ from transformers import (
 )
 
 import ivtp
-from ivtp.hosts.base import cache_name
 from ivtp.hosts.tiny import randomise
+from ivtp.stock import cache_name
 
 PATCH, SIDE = 4, 6
 NUM_PATCHES = SIDE * SIDE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,6 @@ from transformers.cache_utils import Cache
 from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.hosts.tiny import PROMPTS, tiny_images
 from ivtp.plan import Geometry
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls a cache among a forward's arguments: from 5.24 on, and before."""
-
 
 OPENAI_CLIP = {
     # (hidden size, layers, patch size, patches) of a vision tower: the CLIP model that it was taken from
@@ -51,11 +46,6 @@ class Visual:
 def openai_clip(geometry: Geometry, layers: int) -> str | None:
     """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
     return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
-
-
-def cache_name(function: Callable[..., Any]) -> str:
-    """Which of `CACHE_NAMES` a forward of a model or a layer, or a function that makes masks, takes."""
-    return next(name for name in CACHE_NAMES if name in inspect.signature(function).parameters)
 
 
 class Host:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
 from ivtp.errors import InputError, LoadError, UnsupportedModelError
 from ivtp.files.sidecar import SIDECAR
-from ivtp.hosts.base import Host, cache_name, openai_clip
+from ivtp.hosts.base import Host, openai_clip
 from ivtp.plan import Geometry
+from ivtp.stock import decoder_mask, kernel_name
 
-_CACHE = cache_name(create_causal_mask)
 _DECODERS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -40,7 +39,7 @@ class ClipLlamaHost(Host):
         layers = vision.num_hidden_layers
         heads = text.num_attention_heads
         return Geometry(
-            name=str(getattr(config, "_name_or_path", "") or "llava"),
+            name=str(getattr(config, "name_or_path", "") or "llava"),
             num_patches=(vision.image_size // vision.patch_size) ** 2,
             patch_size=vision.patch_size,
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
@@ -106,7 +105,7 @@ class ClipLlamaHost(Host):
         return hidden + attended  # type: ignore[no-any-return]
 
     def _checked_bias(self, bias: Tensor) -> Tensor:
-        if "flash" in str(self.vision_tower.config._attn_implementation):
+        if "flash" in kernel_name(self.vision_tower.config):
             raise InputError(
                 "FlashAttention cannot weigh merged tokens by their size; load the model with "
                 'attn_implementation={"vision_config": "sdpa"}'
@@ -143,18 +142,12 @@ class ClipLlamaHost(Host):
         Raises `InputError` where a kernel without a mask is asked to hide something.
         """
         config: Any = self.decoder.config
-        if visible is not None and "flash" in str(config._attn_implementation):
+        if visible is not None and "flash" in kernel_name(config):
             raise InputError(
                 "FlashAttention cannot hide the answer from the pseudo CLS token; "
                 'load the model with attn_implementation="sdpa" to train or draft with pruning'
             )
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=valid,
-            and_mask_function=visible,
-            **{_CACHE: cache},
-        )
+        return decoder_mask(config, hidden, valid, visible, cache)
 
     def check_call(self, inputs: dict[str, Any]) -> None:
         """The layer and strategy of the vision features are those of the config."""

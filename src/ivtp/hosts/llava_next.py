@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.image_processing_utils import select_best_resolution
 
 from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.clip_llama import ClipLlamaHost
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
+from ivtp.stock import best_tiling
 
 
 class LlavaNextHost(ClipLlamaHost):
@@ -137,7 +137,7 @@ class LlavaNextHost(ClipLlamaHost):
 @cache
 def _visual(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...], pixels: int, side: int) -> Visual:
     """An image of `size` (height, width), in tiles of `pixels` with `side` x `side` patches."""
-    height, width = select_best_resolution(size, [list(r) for r in resolutions])
+    height, width = best_tiling(size, resolutions)
     rows, columns = height // pixels, width // pixels
     shown = _shown(size, rows * side, columns * side)  # (rows, columns) bool of all patches: not padding
     first = side * side

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images
 from ivtp.core.tap import AttentionTap
-from ivtp.hosts.base import CACHE_NAMES
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.cache import Seen
 from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.prompt.batch import PromptBatch
+from ivtp.stock import CACHE_NAMES
 
 
 class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead
