@@ -20,7 +20,6 @@ from torch import nn
 from ivtp.config import PruneConfig, check_none
 from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputError, short_reason
 from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
-from ivtp.files.outputs import whole
 from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
 from ivtp.images import is_sequence, load_image
@@ -28,7 +27,7 @@ from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
 from ivtp.prompt.chat import ChatTemplate, image_token_of
 from ivtp.prompt.question import check_question
 from ivtp.registry import host_class, list_hosts, method_name
-from ivtp.trace import PruneTrace
+from ivtp.trace import Grids, PruneTrace
 from ivtp.visualize import draw
 
 
@@ -50,6 +49,8 @@ class Answer:
     """Relevance above which a word guided; None where none was read."""
     prompt_columns: int = 0
     """Tokens of the prompt, one for each patch of its images."""
+    grids: tuple[Grids, ...] = ()
+    """What the patches of each image form."""
     tiles: tuple[tuple[int, ...], ...] = ()
     """Of each image, how many tokens of each tile that the encoder read reached the prompt; one tile of most models."""
 
@@ -65,11 +66,7 @@ class Answer:
         """
         if self.trace is None:
             raise ConfigError("this answer has no trace: the method was 'none', nothing was pruned")
-        page = draw(self.pictures, self.trace, question=self.question, answer=self.text, threshold=self.threshold)
-        if file is not None:
-            with whole(Path(file), "the picture") as partial:
-                page.save(partial)
-        return page
+        return draw(self.pictures, self.trace, file, question=self.question, answer=self.text, threshold=self.threshold)
 
 
 class Ask(Protocol):
@@ -256,7 +253,9 @@ def _answer(
     (text,) = complete(model, processor, inputs, max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - began
     trace = pruner.trace if pruner else None
-    columns = inputs["input_ids"].shape[1]
+    if trace is not None:
+        trace = dataclasses.replace(trace, pictures=pictures)
+    columns, visuals = inputs["input_ids"].shape[1], host.visuals(dict(inputs))
     return Answer(
         text,
         trace,
@@ -266,7 +265,8 @@ def _answer(
         pictures=pictures,
         threshold=_threshold_of(pruner),
         prompt_columns=columns,
-        tiles=tuple(visual.visible for visual in host.visuals(dict(inputs))),
+        grids=tuple(visual.grids for visual in visuals),
+        tiles=tuple(visual.visible for visual in visuals),
     )
 
 

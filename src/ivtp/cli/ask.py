@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -159,11 +160,11 @@ def _compare(
 
 def draw_answer(model: Any, answer: Any) -> Any:
     """The picture of an answer; one of all tokens is drawn untouched."""
-    from ivtp.cost.sizes import sizes
     from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 
-    every = PruneTrace(sizes(model).geometry.num_patches, images=(len(answer.pictures),))
+    patches = tuple(sum(map(math.prod, grids)) for grids in answer.grids)
+    every = PruneTrace(max(patches), (len(patches),), patches=(patches,), grids=(answer.grids,))
     return draw(
         list(answer.pictures),
         answer.trace or every,

@@ -25,8 +25,8 @@ OPENAI_CLIP = {
 class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
 
-    grid: tuple[int, ...]
-    """(rows, columns) of its patches, where they form one grid."""
+    grids: tuple[tuple[int, ...], ...]
+    """(rows, columns) of its patches, one grid behind the other: of most families one, of tiles the whole's before."""
     token: Tensor
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor

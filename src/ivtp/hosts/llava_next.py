@@ -145,7 +145,8 @@ def _visual(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...], pix
     tiles = patch.view(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, first)
     whole = torch.arange(first)
     lines = [torch.cat([row[row >= 0], torch.tensor([-1])]) for row in patch if bool((row >= 0).any())]
-    return Visual((), torch.cat([whole, *lines]), torch.cat([whole[None], tiles]))
+    grids = ((side, side), (len(lines), len(lines[0]) - 1))
+    return Visual(grids, torch.cat([whole, *lines]), torch.cat([whole[None], tiles]))
 
 
 def _shown(size: tuple[int, int], rows: int, columns: int) -> Tensor:
