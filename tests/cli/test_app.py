@@ -18,6 +18,7 @@ from tiny import NUM_PATCHES, QUESTIONS, VISION_WIDTH, Tiny, image
 import ivtp
 from ivtp.cli import app as cli
 from ivtp.methods.dynamicvit import Predictors
+from ivtp.registry import host_class
 
 
 class Result(NamedTuple):
@@ -300,6 +301,7 @@ def test_flops_json(run: Run) -> None:
         "text_tokens",
         "batch",
         "images",
+        "image_size",
         "full",
         "pruned",
         "saving",
@@ -325,6 +327,20 @@ def test_flops_takes_lists_and_shares(run: Run) -> None:
     assert two["keep"] == 64
     assert json.loads(run("flops", "--json", "--keep", "11%").out)["keep"] == 63
     assert run("flops", "--model", "no-such-model").code == 1
+
+
+def test_flops_takes_the_size_of_an_image(run: Run, tmp_path: Path) -> None:
+    host_class("llava_next").tiny()[0].config.save_pretrained(tmp_path)
+    asked = ("flops", "--model", tmp_path, "--method", "topk", "--keep", 4)
+    wide = json.loads(run(*asked, "--json", "--image-size", "64x32").out)
+    assert wide["image_size"] == [64, 32]
+    assert wide["full"]["total"] > json.loads(run(*asked, "--json").out)["full"]["total"]
+    assert "one tile" in run(*asked).out
+    assert "every size as 576 patches" in run("flops", "--image-size", "640x480").out
+    for text in ("640", "0x4", "64x", "axb", "(640, 480)"):
+        refused = run(*asked, "--image-size", text)
+        assert refused.code == 2
+        assert "for example 640x480" in one_line(refused.err)
 
 
 def test_images_of_a_prompt_may_share_a_budget(run: Run) -> None:

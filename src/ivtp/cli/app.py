@@ -81,21 +81,25 @@ def flops(
     ] = 512,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels of an image, where a family reads it in tiles.")
+    ] = None,
     option: given.Options = None,
     as_json: given.Json = False,
 ) -> None:
     """What a prefill costs with all tokens and with a method, part by part.
 
     JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
-    batch, images, full and pruned (vision, projector, llm, head, pruning, total; in FLOPs, a multiply-accumulate
-    counted as 2), saving (share of the full cost, negative where it costs
-    more), notes (what must be known of the method).
+    batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector, llm, head, pruning,
+    total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative where it costs
+    more), notes (what must be known of the count).
     """
     from ivtp.cost.flops import flops as count
 
     options = given.parse_options(option, context)
     name = method_name(method)
-    asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images}
+    size = given.parse_size(image_size)
+    asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
         full = count(model, method="none", **asked)
         pruned = count(model, method=name, keep=given.parse_keep(keep), **asked, **options)

@@ -42,7 +42,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RESERVED = frozenset(
     {
         *("model", "processor", "image", "question", "method", "keep", "max_new_tokens", "clip", "config", "options"),
-        *("text_tokens", "batch", "images", "instruction_tokens"),
+        *("text_tokens", "batch", "images", "image_size", "instruction_tokens"),
     }
 )
 """What `ask`, `attach` and `flops` take for themselves: no option may have such a name."""
@@ -51,6 +51,16 @@ RESERVED = frozenset(
 def parse_keep(text: str) -> int | str:
     """A number of tokens, or a share such as "11%" as it is."""
     return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) else text
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height in pixels, of a text such as "640x480"."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
+    if found is None:
+        raise ConfigError(f"--image-size {text} is no size; write width and height in pixels, for example 640x480")
+    return int(found[1]), int(found[2])
 
 
 def parse_options(given: list[str] | None, context: typer.Context) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Host:
         raise NotImplementedError
 
     @classmethod
+    def visual(cls, config: Any, size: tuple[int, int]) -> Visual | None:
+        """An image of `size` (width, height) to a model of `config`; None where images of all sizes are alike."""
+        return None
+
+    @classmethod
     def stock_config(cls, name: str) -> Any:
         """The transformers configuration of one of the `stock` names."""
         raise NotImplementedError

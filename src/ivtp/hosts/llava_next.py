@@ -38,6 +38,13 @@ class LlavaNextHost(ClipLlamaHost):
         return getattr(config, "model_type", None) == "llava_next"
 
     @classmethod
+    def visual(cls, config: Any, size: tuple[int, int]) -> Visual:
+        """In the tiles whose resolution shows most of the image."""
+        pixels = config.vision_config.image_size
+        resolutions = tuple(map(tuple, config.image_grid_pinpoints))
+        return _visual((size[1], size[0]), resolutions, pixels, pixels // config.vision_config.patch_size)
+
+    @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
         """Tiles of 16 patches, up to four of them beside the whole; 5 encoder and 8 decoder layers."""
         from transformers import (
@@ -145,7 +152,7 @@ def _visual(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...], pix
     tiles = patch.view(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, first)
     whole = torch.arange(first)
     lines = [torch.cat([row[row >= 0], torch.tensor([-1])]) for row in patch if bool((row >= 0).any())]
-    grids = ((side, side), (len(lines), len(lines[0]) - 1))
+    grids = ((side, side), *((len(lines), len(line) - 1) for line in lines[:1]))
     return Visual(grids, torch.cat([whole, *lines]), torch.cat([whole[None], tiles]))
 
 

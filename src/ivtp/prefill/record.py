@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images, offset_images
-from ivtp.cost.flops import count_prompt
+from ivtp.cost.prefill import count_prompt
 from ivtp.cost.sizes import Relevance
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import Guide
