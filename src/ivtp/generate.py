@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from torch import nn
 
 from ivtp.config import PruneConfig, check_none
 from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputError, short_reason
-from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
+from ivtp.files.checkpoint import check_finite, check_weights, read_checkpoint
 from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
 from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
-from ivtp.prompt.chat import ChatTemplate, image_token_of
+from ivtp.prompt.chat import ChatTemplate, check_template, image_token_of
 from ivtp.prompt.question import check_question
 from ivtp.registry import host_class, list_hosts, method_name
 from ivtp.trace import Grids, PruneTrace
@@ -91,7 +90,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     def read(path: str) -> tuple[nn.Module, Any]:
         processor = AutoProcessor.from_pretrained(path)
-        _check_template(processor)
+        check_template(processor)
         model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
         check_weights(model, report)
         model = model.to(device).eval()
@@ -125,18 +124,6 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
                 shutil.copytree(source / str(beside["clip"]), target / str(beside["clip"]), dirs_exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
-
-
-def _check_template(processor: Any) -> None:
-    """Refuse a chat template that is no template, with a `ValueError`; what it says to a prompt shows there."""
-    if getattr(processor, "chat_template", None):
-        turn = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        try:
-            processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"its chat template is broken in line {error.lineno}: {error.message}") from None
-        except (TemplateError, *FAILURES):
-            return
 
 
 def check_device(device: str) -> str:

@@ -32,6 +32,7 @@ from ivtp.registry import method_name
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -55,9 +56,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, given.flag("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    traceback: Annotated[bool, typer.Option(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
+    traceback: Annotated[bool, given.flag(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
 ) -> None:
     """Instruction-guided visual token pruning for vision-language models."""
 

@@ -118,13 +118,17 @@ def draw_comparison(
     """
     if not rows or not all(panels for _, panels in rows):
         raise ConfigError("a comparison needs at least one question with at least one panel")
-    strips = [_strip(image, square, question, panels, threshold) for question, panels in rows]
-    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    return stack([_strip(image, square, question, panels, threshold) for question, panels in rows])
+
+
+def stack(pages: Sequence[Image.Image]) -> Image.Image:
+    """Pages one below the other."""
+    whole_page = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
     top = 0
-    for strip in strips:
-        page.paste(strip, (0, top))
-        top += strip.height
-    return page
+    for page in pages:
+        whole_page.paste(page, (0, top))
+        top += page.height
+    return whole_page
 
 
 def _strip(
