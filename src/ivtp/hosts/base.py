@@ -25,8 +25,8 @@ OPENAI_CLIP = {
 class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
 
-    grid: tuple[int, ...]
-    """(rows, columns) of its patches, where they form one grid."""
+    grids: tuple[tuple[int, ...], ...]
+    """(rows, columns) of its patches, one grid behind the other: of most families one, of tiles the whole's before."""
     token: Tensor
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
@@ -90,6 +90,11 @@ class Host:
     def geometry(cls, config: Any) -> Geometry:
         """Sizes of the model that `config` describes."""
         raise NotImplementedError
+
+    @classmethod
+    def visual(cls, config: Any, size: tuple[int, int]) -> Visual | None:
+        """An image of `size` (width, height) to a model of `config`; None where images of all sizes are alike."""
+        return None
 
     @classmethod
     def stock_config(cls, name: str) -> Any:

@@ -30,14 +30,23 @@ from ivtp.plug.calls import (
     without_guide,
 )
 from ivtp.plug.changes import Changes, exclusive
-from ivtp.plug.transformers import encodes_ahead, execution_device, forward_slot, reruns_hooks, set_image_features
 from ivtp.prefill.cache import continue_inputs, is_prefill
 from ivtp.prefill.probe import AttentionProbe
 from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
 from ivtp.prefill.stage import Plug
 from ivtp.prompt.batch import read_prompts
-from ivtp.towers.base import CACHE_NAMES, cache_name
+from ivtp.stock import (
+    CACHE_NAMES,
+    ENCODES_AHEAD,
+    EXPAND,
+    cache_name,
+    encodes_ahead,
+    execution_device,
+    forward_slot,
+    reruns_hooks,
+    set_image_features,
+)
 from ivtp.trace import PruneTrace
 
 MARK = "_ivtp_pruner"
@@ -177,9 +186,9 @@ class Pruner:
             changes.set(module, MARK, self)
         changes.set(model, forward_slot(model), forward_with_labels(model, self))
         changes.set(model, "generate", generate_alone(model, self))
-        changes.set(model, "_expand_inputs_for_generation", expand_for_beams(model, self))
+        changes.set(model, EXPAND, expand_for_beams(model, self))
         if encodes_ahead(model):
-            changes.set(model, "_supports_mm_encoder_outputs", _no)
+            changes.set(model, ENCODES_AHEAD, _no)
         changes.stand_in(host.multimodal, self._multimodal_forward)
         self._attached = True
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images, offset_images
-from ivtp.cost.flops import count_prompt
+from ivtp.cost.prefill import count_prompt
 from ivtp.cost.sizes import Relevance
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import Guide
@@ -21,7 +21,7 @@ from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
 from ivtp.prefill.stage import CutResult
 from ivtp.prompt.batch import PromptBatch
-from ivtp.trace import PruneTrace, StageTrace
+from ivtp.trace import Grids, PruneTrace, StageTrace
 
 
 class Stopwatch:
@@ -112,9 +112,9 @@ def build_trace(record: Record) -> PruneTrace:
     )
 
 
-def _grids(prompts: PromptBatch) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The grid of each image of each row."""
-    of_all = iter(prompts.visuals[m].grid for m in prompts.image_of_slot)
+def _grids(prompts: PromptBatch) -> tuple[tuple[Grids, ...], ...]:
+    """The grids of each image of each row."""
+    of_all = iter(prompts.visuals[m].grids for m in prompts.image_of_slot)
     return tuple(tuple(next(of_all) for _ in range(count)) for count in prompts.images)
 
 

@@ -15,6 +15,7 @@ from ivtp.core.sequence import Placeholders, TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
+from ivtp.stock import is_offloading
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ def _check_cache(cache: Any) -> None:
             "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
         )
     fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
-    if fixed or getattr(cache, "offloading", False):
-        kind = "offloaded" if getattr(cache, "offloading", False) else type(cache).__name__
+    if fixed or is_offloading(cache):
+        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
         raise InputError(
             f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
             "a DynamicCache that is not offloaded"
