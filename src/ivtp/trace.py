@@ -147,7 +147,7 @@ class PruneTrace:
         """The picture of sample `row` with what was kept of it, also written to `file` where one is named.
 
         `image` is the picture, or a list of the sample's pictures; an answer's trace knows them. `options` are those of
-        `ivtp.draw`, which this calls: `row`, `question`, `answer`, `threshold`, `square`.
+        `ivtp.draw`, which this calls: `row`, `question`, `answer`, `note`, `threshold`, `square`.
         """
         from ivtp.visualize import draw
 

@@ -25,6 +25,7 @@ from tiny import NUM_PATCHES, QUESTIONS
 import ivtp
 from ivtp.cli import arguments
 from ivtp.cost.flops import flops
+from ivtp.registry import host_class
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
@@ -226,6 +227,26 @@ def test_help_fills_its_lines_and_gives_flags_no_type(run: Run, command: str) ->
         assert len(f"{line} {following.split()[0]}") > 150
     (flag,) = [line for line in lines if "--json" in line]
     assert "bool" not in flag.lower()
+
+
+@pytest.mark.parametrize("how", [("--method", "none"), ("--method", "topk"), ("--compare", "none,topk")], ids=str)
+def test_a_picture_of_a_wide_image_that_is_read_in_tiles_shows_its_ends(
+    run: Run, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    model, processor = host_class("llava_next").tiny()
+    ivtp.save(model, processor, tmp_path / "model")
+    drawn = []
+    for colour in ("red", "blue"):
+        wide = Image.new("RGB", (120, 60), "white")
+        wide.paste(colour, (0, 0, 20, 60))
+        wide.save(tmp_path / "wide.png")
+        few = ("--model", tmp_path / "model", "--keep", 8, "--max-new-tokens", 1, *how)
+        file = tmp_path / f"{colour}.png"
+        result = run("ask", tmp_path / "wide.png", "Is it?", *few, "--picture", file)
+        assert result.code == 0, result.err
+        with Image.open(file) as page:
+            drawn.append(page.convert("RGB").crop((24, 60, 24 + 60, 24 + 250)).tobytes())
+    assert drawn[0] != drawn[1]
 
 
 # ---- a dialogue, a terminal, an interruption ------------------------------------------------------------------

@@ -230,6 +230,17 @@ def test_nothing_is_clipped_at_the_margins(number: int, fallback: bool) -> None:
             assert (margin == 255).all()
 
 
+def test_a_note_is_a_line_below_everything() -> None:
+    trace = two_stages([0, 1, 7], [7])
+    plain, noted = (draw(noise((60, 60)), trace, answer="a cat", note=note) for note in (None, "topk: 1 of 36 " * 20))
+    assert plain.width == noted.width
+    assert not ImageChops.difference(
+        plain.crop((0, 0, plain.width, plain.height - 24)), noted.crop((0, 0, plain.width, plain.height - 24))
+    ).getbbox()
+    assert (np.asarray(noted)[plain.height - 24 : -8] != 255).any()
+    assert (np.asarray(noted)[:, -8:] == 255).all()
+
+
 def test_long_instructions_stay_on_the_page() -> None:
     words = [Word(f"word{i}" * (1 + i % 5), (i * 37 % 100) / 200, i % 7 == 0) for i in range(2000)]
     trace = two_stages([0, 1], [1], words)

@@ -121,7 +121,7 @@ def _answer(
     if picture is not None:  # behind the answers, which must not be lost with it
         from ivtp.visualize import stack
 
-        save_picture(stack([draw_answer(model, one) for one in answers]), picture, "--picture")
+        save_picture(stack([draw_answer(model, one, asked.method) for one in answers]), picture, "--picture")
         err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
@@ -158,18 +158,20 @@ def _compare(
         err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
-def draw_answer(model: Any, answer: Any) -> Any:
-    """The picture of an answer; one of all tokens is drawn untouched."""
+def draw_answer(model: Any, answer: Any, method: str) -> Any:
+    """The picture of an answer, with what it cost; one of all tokens is drawn untouched."""
     from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 
     patches = tuple(sum(map(math.prod, grids)) for grids in answer.grids)
+    cost = Cost.of(model, answer)
     every = PruneTrace(max(patches), (len(patches),), patches=(patches,), grids=(answer.grids,))
     return draw(
         list(answer.pictures),
         answer.trace or every,
         question=answer.question,
         answer=answer.text,
+        note=f"{method}: {cost.tokens()} visual tokens, {cost.flops()}, {1000 * answer.seconds:.0f} ms",
         threshold=threshold_of(model, answer.threshold),
         square=square_of(model),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ class Visual:
     tiles: Tensor
     """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
 
-    @property
+    @cached_property
     def patches(self) -> int:
         """Tokens that may be cut."""
         return int(self.token.max()) + 1

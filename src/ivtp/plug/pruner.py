@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ivtp.config import PruneConfig
+from ivtp.core.untraced import untraced
 from ivtp.errors import AttachError, InputError
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method, Plan
@@ -236,7 +237,7 @@ class Pruner:
         )
         method, guide_maker = self._equipment.method, self._equipment.guide_maker
         prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes)
-        self._prefill, self._owner = prefill, threading.get_ident()
+        self._prefill, self._owner = prefill, _this_thread()
         return prefill.start(inputs)
 
     def _begin_unpruned(self, inputs: dict[str, Any]) -> None:
@@ -299,6 +300,11 @@ def detach(model: nn.Module) -> None:
     pruner = pruner_of(model)
     if pruner is not None:
         pruner.detach()
+
+
+@untraced
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 def _no() -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images, offset_images
+from ivtp.core.untraced import untraced
 from ivtp.cost.prefill import count_prompt
 from ivtp.cost.sizes import Relevance
 from ivtp.guide.clip import ClipText
@@ -27,6 +28,7 @@ from ivtp.trace import Grids, PruneTrace, StageTrace
 class Stopwatch:
     """Seconds between its creation and `stop`, measured on the device; reading them waits for it."""
 
+    @untraced
     def __init__(self, device: torch.device) -> None:
         event: Any = torch.cuda.Event
         self._events = [event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -35,6 +37,7 @@ class Stopwatch:
         self._began = time.perf_counter()
         self._seconds = 0.0
 
+    @untraced
     def stop(self) -> None:
         """Take the time."""
         if self._events:

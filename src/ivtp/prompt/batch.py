@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
+from ivtp.core.untraced import untraced
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
@@ -85,6 +86,7 @@ class PromptBatch:
         columns = [i.columns[0] for i in self.instructions if i.columns]
         return max([self.slots.tail, *(self.length - column for column in columns)])
 
+    @untraced
     def with_instructions(self, read: Callable[[TextTokens], Instruction]) -> PromptBatch:
         """The same, on the host, with what every row that has an image asks; each prompt is read once."""
         found: list[Instruction] = []
@@ -121,6 +123,7 @@ class PromptBatch:
         return self.question.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
 
+@untraced
 def read_prompts(
     inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
 ) -> PromptBatch:

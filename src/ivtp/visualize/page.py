@@ -53,6 +53,7 @@ def draw(
     row: int = 0,
     question: str | None = None,
     answer: str | None = None,
+    note: str | None = None,
     threshold: float | None = None,
     square: int = 336,
 ) -> Image.Image:
@@ -62,9 +63,10 @@ def draw(
     was cut off is said. One that is read in tiles is shown uncut in their patches, and below in those of the whole.
 
     `image`: the picture of sample `row`, in any form that `load_image` takes, or a list of all of them in the order of
-    the prompt. `file`: where to write the page, too. `square`: side in pixels of the model's input, to which each
-    picture is scaled and cropped. `threshold`: drawn as a line through the word bars. Raises `ImageError`,
-    `OutputError`, and `ConfigError` when pictures and trace do not fit together or `file` has no picture's suffix.
+    the prompt. `file`: where to write the page, too. `note`: a line below the answer, such as what it cost. `square`:
+    side in pixels of the model's input, to which each picture is scaled and cropped. `threshold`: drawn as a line
+    through the word bars. Raises `ImageError`, `OutputError`, and `ConfigError` when pictures and trace do not fit
+    together or `file` has no picture's suffix.
     """
     path = None if file is None else Path(file)
     if path is not None and path.suffix.lower() not in PICTURES:
@@ -87,7 +89,7 @@ def draw(
     crops = [_said_of(picture, own) for picture, own in zip(pictures, maps, strict=True)]
     below = top + max(panel.height for panel in panels) + 12 + (_PITCH if any(crops) else 0)
     legend = _PITCH * max(3, *(len(_counts(own)) for own in maps))
-    height = below + legend + 26 * len(foot) + _MARGIN
+    height = below + legend + 26 * len(foot) + (_PITCH if note else 0) + _MARGIN
     page = Image.new("RGB", (width, max(height, top + bars.height + _MARGIN if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
@@ -97,6 +99,8 @@ def draw(
         write(pen, (left, below - _PITCH), shorten(crop, 14, side), MUTED, 14)
         _legend(page, maps[m], left, below)
     _lines(pen, foot, _MARGIN, below + legend + 6, 18, 26)
+    if note:
+        write(pen, (_MARGIN, below + legend + 8 + 26 * len(foot)), shorten(note, 14, pictures_width), MUTED, 14)
     if bars:
         bars.draw(page, _MARGIN + pictures_width + _MARGIN, top)
     if path is not None:
