@@ -22,7 +22,7 @@ test-all: $(VENV)/.installed-dev lint
 
 # what a change of torch, transformers or accelerate breaks first, on the lowest and on the newest of them
 COMPAT_TESTS := tests/core tests/methods tests/hosts tests/prefill tests/plug tests/test_parity.py tests/test_batching.py \
-	tests/test_reference.py tests/test_training.py
+	tests/test_reference.py tests/test_stock.py tests/test_training.py
 
 compat: $(VENV)/lowest/.installed $(VENV)/newest/.installed
 	for end in lowest newest; do \
