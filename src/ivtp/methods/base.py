@@ -78,6 +78,11 @@ class Window:
     """At most so many columns at the end hold the question."""
     relevance: Tensor | None = None
     """(B, N) cosine of every patch with the instruction, both as CLIP sees them (`Method.reads_clip`)."""
+    features: Tensor | None = None
+    """(B, N, D_vision) what the projector read, at a cut behind it."""
+    words: Tensor | None = None
+    """(B, W, D_text) the question's tokens as they enter the decoder, then zeros, for methods with
+    `Method.reads_words`."""
 
     @property
     def visual(self) -> Tensor:
@@ -169,6 +174,8 @@ class Method:
     """Whether `score` or `merge` reads `Window.normed` or `Window.keys`, in the decoder."""
     reads_clip: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.relevance`."""
+    reads_words: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.words`, in the encoder."""
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""
