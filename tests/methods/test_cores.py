@@ -854,7 +854,7 @@ def test_every_word_and_every_patch_is_shared_out() -> None:
     near(shares.sum(dim=1), [[0.25] * 4 + [0.5 / 9] * 9, [1 / 3] * 3 + [0.0] + [0.5 / 9] * 9])
 
 
-def test_where_nothing_is_asked_the_image_alone_counts() -> None:
+def test_without_words_the_image_alone_counts() -> None:
     tokens, features = normal(0, 2, 12, 6), normal(1, 2, 12, 5)
     shares = covering_shares(torch.zeros(2, 3, 6), tokens, features, 0.5, 0.02, 0.2)
     alone = (cosine(features) / 0.2).softmax(dim=2).transpose(1, 2)

@@ -37,7 +37,7 @@ class MmTok(Method):
     becomes a softmax over all patches, at a temperature of 0.02 for words and 0.2 for patches (Sec. 3.1.3); the
     objective is the mean over the words plus `alpha` times the mean over the patches (Eq. 2, Algorithm 2). Raster
     order. Our reading: words are the question's tokens as they enter the decoder, patches are compared by their cosine
-    as the words are, and where nothing is asked the patches alone count. The paper's optional agent, which answers
+    as the words are, and without any words the patches alone count. The paper's optional agent, which answers
     first to give more words, is not here.
     """
 

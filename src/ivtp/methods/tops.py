@@ -75,8 +75,8 @@ def preservation_set(similarity: Tensor, relevance: Tensor, count: int, diversit
     nearest = similarity[rows, point]  # (B, N) of every token its highest similarity with the set
     for _ in range(count - 1):
         free[rows, point] = False
-        gain = (similarity - nearest.unsqueeze(1)).clamp_min(0)  # (B, N, N) of every candidate for every token
-        reach = (gain * free.unsqueeze(1)).sum(dim=2)
+        # of every candidate; nothing is nearer to a token of the set than itself, so that these gain nothing
+        reach = (similarity - nearest.unsqueeze(1)).clamp_min(0).sum(dim=2)
         score = _by_mean(relevance, free) + diversity * _by_mean(1 - nearest, free) + coverage * _by_mean(reach, free)
         point = score.masked_fill(~free, float("-inf")).argmax(dim=1)
         chosen.append(point)
