@@ -36,12 +36,13 @@ class Fsr(Method):
     """Keeps patches that are salient and relevant, then those least like them, which take up what they resemble.
 
     Saliency is CLS attention (Eq. 1), relevance the cosine of a patch with CLIP's embedding of the instruction (Eq. 2);
-    min-max normalised over the image their powers make the priority (Eq. 3). Focus: the fewest patches that hold `rho`
+    from 0 to 1 over the image, their powers make the priority (Eq. 3). Focus: the fewest patches that hold `rho`
     of the sum of all priorities (Eq. 4). Scan: one by one, the patch farthest from its most similar kept one (Eq. 5).
     Refine: of the dropped patches those most similar to a scanned one, `kappa` for each of these, go into it, a mean
     weighted by priority (Eq. 8 and 9); the focused ones stay as they are. Features and attention are those of the last
-    layer whose output the projector reads; raster order. Our reading: patches are compared with the instruction as
-    CDPruner's are, which the paper names for it, but by their plain cosine; focus never takes more than is kept.
+    layer whose output the projector reads; raster order. Our reading: ratings are min-max normalised; patches are
+    compared with the instruction as CDPruner's are, which the paper names for it, but by their plain cosine; focus
+    never takes more than is kept.
     """
 
     info = MethodInfo(

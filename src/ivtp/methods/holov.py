@@ -36,9 +36,10 @@ class HoloV(Method):
     share times room, and what is then short to the crop with the highest share. 1024 / keep crops. Raster order. The
     refetching of dropped tokens in the decoder (Appendix D) is not here. Our reading: crops are runs of consecutive
     patches, whose sizes differ by one at most, as the paper's numbers of crops fit no grid; 1024 / keep is rounded,
-    and a crop has two patches or more; `tau`, of which the paper gives no value, is 1; parts of an overflow are
-    rounded down; the crop with the highest share is filled up before the next; CLS attention is that of the last
-    layer whose output the projector reads.
+    and a crop has two patches or more; `tau`, of which the paper gives no value, is 1; tokens are compared behind the
+    projector, and one's cosine with itself, which Eq. 1 masks, counts in neither mean nor variance; parts of an
+    overflow are rounded down; the crop with the highest share is filled up before the next; CLS attention is that of
+    the last layer whose output the projector reads.
     """
 
     info = MethodInfo(
