@@ -110,6 +110,16 @@ def max_min(distance: Matrix, count: int, gaps: Gaps = None) -> list[int]:
     return chosen
 
 
+def farthest(distance: Matrix, given: Sequence[int], count: int, gaps: Gaps = None) -> list[int]:
+    """FSR's scan: what is given, then each time what is farthest from its nearest neighbour among the chosen."""
+    chosen = list(given)
+    while len(chosen) < count:
+        free = others(chosen, len(distance))
+        values = [min(distance[i][j] for j in chosen) for i in free]
+        chosen.append(free[argmax(values, gaps)])
+    return chosen
+
+
 def determinant(matrix: Matrix) -> float:
     """Gaussian elimination with the largest pivot of each column."""
     rows = [list(row) for row in matrix]
@@ -169,13 +179,132 @@ def coverage(similarity: Matrix, weight: Vector, count: int, gaps: Gaps = None) 
     length = len(similarity)
 
     def total(members: Sequence[int]) -> float:
-        return math.fsum(max([0.0, *(similarity[m][j] for m in members)]) for j in range(length))
+        return covered(similarity, members)
 
     chosen: list[int] = []
     while len(chosen) < count:
         free = others(chosen, length)
         values = [weight[i] * (total([*chosen, i]) - total(chosen)) for i in free]
         chosen.append(free[argmax(values, gaps)])
+    return chosen
+
+
+def covered(similarity: Matrix, members: Sequence[int]) -> float:
+    """How well points (rows) cover the targets (columns): each as its most similar member does, never below 0."""
+    return math.fsum(max([0.0, *(similarity[m][j] for m in members)]) for j in range(len(similarity[0])))
+
+
+def cover_question_and_image(
+    words: Matrix,
+    tokens: Matrix,
+    features: Matrix,
+    count: int,
+    alpha: float,
+    temperatures: tuple[float, float],
+    gaps: Gaps = None,
+) -> list[int]:
+    """MMTok, Algorithm 2: each time the token with which the objective of Eq. 2 is highest."""
+    by_word = [softmax([cosine(word, token) / temperatures[0] for token in tokens]) for word in words]
+    by_patch = [softmax([cosine(patch, other) / temperatures[1] for other in features]) for patch in features]
+
+    def average(rows: Matrix, members: Sequence[int]) -> float:
+        return math.fsum(max(row[m] for m in members) for row in rows) / len(rows) if rows else 0.0
+
+    chosen: list[int] = []
+    while len(chosen) < count:
+        free = others(chosen, len(tokens))
+        values = [average(by_word, [*chosen, i]) + alpha * average(by_patch, [*chosen, i]) for i in free]
+        chosen.append(free[argmax(values, gaps)])
+    return chosen
+
+
+def preservation_set(
+    similarity: Matrix,
+    relevance: Vector,
+    count: int,
+    diversity: float,
+    coverage: float,
+    normalise: str,
+    gaps: Gaps = None,
+) -> list[int]:
+    """TOPS, Algorithm 1: the most relevant token, then the best sum of three criteria, each over its mean.
+
+    Or each from 0 to 1, by its range.
+    """
+    length = len(similarity)
+    chosen = [argmax(relevance, gaps)]
+    while len(chosen) < count:
+        free = others(chosen, length)
+        unlike = [1 - max(similarity[i][j] for j in chosen) for i in free]
+        reach = [
+            math.fsum(max(0.0, similarity[i][j] - max(similarity[j][k] for k in chosen)) for j in free) for i in free
+        ]
+        criteria = ((1.0, [relevance[i] for i in free]), (diversity, unlike), (coverage, reach))
+        values = [0.0] * len(free)
+        for weight, of_free in criteria:
+            low = min(of_free) if normalise == "range" else 0.0
+            unit = max(of_free) - low if normalise == "range" else math.fsum(of_free) / len(of_free)
+            if normalise == "range":
+                _settle(of_free, max(of_free), low, gaps)
+            for place, value in enumerate(of_free):
+                values[place] += weight * (value - low) / unit if unit > 0 else 0.0
+        chosen.append(free[argmax(values, gaps)])
+    return chosen
+
+
+def crops_of(length: int, crops: int) -> list[list[int]]:
+    """Runs of consecutive patches, the longer ones first."""
+    out, start = [], 0
+    for place in range(crops):
+        size = length // crops + (place < length % crops)
+        out.append(list(range(start, start + size)))
+        start += size
+    return out
+
+
+def holistic(features: Matrix, attention: Vector, crop: Sequence[int]) -> list[float]:
+    """HoloV, Eq. 1-3: attention plus the variance of the similarities with the others of the crop, at its scale."""
+    variance = []
+    for i in crop:
+        likeness = [cosine(features[i], features[j]) for j in crop if j != i]
+        average = math.fsum(likeness) / max(1, len(likeness))
+        variance.append(math.fsum((s - average) ** 2 for s in likeness) / max(1, len(likeness)))
+    total = math.fsum(variance)
+    scale = math.fsum(attention[i] for i in crop) / total if total > 0 else 0.0
+    return [scale * v + attention[i] for v, i in zip(variance, crop, strict=True)]
+
+
+def quotas(share: Vector, size: Sequence[int], keep: int, gaps: Gaps = None) -> list[int]:
+    """HoloV: whole parts of the budget, at most a crop's size; what overflows by share times room; the rest in turn."""
+
+    def whole(value: float) -> int:
+        if gaps is not None and abs(value - round(value)) < 1e-3:
+            gaps.append(0.0)
+        return math.floor(value)
+
+    wanted = [whole(s * keep) for s in share]
+    quota = [min(w, m) for w, m in zip(wanted, size, strict=True)]
+    over = sum(wanted) - sum(quota)
+    if over:
+        pull = [s * (m - q) for s, m, q in zip(share, size, quota, strict=True)]
+        more = [whole(over * p / math.fsum(pull)) for p in pull]
+        quota = [min(q + extra, m) for q, extra, m in zip(quota, more, size, strict=True)]
+    for crop in descending(share, gaps):
+        quota[crop] += min(keep - sum(quota), size[crop] - quota[crop])
+    return quota
+
+
+def best_of_crops(
+    features: Matrix, attention: Vector, crops: int, keep: int, tau: float, gaps: Gaps = None
+) -> set[int]:
+    """HoloV's tokens."""
+    all_crops = crops_of(len(features), crops)
+    scores = [holistic(features, attention, crop) for crop in all_crops]
+    worth = [(math.fsum(of_crop) / len(of_crop)) ** tau for of_crop in scores]
+    quota = quotas([w / math.fsum(worth) for w in worth], [len(crop) for crop in all_crops], keep, gaps)
+    chosen: set[int] = set()
+    for crop, of_crop, count in zip(all_crops, scores, quota, strict=True):
+        chosen |= {crop[k] for k in descending(of_crop, gaps, count)}
     return chosen
 
 
@@ -469,3 +598,51 @@ def layer_norm(x: Vector, weight: Vector, bias: Vector, eps: float) -> list[floa
     centre = math.fsum(x) / len(x)
     spread = math.sqrt(math.fsum((v - centre) ** 2 for v in x) / len(x) + eps)
     return [w * (v - centre) / spread + b for v, w, b in zip(x, weight, bias, strict=True)]
+
+
+def priority(saliency: Vector, relevance: Vector, alpha: float, beta: float) -> list[float]:
+    """FSR, Eq. 3: both ratings from 0 to 1, to their powers, multiplied."""
+
+    def from_zero_to_one(rating: Vector) -> list[float]:
+        low, high = min(rating), max(rating)
+        return [(x - low) / (high - low) if high > low else 0.0 for x in rating]
+
+    pairs = zip(from_zero_to_one(relevance), from_zero_to_one(saliency), strict=True)
+    return [r**alpha * s**beta for r, s in pairs]
+
+
+def focus_and_scan(
+    features: Matrix, rating: Vector, keep: int, rho: float, kappa: float, gaps: Gaps = None
+) -> tuple[list[int], list[int]]:
+    """FSR, Eq. 4, 5 and 8: the chosen patches, the focused first, and where every patch goes, -1: nowhere."""
+    order, total = descending(rating), math.fsum(rating)
+    focused = 1
+    while focused < keep and math.fsum(rating[i] for i in order[:focused]) < rho * total:
+        focused += 1
+    if gaps is not None and total > 0:
+        descending(rating, gaps, focused)
+        gaps.extend(abs(math.fsum(rating[i] for i in order[:k]) / total - rho) for k in range(1, len(order)))
+    likeness = cosines(features)
+    chosen = farthest([[1 - c for c in row] for row in likeness], order[:focused], keep, gaps)
+    scanned, into = chosen[focused:], [i if i in chosen else -1 for i in range(len(rating))]
+    dropped = others(chosen, len(rating))
+    if scanned:
+        anchor = {i: scanned[argmax([likeness[i][j] for j in scanned], gaps)] for i in dropped}
+        near = [likeness[i][anchor[i]] for i in dropped]
+        for place in descending(near, gaps, min(int(kappa * len(scanned)), len(dropped))):
+            into[dropped[place]] = anchor[dropped[place]]
+    return chosen, into
+
+
+def refined(features: Matrix, rating: Vector, chosen: Sequence[int], into: Sequence[int]) -> list[list[float]]:
+    """FSR, Eq. 9, one token after the other: the running mean of each chosen patch, weighted by the ratings."""
+    tokens, weights = [list(features[i]) for i in chosen], [rating[i] for i in chosen]
+    for i, target in enumerate(into):
+        if target in (-1, i) or not rating[i]:
+            continue
+        place = list(chosen).index(target)
+        both = weights[place] + rating[i]
+        pairs = zip(tokens[place], features[i], strict=True)
+        tokens[place] = [(weights[place] * a + rating[i] * b) / both for a, b in pairs]
+        weights[place] = both
+    return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import naive
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
-from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min
+from ivtp.core.diversity import cosine, coverage, drop_duplicates, farthest, greedy_map, max_min
 from ivtp.core.merge import follow, nearest_grid, pool_grid, sizes, take_up_neighbours
 from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
@@ -28,11 +29,15 @@ from ivtp.methods.cdpruner import conditional_kernel
 from ivtp.methods.dart import least_similar
 from ivtp.methods.dynamicvit import Predictor
 from ivtp.methods.evit import keep_and_fuse
+from ivtp.methods.fsr import focus_and_scan, priority, refined
 from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
+from ivtp.methods.holov import HoloV, crops_of, holistic_scores, quotas, within_quotas
+from ivtp.methods.mmtok import covering_shares
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
 from ivtp.methods.spatial import local_similarity
 from ivtp.methods.tome import ToMe, match
+from ivtp.methods.tops import preservation_set
 from ivtp.methods.visionzip import contextual_count, merge_contextual
 from ivtp.methods.vispruner import important_and_distinct
 from ivtp.plan import Cut
@@ -141,6 +146,22 @@ def test_max_min_among_small_whole_distances(seed: int) -> None:
     assert max_min(distance, 12).tolist() == [naive.max_min(sample, 12) for sample in plain(distance)]
 
 
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(1, 40), data=st.data())
+def test_farthest_from_what_each_row_holds(seed: int, batch: int, length: int, data: st.DataObject) -> None:
+    """Rows of a batch begin with different numbers of given points."""
+    distance = distances(seed, batch, length)
+    given_points = torch.stack([torch.randperm(length, generator=generator(seed + b)) for b in range(batch)])
+    count = data.draw(st.integers(1, length))
+    held = [data.draw(st.integers(1, count)) for _ in range(batch)]
+    gaps: list[float] = []
+    expected = [
+        naive.farthest(plain(distance[b]), given_points[b, : held[b]].tolist(), count, gaps) for b in range(batch)
+    ]
+    assume(clear(gaps))
+    assert farthest(distance, given_points, torch.tensor(held), count).tolist() == expected
+
+
 def gram(seed: int, batch: int, length: int, rank: int) -> Tensor:
     factors = normal(seed, batch, length, rank).double()
     return (factors @ factors.transpose(1, 2) / rank).float()
@@ -218,6 +239,34 @@ def test_coverage_is_greedy(seed: int, batch: int, length: int, signed: bool, da
     assert coverage(similarity, weight, count).tolist() == expected
     for b, row in enumerate(expected):
         assert coverage(similarity[b : b + 1], weight[b : b + 1], count).tolist() == [row]
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(2, 24), targets=st.integers(1, 30), data=st.data())
+def test_coverage_of_other_targets_is_greedy(
+    seed: int, batch: int, length: int, targets: int, data: st.DataObject
+) -> None:
+    similarity, weight = uniform(seed, batch, length, targets), uniform(seed + 1, batch, length)
+    count = data.draw(st.integers(1, length))
+    gaps: list[float] = []
+    expected = [naive.coverage(s, w, count, gaps) for s, w in zip(plain(similarity), plain(weight), strict=True)]
+    assume(clear(gaps))
+    assert coverage(similarity, weight, count).tolist() == expected
+
+
+@SOME
+@given(seed=seeds, length=st.integers(2, 8), targets=st.integers(1, 9))
+def test_greedy_coverage_grows_by_less_and_less_and_is_near_the_best(seed: int, length: int, targets: int) -> None:
+    """Monotone and submodular, so that greedy reaches 1 - 1/e of the best set of any size (Nemhauser et al., 1978)."""
+    similarity = uniform(seed, 1, length, targets)
+    (order,), rows = coverage(similarity, torch.ones(1, length), length).tolist(), plain(similarity[0])
+    totals = [naive.covered(rows, order[:k]) for k in range(length + 1)]
+    gains = [after - before for before, after in itertools.pairwise(totals)]
+    assert all(gain >= 0 for gain in gains)
+    assert all(before >= after - 1e-6 for before, after in itertools.pairwise(gains))
+    for size in range(1, length + 1):
+        best = max(naive.covered(rows, members) for members in itertools.combinations(range(length), size))
+        assert totals[size] >= (1 - math.exp(-1)) * best
 
 
 def test_coverage_without_any_gain_still_takes_each_point_once() -> None:
@@ -740,6 +789,184 @@ def test_anchors_neighbours_and_registers(seed: int, batch: int, rows: int, colu
         assert len(row) == len(set(row))
         assert set(row) == first | registers
         assert set(row[: len(first)]) == first
+
+
+# --- TOPS, MMTok, HoloV, FSR ---------------------------------------------------------------------------------------
+
+weights = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(2, 24), diversity=weights, reach=weights, data=st.data())
+def test_preservation_set(
+    seed: int, batch: int, length: int, diversity: float, reach: float, data: st.DataObject
+) -> None:
+    features, relevance = normal(seed, batch, length, 6), normal(seed + 1, batch, length).softmax(1)
+    count, normalise = data.draw(st.integers(1, length)), data.draw(st.sampled_from(["mean", "range"]))
+    gaps: list[float] = []
+    expected = [
+        naive.preservation_set(naive.cosines(f), r, count, diversity, reach, normalise, gaps)
+        for f, r in zip(plain(features), plain(relevance), strict=True)
+    ]
+    assume(clear(gaps))
+    assert preservation_set(cosine(features), relevance, count, diversity, reach, normalise).tolist() == expected
+
+
+def test_relevance_alone_is_a_ranking() -> None:
+    features, relevance = normal(0, 3, 20, 6), normal(1, 3, 20).softmax(1)
+    assert preservation_set(cosine(features), relevance, 9, 0.0, 0.0).tolist() == highest(relevance, 9).tolist()
+
+
+@pytest.mark.parametrize("normalise", ["mean", "range"])
+def test_preservation_set_of_equal_tokens_takes_each_once(normalise: Any) -> None:
+    """Neither diversity nor coverage has anything to say then."""
+    chosen = preservation_set(torch.ones(2, 7, 7), normal(0, 2, 7).softmax(1), 7, 0.5, 0.5, normalise)
+    assert chosen.sort(dim=1).values.tolist() == [list(range(7))] * 2
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(2, 16), words=st.integers(0, 5), data=st.data())
+def test_the_question_and_the_image_are_covered(
+    seed: int, batch: int, length: int, words: int, data: st.DataObject
+) -> None:
+    """Prompts of a batch ask with different numbers of words; zeros fill up."""
+    tokens, features, asked = (normal(seed + k, batch, n, 6) for k, n in enumerate((length, length, words)))
+    for b in range(batch):
+        asked[b, max(0, words - b) :] = 0
+    alpha, temperatures = data.draw(st.sampled_from([0.5, 2.0])), data.draw(st.sampled_from([(0.02, 0.2), (0.5, 1.0)]))
+    count = data.draw(st.integers(1, length))
+    gaps: list[float] = []
+    expected = [
+        naive.cover_question_and_image(
+            plain(asked[b, : max(0, words - b)]), plain(tokens[b]), plain(features[b]), count, alpha, temperatures, gaps
+        )
+        for b in range(batch)
+    ]
+    assume(clear(gaps))
+    shares = covering_shares(asked, tokens, features, alpha, *temperatures)
+    assert coverage(shares, torch.ones(batch, length), count).tolist() == expected
+
+
+def test_every_word_and_every_patch_is_shared_out() -> None:
+    """Targets weigh the same within either side, the image `alpha` times as much as the question."""
+    words = normal(0, 2, 4, 6)
+    words[1, 3] = 0
+    shares = covering_shares(words, normal(1, 2, 9, 6), normal(2, 2, 9, 5), 0.5, 0.02, 0.2)
+    near(shares.sum(dim=1), [[0.25] * 4 + [0.5 / 9] * 9, [1 / 3] * 3 + [0.0] + [0.5 / 9] * 9])
+
+
+def test_without_words_the_image_alone_counts() -> None:
+    tokens, features = normal(0, 2, 12, 6), normal(1, 2, 12, 5)
+    shares = covering_shares(torch.zeros(2, 3, 6), tokens, features, 0.5, 0.02, 0.2)
+    alone = (cosine(features) / 0.2).softmax(dim=2).transpose(1, 2)
+    assert coverage(shares, torch.ones(2, 12), 7).tolist() == coverage(alone, torch.ones(2, 12), 7).tolist()
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(1, 40), data=st.data())
+def test_the_best_of_every_crop(seed: int, batch: int, length: int, data: st.DataObject) -> None:
+    features, attention = normal(seed, batch, length, 6), normal(seed + 1, batch, length).softmax(1)
+    crops, keep = data.draw(st.integers(1, max(1, length // 2))), data.draw(st.integers(1, length))
+    tau = data.draw(st.sampled_from([0.5, 1.0, 6.0]))
+    gaps: list[float] = []
+    expected = [
+        naive.best_of_crops(f, a, crops, keep, tau, gaps)
+        for f, a in zip(plain(features), plain(attention), strict=True)
+    ]
+    assume(clear(gaps))
+    crop = crops_of(length, crops)
+    rating = holistic_scores(features, attention, crop)
+    for b in range(batch):
+        flat = [
+            s
+            for row in naive.crops_of(length, crops)
+            for s in naive.holistic(plain(features[b]), plain(attention[b]), row)
+        ]
+        near(rating[b][crop >= 0], flat)
+    kept = within_quotas(rating, crop, keep, tau)
+    assert [set(crop[row].tolist()) for row in kept] == expected
+
+
+@SOME
+@given(seed=seeds, crops=st.integers(1, 12), tau=st.sampled_from([0.0, 1.0, 30.0]), data=st.data())
+def test_quotas_spend_the_budget_and_fit(seed: int, crops: int, tau: float, data: st.DataObject) -> None:
+    size = torch.tensor(data.draw(st.lists(st.integers(1, 9), min_size=crops, max_size=crops)))
+    share = uniform(seed, 3, crops) ** tau
+    keep = data.draw(st.integers(1, int(size.sum())))
+    quota = quotas(share / share.sum(1, keepdim=True), size, keep)
+    assert quota.sum(dim=1).tolist() == [keep] * 3
+    assert ((quota >= 0) & (quota <= size)).all()
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "keep", "expected"),
+    [
+        ([0.25] * 4, [9] * 4, 16, [4] * 4),
+        ([1 / 18] * 18, [2] * 18, 36, [2] * 18),  # equal in spite of rounding
+        ([0.4, 0.3, 0.3], [9] * 3, 5, [3, 1, 1]),  # what is short goes to the best crop
+        ([0.5, 0.25, 0.25], [2, 9, 9], 8, [2, 3, 3]),  # what overflows to the others, by share times room
+        ([0.6, 0.3, 0.1], [2, 2, 9], 10, [2, 2, 6]),
+    ],
+)
+def test_quotas_by_hand(share: list[float], size: list[int], keep: int, expected: list[int]) -> None:
+    assert quotas(torch.tensor([share]), torch.tensor(size), keep).tolist() == [expected]
+    assert naive.quotas(share, size, keep) == expected
+
+
+@pytest.mark.parametrize(("keep", "crops"), [(16, 64), (64, 16), (128, 8), (192, 5), (576, 2), (1, 288)])
+def test_fewer_tokens_are_kept_of_more_crops(keep: int, crops: int) -> None:
+    method = HoloV(PruneConfig(method="holov", keep=keep), sizes_of("llava-1.5-7b").geometry)
+    assert method.crops(576, keep) == crops
+    assert sorted(p for p in crops_of(576, crops).flatten().tolist() if p >= 0) == list(range(576))
+
+
+def test_a_crop_of_equal_tokens_is_scored_by_attention() -> None:
+    attention = normal(0, 2, 6).softmax(1)
+    rating = holistic_scores(torch.ones(2, 6, 4), attention, crops_of(6, 3))
+    torch.testing.assert_close(rating.flatten(1), attention)
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(1, 30), data=st.data())
+def test_focus_scan_and_refine(seed: int, batch: int, length: int, data: st.DataObject) -> None:
+    features, relevance = normal(seed, batch, length, 6), normal(seed + 1, batch, length)
+    saliency = normal(seed + 2, batch, length).softmax(1)
+    alpha, beta = data.draw(st.sampled_from([(3.0, 1.0), (1.0, 1.0), (2.0, 0.5)]))
+    rho, kappa = data.draw(st.sampled_from([0.0, 0.3, 0.9])), data.draw(st.sampled_from([0.0, 1.0, 1.5, 9.0]))
+    keep = data.draw(st.integers(1, length))
+    gaps: list[float] = []
+    samples = list(zip(plain(features), plain(saliency), plain(relevance), strict=True))
+    ratings = [naive.priority(s, r, alpha, beta) for _, s, r in samples]
+    expected = [
+        naive.focus_and_scan(f, rating, keep, rho, kappa, gaps)
+        for (f, _, _), rating in zip(samples, ratings, strict=True)
+    ]
+    assume(clear(gaps))
+    rating = priority(saliency, relevance, alpha, beta)
+    near(rating, ratings)
+    chosen, into = focus_and_scan(features, rating, keep, rho, kappa)
+    assert (chosen.tolist(), into.tolist()) == tuple(map(list, zip(*expected, strict=True)))
+    tokens = refined(features, rating, chosen, into)
+    near(tokens, [naive.refined(f, r, *e) for (f, _, _), r, e in zip(samples, ratings, expected, strict=True)])
+
+
+def test_what_takes_nothing_up_stays_to_the_bit() -> None:
+    """Focused patches do, and all where all are kept."""
+    features, rating = normal(0, 2, 12, 6, dtype=torch.bfloat16), uniform(1, 2, 12)
+    for keep, rho in ((12, 0.5), (5, 1.0)):
+        chosen, into = focus_and_scan(features, rating, keep, rho, 1.0)
+        assert torch.equal(
+            refined(features, rating, chosen, into), features.gather(1, chosen[..., None].expand(-1, -1, 6))
+        )
+        assert sorted(set(into[0].tolist()) - {-1}) == sorted(chosen[0].tolist())
+
+
+def test_equal_ratings_focus_on_one_patch() -> None:
+    """Of CLS attention and relevance that say nothing, which the scan then completes."""
+    rating = priority(torch.full((1, 9), 1 / 9), torch.full((1, 9), 0.2), 3.0, 1.0)
+    chosen, _ = focus_and_scan(normal(0, 1, 9, 4), rating, 4, 0.9, 1.0)
+    assert chosen[0].unique().numel() == 4
+    assert torch.isfinite(rating).all()
 
 
 # --- DART, SparseVLM -----------------------------------------------------------------------------------------------

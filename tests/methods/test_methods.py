@@ -313,6 +313,30 @@ def test_bad_option_values_are_refused(model: torch.nn.Module, method: str, opti
         ivtp.attach(model, None, method=method, keep=4, **{option: "sideways"})
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("tops", "diversity", -1),
+        ("tops", "coverage", float("nan")),
+        ("tops", "normalise", "maximum"),
+        ("mmtok", "alpha", -0.5),
+        ("mmtok", "text_temperature", 0),
+        ("mmtok", "vision_temperature", -0.2),
+        ("fsr", "rho", 1.5),
+        ("fsr", "beta", -1),
+        ("fsr", "kappa", float("nan")),
+        ("holov", "crops", 0),
+        ("holov", "crops", 2.0),
+        ("holov", "tau", -1),
+    ],
+)
+def test_option_values_out_of_range_are_refused(method: str, option: str, value: object) -> None:
+    """Before there is a model."""
+    with pytest.raises(ConfigError, match=rf"{option}=.*use (a|one)") as caught:
+        method_class(method).options_of(PruneConfig.of(method=method, **{option: value}))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("keep", [7, 20])
 def test_spatial_can_drop_what_is_like_its_neighbours(tiny: Tiny, model: torch.nn.Module, keep: int) -> None:
     with torch.no_grad(), tiny.attach(model, method="spatial", keep=keep, how="drop") as pruner:

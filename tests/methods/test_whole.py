@@ -271,6 +271,32 @@ def test_scope(tiny: Tiny, stock: Model, model: Model, alpha: float) -> None:
     check_kept(prune(tiny, model, [tiny.sample()], method="scope", alpha=alpha), expected)
 
 
+def clip_cosines(tiny: Tiny, stock: Model, question: str, last: Tensor) -> list[float]:
+    """Of every patch of the encoder's last output, as CLIP projects it, with CLIP's embedding of the question."""
+    clip, tokenizer = tiny.clip
+    with torch.no_grad():
+        words = tokenizer([question], return_tensors="pt")
+        text = plain(clip.text_projection(clip.text_model(**words).pooler_output)[0])
+        patches = plain(clip.visual_projection(stock.model.vision_tower.post_layernorm(last[0, 1:])))
+    return [naive.cosine(patch, text) for patch in patches]
+
+
+@compact_or_not
+@pytest.mark.parametrize(
+    ("keep", "options"),
+    [(1, {}), (9, {}), (20, {"kappa": 0.5}), (20, {"rho": 0.3, "alpha": 1.0}), (9, {"rho": 1.0}), (36, {})],
+)
+def test_fsr(tiny: Tiny, stock: Model, model: Model, keep: int, options: dict[str, float], positions: str) -> None:
+    hidden, layers, last = whole(stock, pixels_of(tiny))
+    relevance = clip_cosines(tiny, stock, QUESTIONS[0], last)
+    rating = naive.priority(layers[-1].cls, relevance, options.get("alpha", 3.0), 1.0)
+    chosen, into = naive.focus_and_scan(hidden[1:], rating, keep, options.get("rho", 0.9), options.get("kappa", 1.0))
+    run = prune(tiny, model, [tiny.sample(QUESTIONS[0])], method="fsr", keep=keep, positions=positions, **options)
+    tokens = dict(zip(chosen, naive.refined(hidden[1:], rating, chosen, into), strict=True))
+    check_merged(run, stock, [tokens[place] for place in sorted(chosen)], sorted(chosen), positions == "compact")
+    assert run.trace.stages[0].sources.tolist() == [into]
+
+
 # --- behind the projector ------------------------------------------------------------------------------------------
 
 
@@ -286,15 +312,48 @@ def test_divprune(tiny: Tiny, stock: Model, model: Model, seed: int, keep: int) 
 @pytest.mark.parametrize("question", [0, 1, 2])
 @pytest.mark.parametrize("keep", [1, 9, 20])
 def test_cdpruner(tiny: Tiny, stock: Model, model: Model, question: int, keep: int) -> None:
-    clip, tokenizer = tiny.clip
     hidden, _, last = whole(stock, pixels_of(tiny))
-    with torch.no_grad():
-        words = tokenizer([QUESTIONS[question]], return_tensors="pt")
-        text = plain(clip.text_projection(clip.text_model(**words).pooler_output)[0])
-        patches = plain(clip.visual_projection(stock.model.vision_tower.post_layernorm(last[0, 1:])))
-    kernel = naive.conditional_kernel(plain(project(stock, hidden[1:])), [naive.cosine(p, text) for p in patches])
+    relevance = clip_cosines(tiny, stock, QUESTIONS[question], last)
+    kernel = naive.conditional_kernel(plain(project(stock, hidden[1:])), relevance)
     run = prune(tiny, model, [tiny.sample(QUESTIONS[question])], method="cdpruner", keep=keep)
     check_kept(run, naive.greedy_schur(kernel, keep))
+
+
+@pytest.mark.parametrize("options", [{}, {"diversity": 2.0, "coverage": 0.0}, {"normalise": "range"}])
+@pytest.mark.parametrize("keep", [1, 9, 20])
+def test_tops(tiny: Tiny, stock: Model, model: Model, keep: int, options: dict[str, Any]) -> None:
+    hidden, layers, _ = whole(stock, pixels_of(tiny))
+    similarity = naive.cosines(plain(project(stock, hidden[1:])))
+    weights = options.get("diversity", 0.5), options.get("coverage", 0.5)
+    how = options.get("normalise", "mean")
+    expected = naive.preservation_set(similarity, layers[-1].cls, keep, *weights, how)
+    check_kept(prune(tiny, model, [tiny.sample()], method="tops", keep=keep, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"crops": 5, "tau": 3.0}, {"crops": 1}])
+@pytest.mark.parametrize("keep", [1, 9, 30])
+def test_holov(tiny: Tiny, stock: Model, model: Model, keep: int, options: dict[str, Any]) -> None:
+    hidden, layers, _ = whole(stock, pixels_of(tiny))
+    crops = options.get("crops", min(round(1024 / keep), NUM_PATCHES // 2))
+    features = plain(project(stock, hidden[1:]))
+    expected = naive.best_of_crops(features, layers[-1].cls, crops, keep, options.get("tau", 1.0))
+    check_kept(prune(tiny, model, [tiny.sample()], method="holov", keep=keep, **options), sorted(expected))
+
+
+@pytest.mark.parametrize("question", [0, 1, 2])
+@pytest.mark.parametrize(("keep", "alpha"), [(1, 0.5), (9, 0.5), (9, 3.0), (20, 0.0)])
+def test_mmtok(tiny: Tiny, stock: Model, model: Model, question: int, keep: int, alpha: float) -> None:
+    """Words are what the user asks, without the template's; several prompts ask with different numbers of them."""
+    hidden, _, _ = whole(stock, pixels_of(tiny))
+    asked = tiny.sample(QUESTIONS[question])
+    ids = prompt_of(tiny.processor, asked.prompt, asked.question, asked.images, NUM_PATCHES)
+    with torch.no_grad():
+        words = plain(stock.get_input_embeddings()(ids.ids[list(ids.instruction)]))
+    tokens = plain(project(stock, hidden[1:]))
+    expected = naive.cover_question_and_image(words, tokens, hidden[1:], keep, alpha, (0.02, 0.2))
+    batch = [asked, tiny.sample(QUESTIONS[(question + 1) % 3])]
+    run = prune(tiny, model, batch, method="mmtok", keep=keep, alpha=alpha)
+    assert kept_of(run, 0) == sorted(expected)
 
 
 def kept_of(run: Run, row: int) -> list[int]:

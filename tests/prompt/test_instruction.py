@@ -323,7 +323,7 @@ def test_all_methods_read_the_same_question(tiny: Tiny, method: str, monkeypatch
         assert not text[:, :-tail].any()
 
 
-@pytest.mark.parametrize("method", ["sparsevlm", "dart"])
+@pytest.mark.parametrize("method", ["sparsevlm", "dart", "mmtok"])
 def test_without_a_processor_all_text_behind_the_image_is_read(tiny: Tiny, method: str) -> None:
     model, inputs = tiny.model(), tiny.inputs(second_turn(tiny))
     slots = (inputs["input_ids"][0] == tiny.processor.image_token_id).nonzero().flatten()
@@ -333,7 +333,7 @@ def test_without_a_processor_all_text_behind_the_image_is_read(tiny: Tiny, metho
     assert question.nonzero().flatten().tolist() == list(range(int(slots[-1]) + 1, inputs["input_ids"].shape[1]))
 
 
-@pytest.mark.parametrize("method", ["sparsevlm", "dart"])
+@pytest.mark.parametrize("method", ["sparsevlm", "dart", "mmtok"])
 def test_a_question_in_front_of_its_image(tiny: Tiny, method: str) -> None:
     """Templates that keep the order of a message write it there; it is read there."""
     model, sample = tiny.model(), samples(tiny, "one")[0]
@@ -370,7 +370,7 @@ def test_a_blank_question_leaves_the_guide_to_the_image(tiny: Tiny, guide: str) 
         assert pruner.trace.kept().tolist() == kept
 
 
-@pytest.mark.parametrize("method", ["sparsevlm", "dart"])
+@pytest.mark.parametrize("method", ["sparsevlm", "dart", "mmtok"])
 def test_a_blank_question_does_not_keep_the_first_patches(tiny: Tiny, method: str) -> None:
     """All text behind the image is read then."""
     model, inputs = tiny.model(), tiny.inputs(tiny.sample("  "))

@@ -20,17 +20,27 @@ def max_min(distance: Tensor, count: int) -> Tensor:
     `distance` (B, N, N), symmetric. The first is the point whose nearest neighbour is farthest. Of equals the lower
     index is chosen.
     """
-    rows = torch.arange(distance.shape[0], device=distance.device)
     itself = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-    score = distance.masked_fill(itself, float("inf")).amin(dim=2)  # (B, N)
-    nearest = torch.full_like(score, float("inf"))
+    loneliest = distance.masked_fill(itself, float("inf")).amin(dim=2).argmax(dim=1)  # (B,)
+    return farthest(distance, loneliest.unsqueeze(1), torch.ones_like(loneliest), count)
+
+
+def farthest(distance: Tensor, given: Tensor, held: Tensor, count: int) -> Tensor:
+    """Points (B, count): the first `held` (B,) of each row of `given` (B, k), then each the farthest from those before.
+
+    `distance` (B, N, N), symmetric; a point is as far from a set as from its nearest member. Of equals the lower index
+    is chosen; no point comes twice unless it is given twice.
+    """
+    rows = torch.arange(distance.shape[0], device=distance.device)
+    nearest = torch.full_like(distance[:, 0], float("inf"))  # (B, N)
     chosen: list[Tensor] = []
-    for _ in range(count):
-        point = score.argmax(dim=1)  # (B,)
+    for step in range(count):
+        point = nearest.argmax(dim=1)  # (B,)
+        if step < given.shape[1]:
+            point = torch.where(held > step, given[:, step], point)
         chosen.append(point)
         nearest = torch.minimum(nearest, distance[rows, point])
         nearest[rows, point] = float("-inf")
-        score = nearest
     return torch.stack(chosen, dim=1)
 
 
@@ -64,11 +74,12 @@ def greedy_map(kernel: Tensor, count: int) -> Tensor:
 def coverage(similarity: Tensor, weight: Tensor, count: int) -> Tensor:
     """Points (B, count), in the order of their choice, each with the largest `weight` times its gain in coverage.
 
-    `similarity` (B, N, N), `weight` (B, N) non-negative. A set covers a point as well as its most similar member
-    does, but never less than an empty set, with 0; coverage is the sum over all points.
+    `similarity` (B, N, M) of every point to what is to be covered, which may be the points themselves; `weight` (B, N)
+    non-negative. A set covers a target as well as its most similar member does, but never less than an empty set, with
+    0; coverage is the sum over all targets.
     """
     rows = torch.arange(similarity.shape[0], device=similarity.device)
-    covered = torch.zeros_like(weight)  # (B, N)
+    covered = torch.zeros_like(similarity[:, 0])  # (B, M)
     free = torch.ones_like(weight, dtype=torch.bool)
     chosen: list[Tensor] = []
     for _ in range(count):

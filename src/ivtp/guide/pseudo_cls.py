@@ -44,7 +44,8 @@ class Guide:
 def reads_question(method: Method) -> bool:
     """Whether the method, or its guide, reads what the user asks."""
     options = method.guide_options
-    return (options is not None and options.guide != "visual") or method.reads_clip or method.reads_text
+    by_guide = options is not None and options.guide != "visual"
+    return by_guide or method.reads_clip or method.reads_words or method.reads_text
 
 
 @dataclass(frozen=True)

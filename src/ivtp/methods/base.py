@@ -92,6 +92,8 @@ class Method:
     """Whether `score` or `merge` reads `Window.normed` or `Window.keys`, in the decoder."""
     reads_clip: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.relevance`."""
+    reads_words: ClassVar[bool] = False
+    """Whether `score` or `merge` reads `Window.words`, in the encoder."""
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""

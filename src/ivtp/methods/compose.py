@@ -42,7 +42,8 @@ def compose(first: type[Method], second: type[Method], name: str) -> type[Method
         )
         reads = (first.reads | second.reads) - {"schedule"}  # two methods would read it in two ways
         needs = first.needs | second.needs
-        reads_text, reads_states, reads_clip = second.reads_text, second.reads_states, first.reads_clip
+        reads_clip, reads_words = first.reads_clip, first.reads_words
+        reads_text, reads_states = second.reads_text, second.reads_states
         keeps_all = first.keeps_all and second.keeps_all
 
     return Joined

@@ -46,6 +46,11 @@ class Window:
     """At most so many columns at the end hold the question."""
     relevance: Tensor | None = None
     """(B, N) cosine of every patch with the instruction, both as CLIP sees them (`Method.reads_clip`)."""
+    features: Tensor | None = None
+    """(B, N, D_vision) what the projector read, at a cut behind it."""
+    words: Tensor | None = None
+    """(B, W, D_text) the question's tokens as they enter the decoder, then zeros, for methods with
+    `Method.reads_words`."""
 
     @property
     def visual(self) -> Tensor:

@@ -42,6 +42,8 @@ class EncoderStage(Stage):
         self._patch = torch.empty(0)
         self._feature: Tensor | None = None
         self._relevance: Tensor | None = None
+        self._words: Tensor | None = None
+        self._read: Tensor | None = None
         self._reordered = False
 
     def install(self, seats: Seats) -> None:
@@ -54,13 +56,17 @@ class EncoderStage(Stage):
         if self.is_mine():
             self._feature = output[0] if isinstance(output, tuple) else output
 
-    def run(self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, ...]:
+    def run(
+        self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None, words: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Run the encoder on (R, 3, H, W); hooks on its layers call the other methods meanwhile.
 
-        `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), for methods that ask for it.
+        For methods that ask for it, `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), and
+        `words` (R, W, D_text) are the tokens of the questions.
         Returns the fields of `Encoded` with a row for each tile: (R, k), (R, k, D), (R, D), (R, D), (R, N).
         """
         size = self.host.size
+        self._words = words
         indices = torch.arange(-size.vision_cls, size.num_patches, device=pixels.device).clamp_min(-1)
         self._patch = indices.expand(pixels.shape[0], -1)  # (I, 1 + N)
         self._sources = self._patch[:, size.vision_cls :]
@@ -76,7 +82,8 @@ class EncoderStage(Stage):
         )
         for cut in behind:
             hidden = self.cut(cut, hidden)
-        features = self.host.project(hidden[:, size.vision_cls :])
+        self._read = hidden[:, size.vision_cls :]
+        features = self.host.project(self._read)
         self._patch = self._patch[:, size.vision_cls :]
         for cut in projected:
             features = self.cut(cut, features)
@@ -89,7 +96,7 @@ class EncoderStage(Stage):
     def release(self) -> None:
         """Let go of the images' features."""
         super().release()
-        self._feature = self._relevance = None
+        self._feature = self._relevance = self._words = self._read = None
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (I, T, D), of the encoder or of projected features."""
@@ -101,6 +108,8 @@ class EncoderStage(Stage):
             reference=0,
             sources=self._sources,
             relevance=self._relevance,
+            features=self._read,
+            words=self._words,
         )
         others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
         merged = self._merge(window)

@@ -17,6 +17,8 @@ from ivtp.prefill.stage import CutResult, Plug, Seats
 
 Relevance = Callable[[Tensor, Sequence[int]], Tensor]
 """Rates the patches (R, N) of tiles by the encoder's output (R, 1 + N, D) and the image that each tile is of."""
+Words = Callable[[Sequence[int]], Tensor]
+"""The tokens (R, W, D_text) of what is asked of the image that each of R tiles is of."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def encode(
     visuals: Sequence[Visual],
     tiles: Sequence[Tensor],
     relevance: Relevance | None,
+    words: Words | None,
 ) -> Batch:
     """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together."""
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -51,7 +54,7 @@ def encode(
         rate = None if relevance is None else (lambda last, rows=rows: relevance(last, rows))
         with seats.apart() as own_seats:
             stage.install(own_seats)
-            made = stage.run(pixels, rate)
+            made = stage.run(pixels, rate, None if words is None else words(rows))
         stage.release()
         if all(len(visual.tiles) == 1 and visual.patches == visual.tiles.shape[1] for visual in own):
             for place, m in enumerate(members):

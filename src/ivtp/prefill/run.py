@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ivtp.core.select import on_device
@@ -56,6 +56,7 @@ class Prefill:
             visuals,
             self.host.tiles(inputs, visuals),
             self._relevance if self.method.reads_clip else None,
+            self._words if self.method.reads_words else None,
         )
         self._results = batch.results
         encoded = [batch.images[m] for m in self.prompts.image_of_slot]
@@ -136,6 +137,24 @@ class Prefill:
                 self._clip_tokens.append(count)
         patches = self.host.vision.normalise(last[:, self.host.size.vision_cls :])
         return self.guide_maker.cosines(patches, torch.stack([self._sentences[m] for m in images]))
+
+    @torch.no_grad()
+    def _words(self, images: Sequence[int]) -> Tensor:
+        """Embeddings (R, W, D) of the questions' tokens for tiles of the given images, zeros behind each one's last."""
+        host = self._on_host
+        assert host.question is not None
+        asked = [
+            host.ids[row, host.question[row]]
+            for row in range(0, len(host.ids), host.repeats)
+            for _ in range(host.images[row])
+        ]
+        own = [asked[m] for m in images]
+        lengths = torch.tensor([len(ids) for ids in own])
+        ids = nn.utils.rnn.pad_sequence(own, batch_first=True)  # (R, W)
+        there = torch.arange(ids.shape[1]) < lengths[:, None]
+        device = self.prompts.ids.device
+        words: Tensor = self.host.embedding(on_device(ids, device))
+        return words * on_device(there, device).unsqueeze(-1)
 
     @torch.no_grad()
     def _make_guides(self, encoded: list[Encoded]) -> Tensor:
