@@ -59,13 +59,13 @@ def real_sized() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("keep", [1, 7, 16])
-@pytest.mark.parametrize("method", ["topk", "ivtp", "fastv", "divprune", "random"])
+@pytest.mark.parametrize("method", ["topk", "ivtp", "ivtp+", "fastv", "divprune", "random"])
 def test_a_budget_is_that_of_the_whole_image(
     small: tuple[Any, Any], method: str, keep: int, shape: tuple[int, int]
 ) -> None:
     model, processor = small
     inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])
-    options = {"guide": "text", "llm_layers": 6} if method == "ivtp" else {}
+    options = {"guide": "text", "llm_layers": 6} if method.startswith("ivtp") else {}
     with torch.no_grad(), ivtp.attach(model, processor, method=method, keep=keep, **options) as pruner:
         model(**inputs)
         ((patches,),) = pruner.trace.patches

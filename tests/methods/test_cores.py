@@ -16,7 +16,7 @@ from torch import Tensor
 from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
 from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min
-from ivtp.core.merge import follow, nearest_grid, pool_grid, sizes, take_up_neighbours
+from ivtp.core.merge import follow, mean_by_size, nearest_grid, pool_grid, sizes, take_up_neighbours
 from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
 from ivtp.core.select import highest, iqr_outliers, others, ranks
@@ -29,6 +29,7 @@ from ivtp.methods.dart import least_similar
 from ivtp.methods.dynamicvit import Predictor
 from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
+from ivtp.methods.ivtp_plus import merge_redundant
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
 from ivtp.methods.spatial import local_similarity
@@ -665,6 +666,51 @@ def test_tome_merges_by_size(
         assert [c for c in merged.order[b].tolist() if c != 0] == [c for c in stay if c != 0]
         tokens = naive.merge_by_size(plain(hidden[b]), naive.sizes(*samples[b]), into)
         near(merged.hidden[b, stay], [tokens[c] for c in stay])
+
+
+# --- IVTP+ ---------------------------------------------------------------------------------------------------------
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(1, 40), data=st.data())
+def test_what_is_redundant_and_unimportant_merges(seed: int, batch: int, length: int, data: st.DataObject) -> None:
+    """Also by more than half, and among padding, which leaves first and takes nothing in."""
+    metric, weight = normal(seed, batch, length, 4), normal(seed + 1, batch, length).abs()
+    keep = data.draw(st.integers(1, length))
+    padding = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch))
+    )
+    gaps: list[float] = []
+    expected = [
+        naive.merge_redundant(*sample, keep, hidden, gaps)
+        for *sample, hidden in zip(plain(metric), plain(weight), padding.tolist(), strict=True)
+    ]
+    assume(clear(gaps))
+    goes = merge_redundant(metric, weight, keep, padding)
+    assert goes.tolist() == expected
+    itself = torch.arange(length)
+    for b in range(batch):
+        assert int((goes[b] == itself).sum()) == keep
+        assert torch.equal(merge_redundant(metric[b : b + 1], weight[b : b + 1], keep, padding[b : b + 1])[0], goes[b])
+        stay = goes[b] == itself
+        if (stay & padding[b]).any():
+            assert stay[~padding[b]].all(), "padding leaves first"
+        assert (goes[b][padding[b] & ~stay] == -1).all()
+        assert not padding[b][goes[b][~padding[b] & ~stay]].any(), "nothing goes into padding"
+    if not padding.any():
+        assert torch.equal(goes, merge_redundant(metric, weight, keep))
+
+
+@SOME
+@given(seed=seeds, length=st.integers(2, 12))
+def test_gradients_of_a_mean_reach_all_that_is_in_it(seed: int, length: int) -> None:
+    hidden = normal(seed, 1, length, 3).requires_grad_()
+    into = torch.zeros(1, length, dtype=torch.long)
+    into[0, -1] = -1
+    mean_by_size(hidden, into, torch.ones(1, length))[0, 0].sum().backward()
+    reached = hidden.grad[0].abs().sum(dim=1) > 0
+    assert reached[:-1].all()
+    assert not reached[-1]
 
 
 # --- VisionZip, VisPruner, HiPrune ---------------------------------------------------------------------------------
