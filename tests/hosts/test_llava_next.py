@@ -75,6 +75,26 @@ def test_a_budget_is_that_of_the_whole_image(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [7, 16])
+def test_sources_of_tiles_are_patches_of_the_image(small: tuple[Any, Any], keep: int, shape: tuple[int, int]) -> None:
+    """What merges stands for patches all over the image; lost are those alone whose token was one too many."""
+    model, processor = small
+    inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])
+    with (
+        torch.no_grad(),
+        ivtp.attach(model, processor, method="ivtp+", keep=keep, guide="text", llm_layers=6) as pruner,
+    ):
+        model(**inputs)
+        ((patches,),) = pruner.trace.patches
+        *_, last = [stage for stage in pruner.trace.stages if stage.where == "vision"]
+    (kept,), (sources,) = last.kept.tolist(), last.sources.tolist()
+    assert len(sources) == patches
+    assert set(sources) - {-1} == set(kept)
+    assert all(sources[patch] == patch for patch in kept)
+    assert sources.count(-1) < patches / 2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_slots_are_those_of_the_stock_processor(small: tuple[Any, Any], shape: tuple[int, int]) -> None:
     model, processor = small
     inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])

@@ -385,7 +385,7 @@ def match(metric: Matrix, removed: int, gaps: Gaps = None, cls: int = 1) -> tupl
     return into, [i for i in first if into[i] == i] + second if removed else list(into)
 
 
-def merge_redundant(metric: Matrix, weight: Vector, keep: int, padding: Sequence[bool], gaps: Gaps = None) -> list[int]:
+def merge_redundant(metric: Matrix, keep: int, padding: Sequence[bool], gaps: Gaps = None) -> list[int]:
     """IVTP+: where every token goes, -1: nowhere, in rounds of which none halves what is left more than once."""
     into, there, hidden = list(range(len(metric))), others([], len(metric)), [i for i, p in enumerate(padding) if p]
     there = [i for i in there if i not in hidden]
@@ -397,7 +397,7 @@ def merge_redundant(metric: Matrix, weight: Vector, keep: int, padding: Sequence
         for i in first if second else ():
             likeness = [cosine(metric[i], metric[j]) for j in second]
             best = argmax(likeness, gaps)
-            edges.append((-weight[i] * (1 - likeness[best]), i, second[best]))
+            edges.append((likeness[best], i, second[best]))
         gone = {}
         for place in descending([e[0] for e in edges], gaps, len(there) + len(hidden) - left):
             gone[edges[place][1]] = edges[place][2]

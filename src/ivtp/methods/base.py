@@ -376,6 +376,10 @@ class GroupWise(Method):
         )
         return Plan(cuts, guide_layers=asked if llm else 0)
 
+    def rollout_cost(self, cut: Cut) -> ChoiceCost:
+        """A row of the last layer's attention, and all rows of the layers before it."""
+        return ChoiceCost(rows=(*("all" for _ in cut.taps[:-1]), "one"))
+
     def score(self, window: Window) -> Tensor:
         """Eq. 3 and 4 over the group's layers."""
         return importance(rollout_row(window.taps, window.reference), window.taps[-1].value, window.visual)

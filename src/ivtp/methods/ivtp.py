@@ -58,8 +58,9 @@ class Ivtp(GroupWise):
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """A row of the last layer's attention and, where maps are multiplied, all rows of the layers before it."""
-        products = self.options.aggregation in ("residual", "multiply")
-        return ChoiceCost(rows=(*("all" if products else "one" for _ in cut.taps[:-1]), "one"))
+        if self.options.aggregation in ("residual", "multiply"):
+            return self.rollout_cost(cut)
+        return ChoiceCost()
 
     def score(self, window: Window) -> Tensor:
         """Eq. 3 and 4 over the group's layers."""
