@@ -71,7 +71,7 @@ class Host:
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
     pads: ClassVar[bool] = False
-    """Whether tiles hold padding that never reaches the prompt. What merges in the encoder could not tell it apart."""
+    """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"cls", "grid", "text_side"})
     """What methods may need and this family has, of `ivtp.plan.NEEDS`."""

@@ -16,7 +16,7 @@ from ivtp.core.rollout import full_width_row, importance, rollout_row
 from ivtp.core.schedule import linear, quarters, uniform_ratio
 from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
-from ivtp.plan import ChoiceCost, Cut, Geometry, Plan
+from ivtp.plan import ChoiceCost, Cut, Geometry, Plan, Rows
 
 __all__ = [
     "ChoiceCost",
@@ -378,7 +378,8 @@ class GroupWise(Method):
 
     def rollout_cost(self, cut: Cut) -> ChoiceCost:
         """A row of the last layer's attention, and all rows of the layers before it."""
-        return ChoiceCost(rows=(*("all" for _ in cut.taps[:-1]), "one"))
+        before: list[Rows] = ["all" for _ in cut.taps[:-1]]
+        return ChoiceCost(rows=(*before, "one"))
 
     def score(self, window: Window) -> Tensor:
         """Eq. 3 and 4 over the group's layers."""
