@@ -179,6 +179,14 @@ def coverage(similarity: Matrix, weight: Vector, count: int, gaps: Gaps = None) 
     return chosen
 
 
+def nearest_better(scores: Vector, features: Matrix) -> list[float]:
+    """IVTP+: how similar each is to the most similar one of a higher score."""
+    return [
+        max([0.0, *(cosine(features[i], other) for other, s in zip(features, scores, strict=True) if s > score)])
+        for i, score in enumerate(scores)
+    ]
+
+
 def drop_duplicates(features: Matrix, count: int, step: int, gaps: Gaps = None) -> list[int]:
     """VisPruner: in rounds, the tokens at even places that are most like one at an odd place leave.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
-from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min
+from ivtp.core.diversity import cosine, coverage, drop_duplicates, greedy_map, max_min, nearest_better
 from ivtp.core.merge import follow, mean_by_size, nearest_grid, pool_grid, sizes, take_up_neighbours
 from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
@@ -29,7 +29,7 @@ from ivtp.methods.dart import least_similar
 from ivtp.methods.dynamicvit import Predictor
 from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
-from ivtp.methods.ivtp_plus import merge_redundant
+from ivtp.methods.ivtp_plus import IvtpPlus, merge_redundant
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
 from ivtp.methods.spatial import local_similarity
@@ -704,6 +704,44 @@ def test_what_is_redundant_merges(seed: int, batch: int, length: int, data: st.D
                 cosines = naive.cosines(plain(metric[b]))
                 other = [max(row[1 - i % 2 :: 2]) for i, row in enumerate(cosines)]
                 near(distinct[b], [1 - best for best in other])
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=lengths, dtype=dtypes)
+def test_the_nearest_better_one(seed: int, batch: int, length: int, dtype: torch.dtype) -> None:
+    features = normal(seed, batch, length, 4, dtype=dtype)
+    scores = torch.randint(3, (batch, length), generator=generator(seed)).float()  # many are equal
+    found = nearest_better(scores, features)
+    assert found.dtype == torch.float32
+    for b in range(batch):
+        near(found[b], naive.nearest_better(plain(scores[b]), plain(features[b])))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_token_is_worth_less_beside_a_better_one_of_its_budget(shared: bool) -> None:
+    """Two images of which the second repeats the keys of the first: twins count where both share a budget."""
+    size = geometry(6)
+    method = IvtpPlus(PruneConfig(method="ivtp+", keep=3, options={"llm_layers": 6}), size)
+    cut = next(cut for cut in method.plan.cuts if cut.where == "llm")
+    heads, width = size.text_heads, size.text_head_dim
+    half = normal(0, 1, size.text_kv_heads, 6, width)
+    key = torch.cat(
+        [normal(1, 1, size.text_kv_heads, 2, width), half, half, normal(2, 1, size.text_kv_heads, 3, width)], 2
+    )
+    query, value = normal(3, 1, heads, 17, width), normal(4, 1, size.text_kv_heads, 17, width)
+    tap = AttentionTap(query, key, value, 0.5, causal=True)
+    patch = torch.tensor([[-1, -1, *range(12), -1, -1, -1]])
+    segment = None if shared else torch.tensor([[-1, -1, *[0] * 6, *[1] * 6, -1, -1, -1]])
+    window = Window(
+        cut, (tap,) * 3, key[0, 0][None], patch, -1, images=(2,), entered=((6, 6),), keeps=((3, 3),), segment=segment
+    )
+    worth, scores = super(IvtpPlus, method).score(window)[0], method.score(window)[0]
+    keys = plain(key[0].transpose(0, 1).flatten(1))
+    for own in [range(2, 14)] if shared else [range(2, 8), range(8, 14)]:
+        less = naive.nearest_better([float(worth[i]) for i in own], [keys[i] for i in own])
+        near(scores[list(own)], [float(worth[i]) * (1 - x) for i, x in zip(own, less, strict=True)])
+    twins = [(scores[i] * scores[i + 6]).item() for i in range(2, 8)]
+    assert all((abs(product) < 1e-8) == shared for product in twins)
 
 
 @SOME

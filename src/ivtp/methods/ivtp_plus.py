@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.diversity import nearest_better
 from ivtp.core.merge import mean_by_size, sizes
 from ivtp.core.schedule import groups
 from ivtp.core.select import highest, take
@@ -35,12 +36,23 @@ class IvtpPlus(GroupWise):
         return dataclasses.replace(plan, cuts=tuple(cuts))
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
-        """In the encoder the cosines of the halves, over the width of one head; in the decoder the rollout."""
+        """In the encoder the cosines of the halves, over the width of one head; in the decoder rollout and cosines."""
         if cut.where == "llm":
-            return self.rollout_cost(cut)
+            cosines = 2.0 * entering**2 * self.geometry.text_kv_heads * self.geometry.text_head_dim
+            return dataclasses.replace(self.rollout_cost(cut), flops=cosines)
         width = self.geometry.vision_hidden // self.geometry.vision_heads
         pairs = sum((n + 1) // 2 * (n // 2) for n in rounds(entering, cut.keep)[:-1])
         return ChoiceCost(2.0 * pairs * width, rows=("none",))
+
+    def score(self, window: Window) -> Tensor:
+        """Eq. 3 and 4, and less the more a token resembles a better one that shares its budget."""
+        worth, keys = super().score(window), window.taps[-1].key.transpose(1, 2).flatten(2)  # (B, T, H_kv * d)
+        for tokens, entered, _ in window.budgets:
+            columns = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(entered)]  # theirs come first
+            own = worth.gather(1, columns).masked_fill(~tokens.gather(1, columns), -1.0)
+            less = own * (1 - nearest_better(own, take(keys, columns)))
+            worth = torch.where(tokens, worth.scatter(1, columns, less), worth)
+        return worth
 
     def merge(self, window: Window) -> Merged | None:
         """Merged tokens in the encoder, at the columns of those that the others went into; in the decoder none."""
@@ -57,8 +69,8 @@ class IvtpPlus(GroupWise):
 
 
 def between(patches: int, keep: int) -> int:
-    """Tokens of an image that leave the encoder, so that `keep` remain in the end."""
-    return min(patches, max(keep, 80))
+    """Tokens of an image that leave the encoder where `keep` remain at the end: more by 1/18 of all, 32 of 576."""
+    return min(patches, keep + patches // 18)
 
 
 def rounds(tokens: int, keep: int) -> list[int]:
