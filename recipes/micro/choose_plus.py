@@ -7,8 +7,10 @@ equal numbers; several of them share a photo, so that the intervals are a little
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +19,20 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import track
+from torch import Tensor, nn
 
 from ivtp.cli.door import quiet, run
-from ivtp.core.rollout import attention_row, importance
+from ivtp.core.merge import mean_by_size, sizes
+from ivtp.core.schedule import groups, uniform_ratio
+from ivtp.core.select import highest
 from ivtp.cost.flops import flops
 from ivtp.evaluation.compare import Bench
 from ivtp.evaluation.scoring import Table, interval, write_json
 from ivtp.evaluation.units import Unit, by_format, gap
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import check_output, write_text
-from ivtp.methods.base import Merged, Plan, Window
-from ivtp.methods.ivtp_plus import IvtpPlus
+from ivtp.methods.base import GroupWise, Merged, Plan, Window
+from ivtp.methods.ivtp_plus import IvtpPlus, between
 from ivtp.micro import world
 
 PROMPT = 48
@@ -47,21 +52,37 @@ class Dropping(IvtpPlus):
         return Merged(window.hidden, torch.where(merged.into == columns, columns, -1), scores=merged.scores)
 
 
-class ByImportance(IvtpPlus):
-    """The encoder drops the least important tokens, as IVTP does."""
+class Weighed(IvtpPlus):
+    """Tokens merge by redundancy times importance: `power` of the rollout's share from CLS (Eq. 3-4)."""
+
+    power = 0.5
+
+    def make_plan(self) -> Plan:
+        """All layers of a group are read, for the rollout."""
+        size, options = self.geometry, self.options
+        vision, llm = (groups(n, options.group_layers) for n in (size.vision_layers, options.llm_layers))
+        return self.group_plan(vision, llm, between(size.num_patches, self.keep))
 
     def merge(self, window: Window) -> Merged | None:
-        """Nothing merges: `score` chooses."""
-        return None
+        """The lowest importance ** power * (1 - cosine) goes."""
+        if window.cut.where == "llm":
+            return None
+        assert window.sources is not None
+        columns = torch.arange(window.hidden.shape[1]).expand(len(window.hidden), -1)
+        unit = nn.functional.normalize(window.taps[-1].key.mean(dim=1), dim=-1)
+        best, partner = (unit[:, 1::2] @ unit[:, 2::2].transpose(1, 2)).max(dim=2)  # without CLS
+        loss = GroupWise.score(self, window)[:, 1::2] ** self.power * (1 - best)
+        gone = highest(-loss, window.hidden.shape[1] - 1 - window.cut.keep)
+        into = columns.scatter(1, 2 * gone + 1, 2 * partner.gather(1, gone) + 2)
+        return Merged(mean_by_size(window.hidden, into, sizes(window.sources, window.patch)), into)
 
 
-class LayerWise(IvtpPlus):
-    """The attention of a group's last layer in the place of the rollout."""
+class Alike(IvtpPlus):
+    """Tokens that resemble better ones are worth as much as without them."""
 
-    def score(self, window: Window) -> torch.Tensor:
-        """Eq. 4 of one layer's row."""
-        tap = window.taps[-1]
-        return importance(attention_row(tap, window.reference), tap.value, window.visual)
+    def score(self, window: Window) -> Tensor:
+        """Eq. 3 and 4 alone."""
+        return GroupWise.score(self, window)
 
 
 class Unguided(IvtpPlus):
@@ -79,36 +100,44 @@ class Variant:
     name: str
     method: Any = IvtpPlus
     options: dict[str, Any] = field(default_factory=dict)
-    between: int | None = None
-    """Tokens that leave the encoder."""
-
-    def fits(self, keep: int) -> bool:
-        """Whether it can keep so many."""
-        return self.between is None or self.between >= keep
+    between: Callable[[int], int] | None = None
+    """Tokens that leave the encoder, by how many are kept."""
 
     def asked(self, keep: int) -> dict[str, Any]:
         """Options of `attach` and `flops`."""
-        schedule = {} if self.between is None else {"schedule": (self.between, keep)}
+        schedule = {} if self.between is None else {"schedule": (self.between(keep), keep)}
         return {**self.options, **schedule}
 
 
+def own(keep: int) -> int:
+    """What IVTP+ hands on."""
+    return between(world.GRID**2, keep)
+
+
+def one_ratio(keep: int) -> int:
+    """What IVTP hands on: two thirds of its groups are in the encoder."""
+    return uniform_ratio(world.GRID**2, keep, 3)[1]
+
+
 DEFAULT = Variant("default")
-CHOICES = (
-    DEFAULT,
-    *(Variant(f"importance={power:g}", options={"importance": power}) for power in (0.0, 0.25, 0.5, 1.0)),
-    *(Variant(f"group_layers={layers}", options={"group_layers": layers}) for layers in (1, 2)),
-    *(Variant(f"{count} tokens between the stages", between=count) for count in (32, 48, 64, 80, 100, 128, 160)),
-    *(Variant(f"guide={guide}", options={"guide": guide}) for guide in ("text", "weighted", "visual")),
-)
-ABLATED = (
-    DEFAULT,
+LESS = (
     Variant("dropped, not merged", Dropping),
-    Variant("the least important dropped", ByImportance),
-    Variant("no redundancy", options={"importance": 8.0}),
-    Variant("layer-wise, not rollout", LayerWise),
+    Variant("IVTP's choice in the encoder", "ivtp", between=own),
+    Variant("every layer is a group", options={"group_layers": 1}),
+    Variant("IVTP's share between the stages", between=one_ratio),
+    Variant("all in the encoder", between=lambda keep: keep),
+    Variant("no suppression", Alike),
     Variant("no pseudo CLS token", Unguided),
     Variant("no instruction", options={"guide": "visual"}),
-    Variant("IVTP", "ivtp"),
+)
+"""One ingredient off. "IVTP's choice" chooses so in the decoder, too."""
+ABLATED = (DEFAULT, *LESS, Variant("IVTP", "ivtp"))
+CHOICES = (
+    DEFAULT,
+    *LESS,
+    Variant("importance ** 0.5 in the encoder", Weighed),
+    *(Variant(f"{more} more between the stages", between=partial(operator.add, more)) for more in (16, 48, 64)),
+    *(Variant(f"guide={guide}", options={"guide": guide}) for guide in ("text", "weighted")),
 )
 
 
@@ -116,8 +145,6 @@ def rows(bench: Bench, variants: Iterable[Variant], keep: int) -> Iterator[dict[
     """A row for each variant at `keep` tokens, the default first."""
     reference: Scored | None = None
     for variant in variants:
-        if not variant.fits(keep):
-            continue
         scored = bench.score(bench.attach(variant.method, keep, "original", **variant.asked(keep)))
         reference = reference or scored
         mean = by_format(scored, "accuracy")["mean"]
@@ -156,8 +183,7 @@ def main(
     tables: list[Table] = []
     for count in keep or [16, 32, 64, 128]:
         title = f"IVTP+ at {count} of {world.GRID**2} tokens, {len(bench.examples)} questions of the {split} split"
-        fitting = [variant for variant in variants if variant.fits(count)]
-        found = track(rows(bench, fitting, count), f"{count} tokens", len(fitting), console=Console(stderr=True))
+        found = track(rows(bench, variants, count), f"{count} tokens", len(variants), console=Console(stderr=True))
         tables.append(Table(title, list(found)))
         console.print(Markdown(tables[-1].markdown()))
         if output is not None:

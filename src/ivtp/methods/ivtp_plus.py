@@ -15,7 +15,16 @@ from ivtp.methods.base import ChoiceCost, Cut, GroupWise, Merged, MethodInfo, Pl
 
 
 class IvtpPlus(GroupWise):
-    """TODO"""
+    """IVTP's groups and guide; in the encoder redundant tokens merge, in the decoder those that stay differ.
+
+    Encoder: at the end of a group the tokens are split in turn, and those of the first half that are most similar to
+    one of the second, by the cosine of the layer's keys averaged over the heads, merge into it, a mean weighted by the
+    number of patches that each stands for: ToMe's bipartite soft matching (Bolya et al., ICLR 2023, arXiv 2210.09461,
+    section 3), but once a group, in raster order and without a bias on attention. CLS does not choose: it looks at a
+    few of many objects. Decoder: a token's importance in the rollout from the pseudo CLS token (IVTP, Eq. 2-7), times
+    1 - its cosine with the most similar more important one, of the keys of the group's last layer; the highest stay.
+    `keep` and 1/18 of all patches leave the encoder at one ratio, and the decoder's groups reduce them to `keep`.
+    """
 
     info = MethodInfo(
         title="IVTP+",
