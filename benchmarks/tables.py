@@ -179,8 +179,9 @@ def class_body(kind: type[Any]) -> list[ast.stmt]:
 
 
 def field_texts(kind: type[Any]) -> dict[str, str]:
-    """The docstrings that stand below the fields of a class."""
-    body, found = class_body(kind), {}
+    """The docstrings that stand below the fields of a class, those that it inherits first."""
+    body = [part for base in reversed(kind.__mro__) if base is not object for part in class_body(base)]
+    found = {}
     for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             found[field.target.id] = one_line(ast.literal_eval(text.value))

@@ -20,9 +20,9 @@ from ivtp.registry import host_class, method_class
 Size = tuple[int, int]
 Prompt = tuple[str, tuple[Size, ...]]
 
-METHODS = ("divprune", "fastv", "ivtp", "sparsevlm", "tome", "topk")
-"""One of each kind: by variety, in the decoder, in both with and without CLIP, merging, by attention."""
-EVERYWHERE = ("divprune", "fastv", "ivtp", "random", "sparsevlm")
+METHODS = ("divprune", "fastv", "ivtp", "ivtp+", "sparsevlm", "tome", "topk")
+"""One of each kind: by variety, in the decoder, in both with and without CLIP, merging or not, by attention."""
+EVERYWHERE = ("divprune", "fastv", "ivtp", "ivtp+", "random", "sparsevlm")
 """Methods that ask for nothing that a family may lack."""
 KEEP = 8
 

@@ -112,7 +112,7 @@ def test_gradient_checkpointing_that_cannot_be_served_is_refused(tiny: Tiny) -> 
 @pytest.mark.skipif(RERUNS_HOOKS, reason="before transformers 5.23 a layer is recomputed with its hooks")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["one", "mixed"])
-@pytest.mark.parametrize("method", ["ivtp", "topk", "random"])
+@pytest.mark.parametrize("method", ["ivtp", "ivtp+", "topk", "random"])
 def test_gradient_checkpointing(tiny: Tiny, reentrant: bool, name: str, method: str) -> None:
     """Recomputed layers cut exactly as they did the first time."""
     plain, saving = tiny.model().train(), tiny.model().train()

@@ -29,8 +29,9 @@ class PruneConfig:
     """Visual tokens of each image that remain at the end: 1..N, or a fraction of N such as "11%". For two
     methods in one "192+64" is a budget for each."""
     schedule: tuple[int, ...] | None = None
-    """Tokens after each cut, the encoder's first; of IVTP also two numbers: after stage 1 and after stage 2, each
-    reached at a uniform ratio. Its last number then takes the place of `keep`. None is one ratio down to `keep`."""
+    """Tokens after each cut, the encoder's first; of IVTP and IVTP+ also two numbers: after stage 1 and after stage 2,
+    each reached at a uniform ratio. Its last number then takes the place of `keep`. None is one ratio down to `keep`,
+    and for IVTP+ one for each stage."""
     budget: Budget = "image"
     """In the decoder every image of a prompt keeps `keep` tokens of its own, or all its visual tokens are ranked
     together under the total, so that the question may favour one image and another may vanish."""

@@ -27,7 +27,7 @@ class StageTrace:
     `layer` is the 0-based layer in which the cut happens (for a cut after the encoder: the last layer that ran).
     `kept` (B, k) holds original patch indices, 0..N-1 in raster order; image m of a prompt counts from m*N; rows
     with fewer tokens end in -1. `candidates` (B, n) are the patches that entered the cut, likewise. `scores` (B, n)
-    ranks them, -inf where a row has fewer; None where the cut merges, which is no ranking. `sources` (B, N*images), of
+    ranks them, -inf where a row has fewer; None where the cut merges and does not rank. `sources` (B, N*images), of
     merging methods only, names for every original patch the kept patch that stands for it, -1 where it was dropped.
     `stand_ins` (B, k) bool marks among `kept` the patches that are there by their place alone: the token at it is CLS
     (VisionZip) or the sum of all dropped patches (PruMerge); None where there are none.

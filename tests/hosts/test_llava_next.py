@@ -59,19 +59,39 @@ def real_sized() -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("keep", [1, 7, 16])
-@pytest.mark.parametrize("method", ["topk", "ivtp", "fastv", "divprune", "random"])
+@pytest.mark.parametrize("method", ["topk", "ivtp", "ivtp+", "fastv", "divprune", "random"])
 def test_a_budget_is_that_of_the_whole_image(
     small: tuple[Any, Any], method: str, keep: int, shape: tuple[int, int]
 ) -> None:
     model, processor = small
     inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])
-    options = {"guide": "text", "llm_layers": 6} if method == "ivtp" else {}
+    options = {"guide": "text", "llm_layers": 6} if method.startswith("ivtp") else {}
     with torch.no_grad(), ivtp.attach(model, processor, method=method, keep=keep, **options) as pruner:
         model(**inputs)
         ((patches,),) = pruner.trace.patches
         (kept,) = pruner.trace.kept().tolist()
     assert len(set(kept)) == keep
     assert 0 <= min(kept) <= max(kept) < patches
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("keep", [7, 16])
+def test_sources_of_tiles_are_patches_of_the_image(small: tuple[Any, Any], keep: int, shape: tuple[int, int]) -> None:
+    """What merges stands for patches all over the image; lost are those alone whose token was one too many."""
+    model, processor = small
+    inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])
+    with (
+        torch.no_grad(),
+        ivtp.attach(model, processor, method="ivtp+", keep=keep, guide="text", llm_layers=6) as pruner,
+    ):
+        model(**inputs)
+        ((patches,),) = pruner.trace.patches
+        *_, last = [stage for stage in pruner.trace.stages if stage.where == "vision"]
+    (kept,), (sources,) = last.kept.tolist(), last.sources.tolist()
+    assert len(sources) == patches
+    assert set(sources) - {-1} == set(kept)
+    assert all(sources[patch] == patch for patch in kept)
+    assert sources.count(-1) < patches / 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)

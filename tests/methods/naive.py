@@ -308,6 +308,14 @@ def best_of_crops(
     return chosen
 
 
+def nearest_better(scores: Vector, features: Matrix) -> list[float]:
+    """IVTP+: how similar each is to the most similar one of a higher score."""
+    return [
+        max([0.0, *(cosine(features[i], other) for other, s in zip(features, scores, strict=True) if s > score)])
+        for i, score in enumerate(scores)
+    ]
+
+
 def drop_duplicates(features: Matrix, count: int, step: int, gaps: Gaps = None) -> list[int]:
     """VisPruner: in rounds, the tokens at even places that are most like one at an odd place leave.
 
@@ -512,6 +520,27 @@ def match(metric: Matrix, removed: int, gaps: Gaps = None, cls: int = 1) -> tupl
     for place in descending([e[0] for e in edges], gaps, removed):
         into[edges[place][1]] = edges[place][2]
     return into, [i for i in first if into[i] == i] + second if removed else list(into)
+
+
+def merge_redundant(metric: Matrix, keep: int, padding: Sequence[bool], gaps: Gaps = None) -> list[int]:
+    """IVTP+: where every token goes, -1: nowhere, in rounds of which none halves what is left more than once."""
+    into, there, hidden = list(range(len(metric))), others([], len(metric)), [i for i, p in enumerate(padding) if p]
+    there = [i for i in there if i not in hidden]
+    while len(there) + len(hidden) > keep:
+        left = max(keep, -(-(len(there) + len(hidden)) // 2))
+        while hidden and len(there) + len(hidden) > left:
+            into[hidden.pop()] = -1
+        first, second, edges = there[0::2], there[1::2], []
+        for i in first if second else ():
+            likeness = [cosine(metric[i], metric[j]) for j in second]
+            best = argmax(likeness, gaps)
+            edges.append((likeness[best], i, second[best]))
+        gone = {}
+        for place in descending([e[0] for e in edges], gaps, len(there) + len(hidden) - left):
+            gone[edges[place][1]] = edges[place][2]
+        into = [gone.get(target, target) for target in into]
+        there = [i for i in there if i not in gone]
+    return into
 
 
 def merge_by_size(tokens: Matrix, size: Vector, into: Sequence[int]) -> dict[int, list[float]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
-from ivtp.core.diversity import cosine, coverage, drop_duplicates, farthest, greedy_map, max_min
-from ivtp.core.merge import follow, nearest_grid, pool_grid, sizes, take_up_neighbours
+from ivtp.core.diversity import cosine, coverage, drop_duplicates, farthest, greedy_map, max_min, nearest_better
+from ivtp.core.merge import follow, mean_by_size, nearest_grid, pool_grid, sizes, take_up_neighbours
 from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
 from ivtp.core.select import highest, iqr_outliers, others, ranks
@@ -32,6 +32,7 @@ from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.fsr import focus_and_scan, priority, refined
 from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
 from ivtp.methods.holov import HoloV, crops_of, holistic_scores, quotas, within_quotas
+from ivtp.methods.ivtp_plus import IvtpPlus, merge_redundant
 from ivtp.methods.mmtok import covering_shares
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
@@ -714,6 +715,94 @@ def test_tome_merges_by_size(
         assert [c for c in merged.order[b].tolist() if c != 0] == [c for c in stay if c != 0]
         tokens = naive.merge_by_size(plain(hidden[b]), naive.sizes(*samples[b]), into)
         near(merged.hidden[b, stay], [tokens[c] for c in stay])
+
+
+# --- IVTP+ ---------------------------------------------------------------------------------------------------------
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=st.integers(1, 40), data=st.data())
+def test_what_is_redundant_merges(seed: int, batch: int, length: int, data: st.DataObject) -> None:
+    """Also by more than half, and among padding, which leaves first and takes nothing in."""
+    metric = normal(seed, batch, length, 4)
+    keep = data.draw(st.integers(1, length))
+    padding = torch.tensor(
+        data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch))
+    )
+    gaps: list[float] = []
+    expected = [
+        naive.merge_redundant(sample, keep, hidden, gaps)
+        for sample, hidden in zip(plain(metric), padding.tolist(), strict=True)
+    ]
+    assume(clear(gaps))
+    goes, distinct = merge_redundant(metric, keep, padding)
+    assert goes.tolist() == expected
+    itself = torch.arange(length)
+    for b in range(batch):
+        assert int((goes[b] == itself).sum()) == keep
+        assert torch.equal(merge_redundant(metric[b : b + 1], keep, padding[b : b + 1])[0][0], goes[b])
+        stay = goes[b] == itself
+        if (stay & padding[b]).any():
+            assert stay[~padding[b]].all(), "padding leaves first"
+        assert (goes[b][padding[b] & ~stay] == -1).all()
+        assert not padding[b][goes[b][~padding[b] & ~stay]].any(), "nothing goes into padding"
+    if not padding.any():
+        assert torch.equal(goes, merge_redundant(metric, keep)[0])
+        if keep < length <= 2 * keep:  # one round
+            for b in range(batch):
+                cosines = naive.cosines(plain(metric[b]))
+                other = [max(row[1 - i % 2 :: 2]) for i, row in enumerate(cosines)]
+                near(distinct[b], [1 - best for best in other])
+
+
+@SOME
+@given(seed=seeds, batch=batches, length=lengths, dtype=dtypes)
+def test_the_nearest_better_one(seed: int, batch: int, length: int, dtype: torch.dtype) -> None:
+    features = normal(seed, batch, length, 4, dtype=dtype)
+    scores = torch.randint(3, (batch, length), generator=generator(seed)).float()  # many are equal
+    found = nearest_better(scores, features)
+    assert found.dtype == torch.float32
+    for b in range(batch):
+        near(found[b], naive.nearest_better(plain(scores[b]), plain(features[b])))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_token_is_worth_less_beside_a_better_one_of_its_budget(shared: bool) -> None:
+    """Two images of which the second repeats the keys of the first: twins count where both share a budget."""
+    size = geometry(6)
+    method = IvtpPlus(PruneConfig(method="ivtp+", keep=3, options={"llm_layers": 6}), size)
+    cut = next(cut for cut in method.plan.cuts if cut.where == "llm")
+    heads, width = size.text_heads, size.text_head_dim
+    half = normal(0, 1, size.text_kv_heads, 6, width)
+    key = torch.cat(
+        [normal(1, 1, size.text_kv_heads, 2, width), half, half, normal(2, 1, size.text_kv_heads, 3, width)], 2
+    )
+    query, value = normal(3, 1, heads, 17, width), normal(4, 1, size.text_kv_heads, 17, width)
+    tap = AttentionTap(query, key, value, 0.5, causal=True)
+    patch = torch.tensor([[-1, -1, *range(12), -1, -1, -1]])
+    segment = None if shared else torch.tensor([[-1, -1, *[0] * 6, *[1] * 6, -1, -1, -1]])
+    window = Window(
+        cut, (tap,) * 3, key[0, 0][None], patch, -1, images=(2,), entered=((6, 6),), keeps=((3, 3),), segment=segment
+    )
+    worth, scores = super(IvtpPlus, method).score(window)[0], method.score(window)[0]
+    keys = plain(key[0].transpose(0, 1).flatten(1))
+    for own in [range(2, 14)] if shared else [range(2, 8), range(8, 14)]:
+        less = naive.nearest_better([float(worth[i]) for i in own], [keys[i] for i in own])
+        near(scores[list(own)], [float(worth[i]) * (1 - x) for i, x in zip(own, less, strict=True)])
+    twins = [(scores[i] * scores[i + 6]).item() for i in range(2, 8)]
+    assert all((abs(product) < 1e-8) == shared for product in twins)
+
+
+@SOME
+@given(seed=seeds, length=st.integers(2, 12))
+def test_gradients_of_a_mean_reach_all_that_is_in_it(seed: int, length: int) -> None:
+    hidden = normal(seed, 1, length, 3).requires_grad_()
+    into = torch.zeros(1, length, dtype=torch.long)
+    into[0, -1] = -1
+    mean_by_size(hidden, into, torch.ones(1, length))[0, 0].sum().backward()
+    reached = hidden.grad[0].abs().sum(dim=1) > 0
+    assert reached[:-1].all()
+    assert not reached[-1]
 
 
 # --- VisionZip, VisPruner, HiPrune ---------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def test_what_is_not_trained_says_so(tiny: Tiny, model: torch.nn.Module, method:
     kind = method_class(method)
     with tiny.attach(model, method=method) as pruner, torch.no_grad():
         model(**prompt(tiny))
-    cost = ivtp.flops(model.config, method=method, keep=8, **({"llm_layers": 6} if method == "ivtp" else {}))
+    cost = ivtp.flops(model.config, method=method, keep=8, **({"llm_layers": 6} if method.startswith("ivtp") else {}))
     assert pruner.method.notes == pruner.trace.notes == cost.notes
     assert any("untrained" in note for note in pruner.method.notes) == kind.info.trainable
     assert ("untrained" in kind.info.note) == kind.info.trainable
@@ -240,8 +240,14 @@ def test_bad_values_of_ivtp_say_what_would_do(field: str, value: object, says: s
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "ivtp"])
-@pytest.mark.parametrize("field", ["group_layers", "llm_layers", "threshold", "aggregation", "guide", "stages"])
+IVTPS_OWN = ("aggregation", "stages")
+GROUP_WISE = ("group_layers", "llm_layers", "threshold", "guide")
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [(m, f) for m in METHODS if m != "ivtp" for f in (*IVTPS_OWN, *(() if m == "ivtp+" else GROUP_WISE))],
+)
 def test_options_of_ivtp_are_no_other_methods(method: str, field: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"{method!r} has no option {field!r}")):
         method_class(method).options_of(PruneConfig.of(method=method, **{field: 1}))
@@ -251,7 +257,7 @@ def test_options_of_ivtp_are_no_other_methods(method: str, field: str) -> None:
 @pytest.mark.parametrize("field", OTHER_VALUES)
 def test_an_option_that_a_method_does_not_read_is_refused(method: str, field: str) -> None:
     options = {"method": method, "keep": 4, field: OTHER_VALUES[field]}
-    if method == "ivtp":
+    if method.startswith("ivtp"):
         options["schedule"] = None if field != "schedule" else (20, 8)
     config = PruneConfig.of(**options)
     size = dataclasses.replace(HOST.geometry(HOST.tiny()[0].config), text_layers=32)

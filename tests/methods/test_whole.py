@@ -425,6 +425,33 @@ def test_tome(tiny: Tiny, stock: Model, model: Model, keep: int, positions: str)
     check_merged(run, stock, plain(hidden[0, 1:]), patches[1:], positions == "compact")
 
 
+@compact_or_not
+@pytest.mark.parametrize("keep", [1, 9, 30])
+def test_ivtp_plus_in_the_encoder(tiny: Tiny, stock: Model, model: Model, keep: int, positions: str) -> None:
+    """What leaves at the end of a group of three layers merges; the decoder's part is IVTP's (`test_reference`)."""
+    run = prune(tiny, model, [tiny.sample()], method="ivtp+", keep=keep, positions=positions)
+    stages = {stage.layer: stage for stage in run.trace.stages if stage.where == "vision"}
+    assert list(stages) == [2, 5]
+    patches, size, sources = list(range(NUM_PATCHES)), [1.0] * NUM_PATCHES, list(range(NUM_PATCHES))
+
+    def step(number: int, hidden: Tensor, layer: Layer) -> Tensor:
+        if number not in stages:
+            return hidden
+        metric = [naive.mean([head[1 + t] for head in layer.key]) for t in range(len(patches))]
+        into = naive.merge_redundant(metric, stages[number].kept.shape[1], [False] * len(patches))
+        merged = naive.merge_by_size(plain(hidden[0, 1:]), size, into)
+        stay = sorted(merged)
+        sources[:] = naive.follow(sources, patches, into)
+        size[:] = [sum(s for s, target in zip(size, into, strict=True) if target == column) for column in stay]
+        patches[:] = [patches[column] for column in stay]
+        assert stages[number].kept.tolist() == [patches]
+        assert stages[number].sources.tolist() == [sources]
+        return torch.cat([hidden[:, :1], torch.tensor([[merged[column] for column in stay]]).to(hidden)], dim=1)
+
+    hidden = encode(stock, pixels_of(tiny), step)[-1]
+    check_merged(run, stock, plain(hidden[0, 1:]), patches, positions == "compact")
+
+
 def test_dynamicvit(tiny: Tiny, stock: Model, model: Model) -> None:
     run = prune(tiny, model, [tiny.sample()], method="dynamicvit", seed=5)
     counts = uniform_ratio(NUM_PATCHES, KEEP, 3)

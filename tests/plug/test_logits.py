@@ -25,7 +25,7 @@ def shifted_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["one", "batch", "two images", "mixed"])
-@pytest.mark.parametrize("method", ["ivtp", "tome", "topk", "sparsevlm"])
+@pytest.mark.parametrize("method", ["ivtp", "ivtp+", "tome", "topk", "sparsevlm"])
 def test_logits_stand_where_the_prompts_tokens_stand(tiny: Tiny, name: str, method: str) -> None:
     model, inputs = tiny.model(), tiny.inputs(*samples(tiny, name))
     with torch.no_grad():

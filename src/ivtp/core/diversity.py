@@ -14,6 +14,15 @@ def cosine(features: Tensor) -> Tensor:
     return unit @ unit.transpose(1, 2)
 
 
+def nearest_better(scores: Tensor, features: Tensor) -> Tensor:
+    """Cosine of each of `features` (B, N, D) with the most similar one of a higher score, not below 0: (B, N), float32.
+
+    `scores` (B, N); 0 where none is higher.
+    """
+    better = scores.unsqueeze(1) > scores.unsqueeze(2)
+    return cosine(features).masked_fill(~better, 0.0).amax(dim=2).clamp_min(0)
+
+
 def max_min(distance: Tensor, count: int) -> Tensor:
     """Points (B, count), in the order of their choice, each the farthest from its nearest among those before it.
 

@@ -71,6 +71,20 @@ def sizes(sources: Tensor, patch: Tensor) -> Tensor:
     return torch.where(patch < 0, 1.0, counts.gather(1, patch.clamp_min(0)))
 
 
+def mean_by_size(hidden: Tensor, into: Tensor, size: Tensor) -> Tensor:
+    """What the columns of `hidden` (B, T, D) become when each goes `into` (B, T) another: means weighted by `size`.
+
+    `size` (B, T): how many patches each stands for; what goes into -1 is in no mean. Columns that nothing goes into are
+    0. Gradients flow into all that is in a mean (ToMe, section 3).
+    """
+    count = torch.where(into < 0, 0.0, size).unsqueeze(-1)  # (B, T, 1)
+    weighted = hidden.float() * count
+    target = into.clamp_min(0).unsqueeze(-1)
+    total = torch.zeros_like(weighted).scatter_add(1, target.expand_as(weighted), weighted)
+    share = torch.zeros_like(count).scatter_add(1, target, count)
+    return (total / share.clamp_min(1)).to(hidden.dtype)
+
+
 def take_up_neighbours(
     hidden: Tensor, key: Tensor, attention: Tensor, kept: Tensor, neighbours: int = 32
 ) -> tuple[Tensor, Tensor, Tensor]:

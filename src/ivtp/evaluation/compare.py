@@ -52,12 +52,12 @@ Report = Callable[[Iterable[Any], int, str], Iterable[Any]]
 class Bench:
     """A model and the questions of every format, each photo drawn once: what `measure` is asked with."""
 
-    def __init__(self, model: str, questions: int, batch: int, dtype: str) -> None:
+    def __init__(self, model: str, questions: int, batch: int, dtype: str, split: str = "test") -> None:
         self.model: Any
         self.processor: Any
         self.model, self.processor = load(model, dtype=dtype)
         each = -(-questions // len(list_formats()))
-        self.units = sorted((u for group in collect("test", each) for u in group), key=lambda u: u.form.title)
+        self.units = sorted((u for group in collect(split, each) for u in group), key=lambda u: u.form.title)
         self.examples = [example for unit in self.units for example in unit.examples]
         self._batch = batch
 
@@ -78,23 +78,26 @@ class Bench:
         inputs = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
         return inputs.to(self.model.device, self.model.dtype)
 
-    def attach(self, method: str, keep: int, positions: str) -> Pruner | None:
+    def attach(self, method: str | type[Any], keep: int, positions: str, **options: Any) -> Pruner | None:
         """The pruner of a run; none for the full model."""
         if method == "none":
             return None
-        return attach(self.model, self.processor, method=method, keep=keep, positions=positions)
+        return attach(self.model, self.processor, method=method, keep=keep, positions=positions, **options)
+
+    def score(self, pruner: Pruner | None) -> list[tuple[Unit, list[float]]]:
+        """Ask all questions, and let the pruner go; how right the answers of every unit are."""
+        answers: list[str] = []
+        with pruner or nullcontext():
+            for inputs in self.batches:
+                answers += complete(self.model, self.processor, inputs, LONGEST_ANSWER)
+        said = iter(answers)
+        return [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in self.units]
 
 
 def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
     """Accuracy of one method, by format too, and the tokens that it keeps."""
     pruner = bench.attach(method, keep, positions)
-    answers: list[str] = []
-    with pruner or nullcontext():
-        for inputs in bench.batches:
-            answers += complete(bench.model, bench.processor, inputs, LONGEST_ANSWER)
-    said = iter(answers)
-    scored = [(unit, [unit.form.score(example, next(said)) for example in unit.examples]) for unit in bench.units]
-    figures = by_format(scored, "accuracy")
+    figures = by_format(bench.score(pruner), "accuracy")
     entering, leaving = (float(world.GRID**2),) * 2
     if pruner is not None:
         entering, leaving = pruner.method.plan.tokens_per_layer(pruner.host.size).equivalent

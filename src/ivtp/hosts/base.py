@@ -62,7 +62,7 @@ class Host:
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
     pads: ClassVar[bool] = False
-    """Whether tiles hold padding that never reaches the prompt. What merges in the encoder could not tell it apart."""
+    """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
     cuts: ClassVar[frozenset[Place]] = frozenset({"inside", "behind", "projected"})
     """Where tokens may leave its encoder: in a layer or behind one, and behind the projector."""

@@ -23,7 +23,7 @@ class LlavaNextHost(ClipLlamaHost):
     padding; `keep` is for all of them together. At a cut in the encoder every tile keeps the same number; what is then
     above the budget leaves by its score. Newline tokens stay.
 
-    Refuses: what LLaVA refuses; methods that merge tokens in the encoder, which could not tell a tile's padding.
+    Refuses: what LLaVA refuses; methods that merge in the encoder, but `ivtp+`: they could not tell a tile's padding.
     """
 
     name = "llava_next"

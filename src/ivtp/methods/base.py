@@ -94,6 +94,9 @@ class Method:
     """Whether `score` or `merge` reads `Window.relevance`."""
     reads_words: ClassVar[bool] = False
     """Whether `score` or `merge` reads `Window.words`, in the encoder."""
+    heeds_padding: ClassVar[bool] = False
+    """Whether `merge` lets `Window.padding` leave first, into nothing, and gives `Merged.scores`: of an image whose
+    tiles together hold more than it keeps, the lowest leave."""
 
     def __init__(self, config: PruneConfig, geometry: Geometry) -> None:
         """Raises `ConfigError` for an option that the method does not read, or a keep that does not fit the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.merge import sizes
+from ivtp.core.merge import mean_by_size, sizes
 from ivtp.core.schedule import halving
 from ivtp.errors import ConfigError
 from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
@@ -53,12 +53,7 @@ class ToMe(Method):
         removed = window.hidden.shape[1] - first - window.cut.keep
         metric = window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
         into, order = match(metric, removed, first)
-        count = sizes(window.sources, window.patch).unsqueeze(-1)  # (B, T, 1)
-        weighted = window.hidden.float() * count
-        target = into.unsqueeze(-1)
-        total = torch.zeros_like(weighted).scatter_add(1, target.expand_as(weighted), weighted)
-        share = torch.zeros_like(count).scatter_add(1, target, count)
-        hidden = (total / share.clamp_min(1)).to(window.hidden.dtype)
+        hidden = mean_by_size(window.hidden, into, sizes(window.sources, window.patch))
         return Merged(hidden, into, order[:, first:])
 
 

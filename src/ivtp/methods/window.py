@@ -52,6 +52,9 @@ class Window:
     """(B, W, D_text) the question's tokens as they enter the decoder, then zeros, for methods with
     `Method.reads_words`."""
 
+    padding: Tensor | None = None
+    """(B, T) bool: visual tokens of the encoder that show a tile's padding, which no prompt sees; None without any."""
+
     @property
     def visual(self) -> Tensor:
         """(B, T) bool: the tokens that may be cut."""
@@ -81,9 +84,11 @@ class Merged:
     visual column went into: its own where it stays, -1 where it is dropped. `order` (B, k) lists the columns that stay
     in the method's own order; None: as they come. `stand_ins` (B, m) are the columns that stay whose token is made of
     something else than of the columns that went into them: CLS, a sum over what is dropped; None: there are none.
+    `scores` (B, T) rank the columns, where the method has a ranking.
     """
 
     hidden: Tensor
     into: Tensor
     order: Tensor | None = None
     stand_ins: Tensor | None = None
+    scores: Tensor | None = None

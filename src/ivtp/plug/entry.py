@@ -61,7 +61,8 @@ def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipme
     method: Method = kind(kind.filled(config, largest, host.recommended()), largest)
     _check_needs(host, method)
     _check_cuts(host, method)
-    if host.pads and method.info.merges and any(cut.where == "vision" for cut in method.plan.cuts):
+    merges_tiles = method.info.merges and any(cut.where == "vision" for cut in method.plan.cuts)
+    if host.pads and merges_tiles and not method.heeds_padding:
         raise ConfigError(
             f"method {config.method!r} merges tokens in the encoder, and could not tell the padding in the tiles of "
             f"{host.name}; use a method that selects, or one of the decoder (see `ivtp methods`)"

@@ -84,14 +84,17 @@ class DecoderStage(Stage):
         """Cut (B, T, D) within or behind a layer; later layers get `layer_inputs`."""
         part, sequence = self.seen[-1], self.sequence
         window = self._window(cut, hidden)
+        columns = torch.arange(sequence.length, device=hidden.device)
         merged = self._merge(window)
         scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
             gone = sequence.visual & ~self._highest(window, scores)
+            if self.method.info.merges:
+                self._follow(window, columns.masked_fill(gone, -1))
         else:
             hidden = merged.hidden
-            gone = sequence.visual & (merged.into != torch.arange(sequence.length, device=hidden.device))
+            gone = sequence.visual & (merged.into != columns)
         drops_guide = part.guide and cut.layer == self.method.plan.guide_layers - 1
         if drops_guide:
             gone, sequence = gone[:, :-1], sequence.without_guide()

@@ -100,6 +100,9 @@ class EncoderStage(Stage):
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (I, T, D), of the encoder or of projected features."""
+        padding = None
+        if self._hidden is not None:
+            padding = self._hidden.gather(1, self._patch.clamp_min(0)) & (self._patch >= 0)
         window = Window(
             cut,
             self._take_taps(cut),
@@ -110,20 +113,22 @@ class EncoderStage(Stage):
             relevance=self._relevance,
             features=self._read,
             words=self._words,
+            padding=padding,
         )
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
         others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
         merged = self._merge(window)
         scores: Tensor | None = None
         if merged is None:
             scores = self._score(window)
-            if self._hidden is not None:
-                padding = self._hidden.gather(1, self._patch.clamp_min(0))
-                scores = scores.masked_fill(padding & window.visual, torch.finfo(scores.dtype).min)
+            if padding is not None:
+                scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
             keep = keep_highest(scores, window.visual, cut.keep) | ~window.visual  # CLS stays
             index = right_aligned(keep, cut.keep + others)
+            if self.method.info.merges:
+                self._follow(window, columns.masked_fill(~keep, -1))
         else:
             hidden = merged.hidden
-            columns = torch.arange(hidden.shape[1], device=hidden.device)
             index = right_aligned((merged.into == columns) | ~window.visual, cut.keep + others)
             if merged.order is not None:
                 self._reordered = True

@@ -97,14 +97,23 @@ def _of_image(result: CutResult, rows: slice, visual: Visual) -> CutResult:
     kept = place(result.kept)
     kept = kept[torch.where(kept >= 0, kept, visual.patches).argsort(stable=True)]  # ascending, the others behind
     scores = None if result.scores is None else result.scores[rows].flatten()
-    return replace(result, candidates=place(result.candidates), scores=scores, kept=kept)
+    sources = None if result.sources is None else _sources(result.sources[rows], places, visual.patches)
+    return replace(result, candidates=place(result.candidates), scores=scores, kept=kept, sources=sources)
+
+
+def _sources(of_tiles: Tensor, places: Tensor, patches: int) -> Tensor:
+    """(n,) the patch of the image that stands for each one, from those (t, N) of its tiles, which lie at `places`."""
+    stands = torch.where(of_tiles >= 0, places.gather(1, of_tiles.clamp_min(0)), -1)
+    found = torch.full((patches + 1,), -1, device=places.device)
+    found[places] = stands  # the last place takes padding
+    return found[:-1]
 
 
 def _join(
     tiles: tuple[Tensor, ...], visual: Visual, decided: list[CutResult], count: int
 ) -> tuple[Encoded, list[CutResult]]:
     """The tiles of one image together: without padding, in the order of its patches, and `count` of them exactly."""
-    patches, features, cls, pooled, _ = tiles
+    patches, features, cls, pooled, of_tiles = tiles
     places = on_device(visual.tiles, patches.device)
     own = places.gather(1, patches).flatten()  # (t * k,), -1: padding
     shown = sum(min(patches.shape[1], visible) for visible in visual.visible)
@@ -117,9 +126,12 @@ def _join(
         stays = keep_highest(rank[own][None], stays[None], count)[0]
     order = torch.where(stays, own, visual.patches).argsort(stable=True)[:count]
     kept = own[order]
+    sources = _sources(of_tiles, places, visual.patches)
+    stands = torch.zeros(visual.patches + 1, dtype=torch.bool, device=own.device).index_fill(0, kept, True)
+    sources = torch.where(stands[sources], sources, -1)  # the last place says that nothing does
     if decided:
-        decided = [*decided[:-1], replace(decided[-1], kept=kept)]
-    sources = torch.full((visual.patches,), -1, device=own.device).scatter(0, kept, kept)
+        last = replace(decided[-1], kept=kept)
+        decided = [*decided[:-1], last if last.sources is None else replace(last, sources=sources)]
     return Encoded(kept, features.flatten(0, 1)[order], cls[0], pooled[0], sources), decided
 
 

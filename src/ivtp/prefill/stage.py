@@ -27,9 +27,9 @@ class CutResult:
 
     cut: Cut
     candidates: Tensor  # (B, T) patch of every token, -1 for others
-    scores: Tensor | None  # (B, T); None where it merged
+    scores: Tensor | None  # (B, T); None where it merged without a ranking
     kept: Tensor  # (B, T') patch of every token that stayed, -1 for others
-    sources: Tensor | None = None  # (B, N) the patch that stands for each, -1: none; None where nothing merges
+    sources: Tensor | None = None  # (B, N) the patch that stands for each, -1: none; None where the method never merges
     stand_ins: Tensor | None = None  # (B, m) patches at whose places tokens stand that are none; None without any
 
 
@@ -127,13 +127,18 @@ class Stage:
         with torch.autocast(window.hidden.device.type, enabled=False):
             merged = self.method.merge(window)
         if merged is not None:
-            assert window.sources is not None
-            self._sources = follow(window.sources, window.patch, merged.into)
+            self._follow(window, merged.into)
         return merged
+
+    def _follow(self, window: Window, into: Tensor) -> None:
+        """Keep the sources of a method that merges up to date: `into` as in `Merged`."""
+        assert window.sources is not None
+        self._sources = follow(window.sources, window.patch, into)
 
     def _result(self, window: Window, scores: Tensor | None, kept: Tensor, merged: Merged | None) -> CutResult:
         """The record of a cut by `scores` (B, T) or of one that merged; `kept` (B, T') are the patches that stayed."""
+        sources = self._sources if self.method.info.merges else None
         if merged is None:
-            return CutResult(window.cut, window.patch, scores, kept)
+            return CutResult(window.cut, window.patch, scores, kept, sources)
         stand_ins = None if merged.stand_ins is None else window.patch.gather(1, merged.stand_ins)
-        return CutResult(window.cut, window.patch, scores, kept, self._sources, stand_ins)
+        return CutResult(window.cut, window.patch, merged.scores, kept, sources, stand_ins)

@@ -1,0 +1,128 @@
+"""IVTP+: IVTP's groups and pseudo CLS token, but what leaves the encoder merges; a variant of this project."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ivtp.core.diversity import nearest_better
+from ivtp.core.merge import mean_by_size, sizes
+from ivtp.core.schedule import groups
+from ivtp.core.select import highest, take
+from ivtp.methods.base import ChoiceCost, Cut, Merged, MethodInfo, Plan, Window
+from ivtp.methods.groups import GroupWise
+
+
+class IvtpPlus(GroupWise):
+    """IVTP's groups and guide; in the encoder redundant tokens merge, in the decoder those that stay differ.
+
+    Encoder: at the end of a group the tokens are split in turn, and those of the first half that are most similar to
+    one of the second, by the cosine of the layer's keys averaged over the heads, merge into it, a mean weighted by the
+    number of patches that each stands for: ToMe's bipartite soft matching (Bolya et al., ICLR 2023, arXiv 2210.09461,
+    section 3), but once a group, in raster order and without a bias on attention. CLS does not choose: it looks at a
+    few of many objects. Decoder: a token's importance in the rollout from the pseudo CLS token (IVTP, Eq. 2-7), times
+    1 - its cosine with the most similar more important one, of the keys of the group's last layer; the highest stay.
+    `keep` and 1/18 of all patches leave the encoder at one ratio, and the decoder's groups reduce them to `keep`.
+    """
+
+    info = MethodInfo(
+        title="IVTP+",
+        year=2026,
+        stage="both",
+        guided=True,
+        merges=True,
+        paper="(variant of IVTP)",
+    )
+    heeds_padding = True
+
+    def make_plan(self) -> Plan:
+        """IVTP's cuts, of which those in the encoder read one layer each."""
+        size, options = self.geometry, self.options
+        vision, llm = (groups(n, options.group_layers) for n in (size.vision_layers, options.llm_layers))
+        plan = self.group_plan(vision, llm, between(size.num_patches, self.keep))
+        cuts = (dataclasses.replace(cut, taps=cut.taps[-1:]) if cut.where == "vision" else cut for cut in plan.cuts)
+        return dataclasses.replace(plan, cuts=tuple(cuts))
+
+    def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
+        """In the encoder the cosines of the halves, over the width of one head; in the decoder rollout and cosines."""
+        if cut.where == "llm":
+            cosines = 2.0 * entering**2 * self.geometry.text_kv_heads * self.geometry.text_head_dim
+            return dataclasses.replace(self.rollout_cost(cut), flops=cosines)
+        width = self.geometry.vision_hidden // self.geometry.vision_heads
+        pairs = sum((n + 1) // 2 * (n // 2) for n in rounds(entering, cut.keep)[:-1])
+        return ChoiceCost(2.0 * pairs * width, rows=("none",))
+
+    def score(self, window: Window) -> Tensor:
+        """Eq. 3 and 4, and less the more a token resembles a better one that shares its budget."""
+        worth, keys = super().score(window), window.taps[-1].key.transpose(1, 2).flatten(2)  # (B, T, H_kv * d)
+        for tokens, entered, _ in window.budgets:
+            columns = (~tokens).to(torch.uint8).argsort(dim=1, stable=True)[:, : max(entered)]  # theirs come first
+            own = worth.gather(1, columns).masked_fill(~tokens.gather(1, columns), -1.0)
+            less = own * (1 - nearest_better(own, take(keys, columns)))
+            worth = torch.where(tokens, worth.scatter(1, columns, less), worth)
+        return worth
+
+    def merge(self, window: Window) -> Merged | None:
+        """Merged tokens in the encoder, at the columns of those that the others went into; in the decoder none."""
+        if window.cut.where == "llm":
+            return None
+        assert window.sources is not None
+        first, key = self.geometry.vision_cls, window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
+        padding = None if window.padding is None else window.padding[:, first:]
+        goes, distinct = merge_redundant(key[:, first:], window.cut.keep, padding)
+        columns = torch.arange(first, device=goes.device).expand(len(goes), -1)
+        into = torch.cat([columns, torch.where(goes < 0, -1, goes + first)], dim=1)
+        hidden = mean_by_size(window.hidden, into, sizes(window.sources, window.patch))
+        return Merged(hidden, into, scores=nn.functional.pad(distinct, (first, 0)))
+
+
+def between(patches: int, keep: int) -> int:
+    """Tokens of an image that leave the encoder where `keep` remain at the end: more by 1/18 of all, 32 of 576."""
+    return min(patches, keep + patches // 18)
+
+
+def rounds(tokens: int, keep: int) -> list[int]:
+    """Tokens before and behind each round of merging, none of which takes more than half of them; mostly one round."""
+    counts = [tokens]
+    while counts[-1] > keep:
+        counts.append(max(keep, (counts[-1] + 1) // 2))
+    return counts
+
+
+def merge_redundant(metric: Tensor, keep: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which of the tokens (B, N) each goes into, its own index where it is one of the `keep` that stay.
+
+    The tokens are split in turn, and those of the first half that are most similar to one of the second, by the cosine
+    of their `metric` (B, N, d), go into that one: ToMe's bipartite matching, in the order of the tokens. `padding`
+    (B, N) bool leaves first, into nothing (-1), and takes nothing in. Beside it how distinct each token was before the
+    last round (B, N): 1 - its highest cosine with one of the other half.
+    """
+    batch, tokens, _ = metric.shape
+    unit = nn.functional.normalize(metric.float(), dim=-1)
+    columns = goes = torch.arange(tokens, device=metric.device).expand(batch, -1)
+    distinct = torch.zeros(batch, tokens, device=metric.device, dtype=torch.float32)
+    left = columns if padding is None else padding.to(torch.uint8).argsort(dim=1, stable=True)  # behind all others
+    for count in rounds(tokens, keep)[1:]:
+        first, second = left[:, ::2], left[:, 1::2]
+        cosine = take(unit, first) @ take(unit, second).transpose(1, 2)
+        if padding is not None:
+            hidden = padding.gather(1, left)
+            cosine = cosine.masked_fill(hidden[:, ::2].unsqueeze(2) | hidden[:, 1::2].unsqueeze(1), -1.0)
+        best, partner = cosine.max(dim=2)
+        distinct = distinct.scatter(1, first, 1 - best).scatter(1, second, 1 - cosine.amax(dim=1))
+        loss = torch.full(left.shape, float("inf"), device=left.device, dtype=torch.float32)
+        loss[:, ::2] = 1 - best
+        target = left.clone()
+        target[:, ::2] = second.gather(1, partner)
+        if padding is not None:
+            loss, target = loss.masked_fill(hidden, float("-inf")), target.masked_fill(hidden, -1)
+        stay = highest(loss, count).sort(dim=1).values
+        target = target.scatter(1, stay, left.gather(1, stay))
+        goes = torch.where(goes < 0, -1, columns.scatter(1, left, target).gather(1, goes.clamp_min(0)))
+        left = left.gather(1, stay)
+    return goes, distinct
+
+
+METHOD = IvtpPlus

@@ -1,0 +1,56 @@
+"""What the recipe takes out of IVTP+ is out, and nothing else; differences are to the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ivtp.evaluation import compare
+from recipes.micro import choose_plus
+from recipes.micro.choose_plus import ABLATED, CHOICES, DEFAULT, Variant, rows
+from tests.recipes.test_evaluate import folder  # noqa: F401
+
+KEEP = 16
+
+
+@pytest.fixture(scope="module")
+def bench(folder: Path) -> compare.Bench:  # noqa: F811
+    return compare.Bench(str(folder), 12, 12, "float32", "validation")
+
+
+def kept(bench: compare.Bench, variant: Variant) -> tuple[list[Any], list[Any], torch.Tensor]:
+    """Patches that leave the encoder, those that stay, and the last logits."""
+    with bench.attach(variant.method, KEEP, "original", **variant.asked(KEEP)) as pruner, torch.no_grad():
+        logits = bench.model(**bench.inputs(bench.examples[:2]), logits_to_keep=1).logits
+    return pruner.trace.kept("vision").tolist(), pruner.trace.kept().tolist(), logits
+
+
+@pytest.mark.parametrize("variant", [*CHOICES, ABLATED[-1]], ids=lambda variant: variant.name)
+def test_variants_keep_what_was_asked_and_differ(bench: compare.Bench, variant: Variant) -> None:
+    default, own = kept(bench, DEFAULT), kept(bench, variant)
+    assert [len(set(row)) for row in own[1]] == [KEEP, KEEP]
+    if variant is not DEFAULT:
+        assert own[0] != default[0] or own[1] != default[1] or not torch.equal(own[2], default[2])
+
+
+def test_dropping_keeps_the_same_patches_of_the_first_group(bench: compare.Bench) -> None:
+    found = []
+    for kind in (choose_plus.IvtpPlus, choose_plus.Dropping):
+        with bench.attach(kind, KEEP, "original") as pruner, torch.no_grad():
+            bench.model(**bench.inputs(bench.examples[:2]), logits_to_keep=1)
+        found.append(pruner.trace.stages[0])
+    assert torch.equal(found[0].kept, found[1].kept)
+    assert (found[0].sources >= 0).all()
+    assert (found[1].sources < 0).any()
+
+
+def test_a_row_is_compared_with_the_default(bench: compare.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "LONGEST_ANSWER", 1)
+    first, again, other = rows(bench, (DEFAULT, DEFAULT, ABLATED[1]), KEEP)
+    assert (again["to the default"], again["to the default low"], again["to the default high"]) == (0, 0, 0)
+    assert first["accuracy"] == again["accuracy"]
+    assert other["accuracy"] - first["accuracy"] == pytest.approx(other["to the default"])
+    assert first["questions"] == len(bench.examples)
