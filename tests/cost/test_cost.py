@@ -290,6 +290,14 @@ def test_images_multiply_the_encoder_but_share_the_text() -> None:
     assert one.head < three.head < 3 * one.head
 
 
+@pytest.mark.parametrize("model", [SEVEN_B, "micro"])
+@pytest.mark.parametrize("keep", [16, 64, 128])
+def test_ivtp_plus_costs_no_more_than_ivtp(model: str, keep: int) -> None:
+    variant, paper = (flops(model, method=name, keep=keep) for name in ("ivtp+", "ivtp"))
+    assert variant.total <= paper.total
+    assert variant.keep == paper.keep == keep
+
+
 def test_short_prompts_save_the_most() -> None:
     savings = [
         1 - flops(SEVEN_B, text_tokens=t).total / flops(SEVEN_B, method="none", text_tokens=t).total
