@@ -127,10 +127,10 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             found.append(said)
         return found
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean negative log-likelihood of each continuation, of which lmms-eval takes the lowest, and if it is greedy.
 
-        The continuation takes no part in the pruning.
+        The continuation takes no part in the pruning. The pairs are wrapped: lmms-eval 0.7.3 turns a bare one to text.
         """
         found = []
         for request in tqdm(requests, disable=self.rank != 0, desc="Rating"):
@@ -138,7 +138,7 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             doc = self.task_dict[task][split][number]
             text = target if isinstance(target, str) else target(doc)
             prompt = self._prompt(_one_turn(context, visuals_of(doc)), {})
-            found.append(self.rate(prompt, text))
+            found.append(GenerationResult(self.rate(prompt, text)))
         return found
 
     # ---- the model --------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         trace = self.pruner.trace if self.pruner else None
         if trace is not None:
             repeats = len(trace.images) // len(prompts)  # beams
-            left = (trace.kept() >= 0).sum(dim=1).tolist()[::repeats]
-            return list(zip(left, trace.flops_each[::repeats], strict=True))
+            kept: list[int] = (trace.kept() >= 0).sum(dim=1).tolist()
+            return list(zip(kept[::repeats], trace.flops_each[::repeats], strict=True))
         visuals = iter(self.host.visuals(dict(inputs)) if any(prompt.images for prompt in prompts) else ())
         found = []
         for prompt, length in zip(prompts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
@@ -234,7 +234,8 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         end = self.model.generation_config.eos_token_id
         ends = torch.tensor(end if isinstance(end, list) else [end], device=new.device)
         ended = torch.isin(new, ends).cumsum(dim=1)
-        return ((ended - torch.isin(new, ends).long()) == 0).sum(dim=1).tolist()  # type: ignore[no-any-return]
+        lengths: list[int] = ((ended - torch.isin(new, ends).long()) == 0).sum(dim=1).tolist()
+        return lengths
 
     def _progress(self, total: int) -> Any:
         return tqdm(total=total, disable=self.rank != 0, desc="Answering")
