@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="`make eval-env` installs it")
@@ -25,11 +26,16 @@ import ivtp
 from benchmarks import ROWS, write
 from ivtp.cli.app import app
 from ivtp.errors import ConfigError, InputError
-from ivtp.evaluation import run
+from ivtp.evaluation import lmms, run
 from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel
 from ivtp.evaluation.paper12 import PAPER12
 from ivtp.generate import save
 from ivtp.registry import host_class
+
+pytestmark = [  # of lmms-eval's files, and of whatever else it leaves open
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 KEEP = 8
 OPTIONS = {"keep": KEEP, "guide": "text", "llm_layers": 6}
@@ -78,8 +84,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def at(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Works in `data`, with an empty cache."""
+    """Works in `data`, with an empty cache; where a task names no limit, answers are short: tiny models never end."""
     monkeypatch.chdir(data)
+    monkeypatch.setattr(lmms, "LONGEST_ANSWER", 8)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for key in ("OPENAI_API_KEY", "AZURE_API_KEY"):
         monkeypatch.delenv(key, raising=False)
@@ -108,6 +115,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}")
     yield
     server.shutdown()
+    server.server_close()
 
 
 def samples(checkpoint: str, tasks: list[str], batch_size: int, **options: Any) -> list[dict[str, Any]]:
@@ -124,7 +132,7 @@ def test_lmms_eval_finds_the_model_by_its_name() -> None:
 @pytest.mark.parametrize("options", [{"method": "none"}, OPTIONS], ids=["none", "ivtp"])
 def test_batches_answer_as_one_by_one(at: Path, checkpoint: str, options: dict[str, Any]) -> None:
     """Answers and costs; prompts have one picture, none, or several of several sizes."""
-    tasks = ["pope", "seedbench"]
+    tasks = ["gqa", "seedbench"]
     alone, together = (samples(checkpoint, tasks, size, **options) for size in (1, 3))
     for one, other in zip(alone, together, strict=True):
         assert one["resps"] == other["resps"]
@@ -162,7 +170,7 @@ def test_given_answers_are_rated(at: Path, checkpoint: str) -> None:
     rated = [float(response[0][0]) for response in sample["resps"]]
     assert len(rated) == 4
     assert len(set(rated)) == 4
-    with ivtp.attach(inner, processor, **OPTIONS):
+    with torch.no_grad(), ivtp.attach(inner, processor, **OPTIONS):
         for choice, loss in enumerate(rated):
             turn = [{"type": "image"}, {"type": "text", "text": f"{sample['doc']['question']} Answer:"}]
             head = processor.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True)
@@ -217,12 +225,12 @@ def command(*words: object) -> Any:
     return CliRunner().invoke(app, ["eval", *map(str, words)], catch_exceptions=False)
 
 
-def test_the_papers_row(at: Path, checkpoint: str, tmp_path: Path, judge: None) -> None:
+def test_the_papers_row(at: Path, tmp_path: Path, judge: None) -> None:
     """All twelve tasks by their own files; the change against all tokens comes with the second run."""
-    common = ("--model", checkpoint, "--output", tmp_path / "out", "--batch-size", 4)
+    common = ("--model", "micro", "--output", tmp_path / "out", "--batch-size", 4)
     ran = command(*common, "--method", "none")
     assert ran.exit_code == 0, ran.output
-    told = command(*common, "--keep", KEEP, *(f"--option={k}={v}" for k, v in OPTIONS.items() if k != "keep"))
+    told = command(*common)
     assert told.exit_code == 0, told.output
     full, pruned = (
         json.loads(next((tmp_path / "out").glob(f"*-{name}-*.json")).read_text(encoding="utf-8"))
@@ -243,23 +251,21 @@ def test_the_papers_row(at: Path, checkpoint: str, tmp_path: Path, judge: None) 
 
 
 def test_without_a_judge_the_others_are_measured(at: Path, checkpoint: str, tmp_path: Path) -> None:
-    tasks = "mmvet,textvqa_val"
+    tasks = "mmvet,scienceqa_img"
     ran = command("--tasks", tasks, "--model", checkpoint, "--method", "topk", "--keep", KEEP, "--output", tmp_path)
     if "needs a CLS" in ran.output:
         pytest.skip("the family has no CLS token")
     assert ran.exit_code == 0, ran.output
     row = json.loads(next(tmp_path.glob("*.json")).read_text(encoding="utf-8"))["row"]
     assert row["MM-Vet"] is None
-    assert row["mean"] == row["TextVQA"]
-    alone = command("--tasks", "mmvet", "--model", checkpoint, "--method", "none", "--output", tmp_path)
-    assert alone.exit_code == 2
-    assert "OPENAI_API_KEY" in alone.output
+    assert row["mean"] == row["ScienceQA"]
+    with pytest.raises(InputError, match="mmvet need a judge; set OPENAI_API_KEY"):
+        command("--tasks", "mmvet", "--model", checkpoint, "--method", "none", "--output", tmp_path)
 
 
 def test_an_unknown_task_is_one_line(at: Path, checkpoint: str, tmp_path: Path) -> None:
-    ran = command("--tasks", "popes", "--model", checkpoint, "--method", "none", "--output", tmp_path)
-    assert ran.exit_code == 2
-    assert "unknown task 'popes'" in ran.output
+    with pytest.raises(ConfigError, match="unknown task 'popes'"):
+        command("--tasks", "popes", "--model", checkpoint, "--method", "none", "--output", tmp_path)
 
 
 def test_two_processes_find_what_one_finds(at: Path, tmp_path: Path) -> None:
@@ -270,7 +276,7 @@ def test_two_processes_find_what_one_finds(at: Path, tmp_path: Path) -> None:
     for ranks in (1, 2):
         output = tmp_path / f"out-{ranks}"
         words = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29517", "-m", "ivtp"]
-        asked = ["eval", "--tasks", "pope,gqa", "--model", str(checkpoint), "--method", "ivtp", "--keep", str(KEEP)]
+        asked = ["eval", "--tasks", "mme,gqa", "--model", str(checkpoint), "--method", "ivtp", "--keep", str(KEEP)]
         asked += ["--option", "guide=text", "--output", str(output)]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         ran = subprocess.run([sys.executable, *words, *asked], env=env, capture_output=True, text=True, timeout=500)

@@ -141,6 +141,12 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             found.append(GenerationResult(self.rate(prompt, text)))
         return found
 
+    def clean(self) -> None:
+        """Leave the model as it was."""
+        if self.pruner is not None:
+            self.pruner.detach()
+        super().clean()
+
     # ---- the model --------------------------------------------------------------------------------------------
 
     def prompt(self, args: tuple[Any, ...]) -> Prompt:
