@@ -9,9 +9,6 @@ import torch
 from tiny import Tiny, samples
 from torch import nn
 
-# Dynamo explains its graph breaks in warnings
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
@@ -33,6 +30,7 @@ def shallow(model: nn.Module) -> nn.Module:
     [("shallow", "one"), *(pytest.param("whole", b, marks=pytest.mark.slow) for b in ("one", "batch"))],
 )
 def test_a_compiled_model_keeps_the_same_tokens_and_gives_the_same_logits(tiny: Tiny, depth: str, batch: str) -> None:
+    """And Dynamo warns of nothing: a warning fails a test."""
     model, inputs = tiny.model(), tiny.inputs(*samples(tiny, batch))
     changes = {}
     if depth == "shallow":

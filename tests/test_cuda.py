@@ -70,7 +70,7 @@ class Subject:
     def attach(self, **changes: Any) -> ivtp.Pruner:
         return ivtp.attach(self.model, self.processor, **{"keep": 64, **changes})
 
-    def close(self, ours: Tensor, stock: Tensor) -> None:
+    def assert_close(self, ours: Tensor, stock: Tensor) -> None:
         atol = self.tolerance * float(stock.abs().max())
         torch.testing.assert_close(ours.float(), stock.float(), atol=atol, rtol=0)
 
@@ -104,7 +104,7 @@ def test_keep_all_is_the_stock_model(subject: Subject, method: str) -> None:
     stock = subject.model(**inputs).logits
     with subject.attach(method=method, keep=PATCHES):
         ours = subject.model(**inputs).logits
-    subject.close(ours[real], stock[real])
+    subject.assert_close(ours[real], stock[real])
 
 
 def test_keep_all_says_what_the_stock_model_says(subject: Subject) -> None:
@@ -127,7 +127,7 @@ def test_a_sample_is_cut_alone_as_in_a_batch(subject: Subject, method: str) -> N
             alone = subject.model(**subject.inputs(row)).logits[0, -1]
             agreed.append(shared(cuts_of(pruner, 0), cuts[row]))
             if agreed[-1] == 1:
-                subject.close(alone, together[row])
+                subject.assert_close(alone, together[row])
     assert sum(agreed) / 4 >= subject.agreement
 
 

@@ -218,9 +218,13 @@ def test_weights_that_are_not_finite(copied: Path, value: float) -> None:
     assert "not finite" in refused(copied)
 
 
-def test_large_weights_are_finite() -> None:
-    check_finite([("w", torch.full((1000,), 3e38))])
-    check_finite([("w", torch.full((1000,), 6e4, dtype=torch.float16)), ("n", torch.ones(3, dtype=torch.int64))])
+@pytest.mark.parametrize(("value", "dtype"), [(3e38, torch.float32), (6e4, torch.float16)])
+def test_large_weights_are_finite_whatever_their_sum_is(value: float, dtype: torch.dtype) -> None:
+    weights = torch.full((1000,), value, dtype=dtype)
+    check_finite([("w", weights), ("n", torch.ones(3, dtype=torch.int64))])
+    weights[7] = float("inf")
+    with pytest.raises(ValueError, match="its weight w"):
+        check_finite([("w", weights)])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import NUM_PATCHES, QUESTIONS, Tiny, image
+from tiny import NUM_PATCHES, QUESTIONS, Tiny, image, samples
 
 import ivtp
 from ivtp.errors import ConfigError, ImageError, LoadError, OutputError
@@ -83,6 +83,26 @@ def test_an_answer_draws_itself(answer: ivtp.Answer, tmp_path: Path) -> None:
     assert drawn.tobytes() == again.tobytes()
     with pytest.raises(OutputError, match="the picture"):
         answer.draw(tmp_path / "no folder" / "kept.png")
+
+
+def test_a_trace_draws_itself(tiny: Tiny, answer: ivtp.Answer, tmp_path: Path) -> None:
+    """An answer's trace knows the pictures; that of a call of the model, which saw pixels, has to be given them."""
+    assert answer.trace is not None
+    model = tiny.model()
+    with torch.no_grad(), tiny.attach(model) as pruner:
+        model(**tiny.inputs(*samples(tiny, "two images")))
+    expected = ivtp.draw(image(3), answer.trace, question="Cat?")
+    assert answer.trace.draw(tmp_path / "kept.png", question="Cat?").tobytes() == expected.tobytes()
+    with Image.open(tmp_path / "kept.png") as written:
+        assert written.convert("RGB").tobytes() == expected.tobytes()
+    pictures = [image(3), image(4)]
+    assert pruner.trace.draw(image=pictures).tobytes() == ivtp.draw(pictures, pruner.trace).tobytes()
+    with pytest.raises(ConfigError, match="pass the picture"):
+        pruner.trace.draw(tmp_path / "other.png")
+    assert not (tmp_path / "other.png").exists()
+    for name in ("kept", "kept.txt"):
+        with pytest.raises(ConfigError, match="suffixes"):
+            answer.trace.draw(tmp_path / name)
 
 
 def test_an_answer_of_all_tokens_has_nothing_to_draw(tiny: Tiny) -> None:

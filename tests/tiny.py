@@ -32,7 +32,7 @@ from transformers import (
 
 import ivtp
 from ivtp.hosts.tiny import randomise
-from ivtp.towers.base import cache_name
+from ivtp.stock import cache_name
 
 PATCH, SIDE = 4, 6
 NUM_PATCHES = SIDE * SIDE

@@ -19,6 +19,7 @@ from transformers import (
 
 from ivtp.micro.world import PATCH, SIZE
 from ivtp.micro.world.chinese import CHINESE_PATTERN
+from ivtp.stock import set_kernel
 from recipes.micro.corpus import corpus
 from recipes.micro.vision_data import CLASSES, IGNORE, Batch
 
@@ -96,7 +97,7 @@ def build_clip(
         eos_token_id=tokenizer.eos_token_id,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=128)
-    config._attn_implementation = "eager"
+    set_kernel(config, "eager")
     torch.manual_seed(seed)
     return CLIPModel(config)
 

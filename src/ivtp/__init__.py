@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ivtp.config import PruneConfig
-    from ivtp.cost.flops import FlopsReport, flops
+    from ivtp.cost.flops import flops
+    from ivtp.cost.prefill import FlopsReport
     from ivtp.errors import IvtpError
     from ivtp.generate import Answer, ask, asking, load, prompt_for, save
     from ivtp.plug import Pruner, attach, detach, pruner_of
@@ -44,7 +45,8 @@ __all__ = [
 _HOMES = {
     "config": ("PruneConfig",),
     "errors": ("IvtpError",),
-    "cost.flops": ("FlopsReport", "flops"),
+    "cost.flops": ("flops",),
+    "cost.prefill": ("FlopsReport",),
     "generate": ("Answer", "ask", "asking", "load", "prompt_for", "save"),
     "plug": ("Pruner", "attach", "detach", "pruner_of"),
     "registry": ("list_hosts", "list_methods"),

@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
 from PIL import Image
 from torch import nn
 
 from ivtp.config import PruneConfig, check_none
 from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputError, short_reason
-from ivtp.files.checkpoint import FAILURES, check_finite, check_weights, read_checkpoint
-from ivtp.files.outputs import whole
+from ivtp.files.checkpoint import check_finite, check_weights, read_checkpoint
 from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
 from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
-from ivtp.prompt.chat import ChatTemplate, image_token_of
+from ivtp.prompt.chat import ChatTemplate, check_template, image_token_of
 from ivtp.prompt.question import check_question
 from ivtp.registry import host_class, list_hosts, method_name
-from ivtp.trace import PruneTrace
+from ivtp.trace import Grids, PruneTrace
 from ivtp.visualize import draw
 
 
@@ -50,6 +48,8 @@ class Answer:
     """Relevance above which a word guided; None where none was read."""
     prompt_columns: int = 0
     """Tokens of the prompt, one for each patch of its images."""
+    grids: tuple[Grids, ...] = ()
+    """What the patches of each image form."""
     tiles: tuple[tuple[int, ...], ...] = ()
     """Of each image, how many tokens of each tile that the encoder read reached the prompt; one tile of most models."""
 
@@ -65,11 +65,7 @@ class Answer:
         """
         if self.trace is None:
             raise ConfigError("this answer has no trace: the method was 'none', nothing was pruned")
-        page = draw(self.pictures, self.trace, question=self.question, answer=self.text, threshold=self.threshold)
-        if file is not None:
-            with whole(Path(file), "the picture") as partial:
-                page.save(partial)
-        return page
+        return draw(self.pictures, self.trace, file, question=self.question, answer=self.text, threshold=self.threshold)
 
 
 class Ask(Protocol):
@@ -94,7 +90,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     def read(path: str) -> tuple[nn.Module, Any]:
         processor = AutoProcessor.from_pretrained(path)
-        _check_template(processor)
+        check_template(processor)
         model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
         check_weights(model, report)
         model = model.to(device).eval()
@@ -128,18 +124,6 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
                 shutil.copytree(source / str(beside["clip"]), target / str(beside["clip"]), dirs_exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
-
-
-def _check_template(processor: Any) -> None:
-    """Refuse a chat template that is no template, with a `ValueError`; what it says to a prompt shows there."""
-    if getattr(processor, "chat_template", None):
-        turn = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        try:
-            processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"its chat template is broken in line {error.lineno}: {error.message}") from None
-        except (TemplateError, *FAILURES):
-            return
 
 
 def check_device(device: str) -> str:
@@ -256,7 +240,9 @@ def _answer(
     (text,) = complete(model, processor, inputs, max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - began
     trace = pruner.trace if pruner else None
-    columns = inputs["input_ids"].shape[1]
+    if trace is not None:
+        trace = dataclasses.replace(trace, pictures=pictures)
+    columns, visuals = inputs["input_ids"].shape[1], host.visuals(dict(inputs))
     return Answer(
         text,
         trace,
@@ -266,7 +252,8 @@ def _answer(
         pictures=pictures,
         threshold=_threshold_of(pruner),
         prompt_columns=columns,
-        tiles=tuple(visual.visible for visual in host.visuals(dict(inputs))),
+        grids=tuple(visual.grids for visual in visuals),
+        tiles=tuple(visual.visible for visual in visuals),
     )
 
 

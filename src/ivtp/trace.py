@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from ivtp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
 Where = Literal["vision", "llm"]
+Grids = tuple[tuple[int, ...], ...]
+"""(rows, columns) of the patches of an image: one grid, or where it is read in tiles that of the whole, then theirs."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,8 +117,10 @@ class PruneTrace:
     """What must be known before the answer is trusted, such as that a part of the method is untrained."""
     patches: tuple[tuple[int, ...], ...] = ()
     """Patches of each image of each row; empty: `num_patches` everywhere."""
-    grids: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    """(rows, columns) that the patches of each image of each row form; () for an image that is read in tiles."""
+    grids: tuple[tuple[Grids, ...], ...] = ()
+    """What the patches of each image of each row form; empty: one square."""
+    pictures: tuple[Any, ...] = ()
+    """The images of the only row, where they were known as such: `ivtp.ask` puts them there; a model sees pixels."""
 
     def __repr__(self) -> str:
         total = self.num_patches * max(self.images, default=0)
@@ -120,12 +130,12 @@ class PruneTrace:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of numbers, texts, lists and dictionaries alone: `json.dumps` takes it."""
+        """Everything but the pictures, of numbers, texts, lists and dictionaries alone: `json.dumps` takes it."""
         return {
             "num_patches": self.num_patches,
             "images": list(self.images),
             "patches": [list(row) for row in self.patches],
-            "grids": [[list(grid) for grid in row] for row in self.grids],
+            "grids": _plain(self.grids),
             "stages": [stage.to_dict() for stage in self.stages],
             "words": [[asdict(word) for word in row] for row in self.words],
             "fallback": list(self.fallback),
@@ -135,6 +145,18 @@ class PruneTrace:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+    def draw(self, file: str | Path | None = None, *, image: Any = None, **options: Any) -> Image.Image:
+        """The picture of sample `row` with what was kept of it, also written to `file` where one is named.
+
+        `image` is the picture, or a list of the sample's pictures; an answer's trace knows them. `options` are those of
+        `ivtp.draw`, which this calls: `row`, `question`, `answer`, `note`, `threshold`, `square`.
+        """
+        from ivtp.visualize import draw
+
+        if image is None and not self.pictures:
+            raise ConfigError("a model sees pixels alone; pass the picture: trace.draw('kept.png', image='photo.png')")
+        return draw(self.pictures if image is None else image, self, file, **options)
 
     def kept(self, where: Where | None = None) -> Tensor:
         """Original patch indices (B, k) that survived: at the end, or at the end of stage `where`.

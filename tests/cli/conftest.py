@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+from terminal import Result, Run
 from tiny import Tiny, image
 
 from ivtp.cli import app as cli
-
-
-class Result(NamedTuple):
-    """What one command left behind."""
-
-    code: int
-    out: str
-    err: str
+from ivtp.cli import door
 
 
 @pytest.fixture
-def ivtp_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs `ivtp ARGUMENTS` in this process."""
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs an app of commands, or a function, with arguments, as its program does, but in this process."""
     monkeypatch.setenv("COLUMNS", "160")
 
-    def command(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ivtp", *map(str, arguments)])
+    def command(app: Callable[[], Any], *arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            door.run(app)
         assert isinstance(end.value.code, int)
         return Result(end.value.code, *capsys.readouterr())
 
     return command
 
 
+@pytest.fixture
+def run(call: Callable[..., Result]) -> Run:
+    """Runs `ivtp ARGUMENTS` in this process."""
+    return functools.partial(call, cli.app)
+
+
 @pytest.fixture(scope="session")
-def tiny_folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder as the embedded one is built: stock checkpoint, processor, CLIP side, recommendations."""
     folder = tmp_path_factory.mktemp("checkpoint")
     tiny.model().save_pretrained(folder)
@@ -48,6 +49,20 @@ def tiny_folder(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         part.save_pretrained(folder / "clip")
     (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
     return folder
+
+
+@pytest.fixture
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image file, in a folder of its own."""
+    file = tmp_path_factory.mktemp("photo") / "photo.png"
+    image(3).save(file)
+    return file
+
+
+@pytest.fixture
+def few(checkpoint: Path) -> tuple[object, ...]:
+    """Options for a short answer of the tiny model."""
+    return "--model", checkpoint, "--keep", 8, "--max-new-tokens", 3
 
 
 @pytest.fixture

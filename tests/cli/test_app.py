@@ -6,74 +6,18 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import NUM_PATCHES, QUESTIONS, VISION_WIDTH, Tiny, image
+from terminal import Result, Run, one_line
+from tiny import NUM_PATCHES, QUESTIONS, VISION_WIDTH, Tiny
 
 import ivtp
 from ivtp.cli import app as cli
 from ivtp.methods.dynamicvit import Predictors
-
-
-class Result(NamedTuple):
-    """What one command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `ivtp ARGUMENTS` in this process."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def command(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ivtp", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert isinstance(end.value.code, int)
-        return Result(end.value.code, *capsys.readouterr())
-
-    return command
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as the embedded one is built: stock checkpoint, processor, CLIP side, recommendations."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.model().save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
-    for part in tiny.clip:
-        part.save_pretrained(folder / "clip")
-    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image file."""
-    file = tmp_path_factory.mktemp("photos") / "photo.png"
-    image(3).save(file)
-    return file
-
-
-def one_line(text: str) -> str:
-    """The only line of the error output."""
-    lines = text.strip().splitlines()
-    assert len(lines) == 1, text
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
+from ivtp.registry import host_class
 
 # ---- ask ------------------------------------------------------------------------------------------------------
 
@@ -300,6 +244,7 @@ def test_flops_json(run: Run) -> None:
         "text_tokens",
         "batch",
         "images",
+        "image_size",
         "full",
         "pruned",
         "saving",
@@ -312,7 +257,11 @@ def test_flops_json(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [("text_tokens=3", "use --text"), ("method=topk", "use --method"), ("instruction_tokens=4", "instruction_tokens")],
+    [
+        ("text_tokens=3", "--option text_tokens=3 sets what the command has a flag for; use --text 3"),
+        ("method=top k", "--option 'method=top k' sets what the command has a flag for; use --method 'top k'"),
+        ("instruction_tokens=4", "--option instruction_tokens=4: instruction_tokens is no option"),
+    ],
 )
 def test_flops_refuses_its_own_flags_as_options(run: Run, option: str, words: str) -> None:
     result = run("flops", "--option", option)
@@ -325,6 +274,20 @@ def test_flops_takes_lists_and_shares(run: Run) -> None:
     assert two["keep"] == 64
     assert json.loads(run("flops", "--json", "--keep", "11%").out)["keep"] == 63
     assert run("flops", "--model", "no-such-model").code == 1
+
+
+def test_flops_takes_the_size_of_an_image(run: Run, tmp_path: Path) -> None:
+    host_class("llava_next").tiny()[0].config.save_pretrained(tmp_path)
+    asked = ("flops", "--model", tmp_path, "--method", "topk", "--keep", 4)
+    wide = json.loads(run(*asked, "--json", "--image-size", "64x32").out)
+    assert wide["image_size"] == [64, 32]
+    assert wide["full"]["total"] > json.loads(run(*asked, "--json").out)["full"]["total"]
+    assert "one tile" in run(*asked).out
+    assert "every size as 576 patches" in run("flops", "--image-size", "640x480").out
+    for text in ("640", "0x4", "64x", "axb", "(640, 480)"):
+        refused = run(*asked, "--image-size", text)
+        assert refused.code == 2
+        assert "for example 640x480" in one_line(refused.err)
 
 
 def test_images_of_a_prompt_may_share_a_budget(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import io
+import itertools
 import json
 import os
 import pty
@@ -12,33 +13,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
-from tiny import NUM_PATCHES, QUESTIONS, image
+from terminal import Run
+from tiny import NUM_PATCHES, QUESTIONS
 
 import ivtp
 from ivtp.cli import arguments
 from ivtp.cost.flops import flops
-
-Run = Callable[..., Any]
-
-
-@pytest.fixture
-def few(tiny_folder: Path) -> tuple[object, ...]:
-    """Options for a short answer of the tiny model."""
-    return "--model", tiny_folder, "--keep", 8, "--max-new-tokens", 3
-
-
-@pytest.fixture
-def photo(tmp_path: Path) -> Path:
-    file = tmp_path / "photo.png"
-    image(3).save(file)
-    return file
+from ivtp.registry import host_class
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
@@ -76,19 +63,19 @@ def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path: Path) -> None:
 # ---- questions and images -------------------------------------------------------------------------------------
 
 
-def test_several_questions_are_several_lines(ivtp_command: Run, few: tuple[object, ...], photo: Path) -> None:
-    result = ivtp_command("ask", photo, *QUESTIONS[:2], *few)
-    alone = [ivtp_command("ask", photo, question, *few).out for question in QUESTIONS[:2]]
+def test_several_questions_are_several_lines(run: Run, few: tuple[object, ...], photo: Path) -> None:
+    result = run("ask", photo, *QUESTIONS[:2], *few)
+    alone = [run("ask", photo, question, *few).out for question in QUESTIONS[:2]]
     assert result.code == 0
     assert result.out == "".join(alone)
     assert all(question in result.err for question in QUESTIONS[:2])
-    documents = json.loads(ivtp_command("ask", photo, *QUESTIONS[:2], *few, "--json").out)
+    documents = json.loads(run("ask", photo, *QUESTIONS[:2], *few, "--json").out)
     assert [document["question"] for document in documents] == list(QUESTIONS[:2])
     assert [document["answer"] + "\n" for document in documents] == alone
 
 
-def test_several_images_are_one_prompt(ivtp_command: Run, few: tuple[object, ...], photo: Path) -> None:
-    result = ivtp_command("ask", photo, "Cat?", "--image", photo, *few, "--json")
+def test_several_images_are_one_prompt(run: Run, few: tuple[object, ...], photo: Path) -> None:
+    result = run("ask", photo, "Cat?", "--image", photo, *few, "--json")
     document = json.loads(result.out)
     assert document["tokens"]["all"] == 2 * NUM_PATCHES
     assert document["tokens"]["kept"] == 16
@@ -96,41 +83,39 @@ def test_several_images_are_one_prompt(ivtp_command: Run, few: tuple[object, ...
     assert document["flops"]["pruned"] < document["flops"]["full"]
 
 
-def test_json_has_a_line_for_each_stage(ivtp_command: Run, few: tuple[object, ...], photo: Path) -> None:
-    text = ivtp_command("ask", photo, "Cat?", *few, "--json").out
+def test_json_has_a_line_for_each_stage(run: Run, few: tuple[object, ...], photo: Path) -> None:
+    text = run("ask", photo, "Cat?", *few, "--json").out
     document = json.loads(text)
     assert len(text.splitlines()) < 25 + len(document["stages"]) + len(document["words"])
 
 
 def test_an_image_from_the_standard_input_and_from_a_data_url(
-    ivtp_command: Run, few: tuple[object, ...], photo: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, few: tuple[object, ...], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = ivtp_command("ask", photo, "Cat?", *few).out
+    expected = run("ask", photo, "Cat?", *few).out
     feed(monkeypatch, photo.read_bytes())
-    assert ivtp_command("ask", "-", "Cat?", *few).out == expected
+    assert run("ask", "-", "Cat?", *few).out == expected
     address = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
-    assert ivtp_command("ask", address, "Cat?", *few).out == expected
-    assert len(json.loads(ivtp_command("ask", address, "Cat?", *few, "--json").out)["image"]) < 60
-    result = ivtp_command("ask", "-", "Cat?", "-i", "-", *few)
+    assert run("ask", address, "Cat?", *few).out == expected
+    assert len(json.loads(run("ask", address, "Cat?", *few, "--json").out)["image"]) < 60
+    result = run("ask", "-", "Cat?", "-i", "-", *few)
     assert result.code == 2
     assert "standard input" in result.err
 
 
-def test_quiet_leaves_the_answer_alone(ivtp_command: Run, few: tuple[object, ...], photo: Path) -> None:
-    loud, quiet = ivtp_command("ask", photo, "Cat?", *few), ivtp_command("ask", photo, "Cat?", *few, "--quiet")
+def test_quiet_leaves_the_answer_alone(run: Run, few: tuple[object, ...], photo: Path) -> None:
+    loud, quiet = run("ask", photo, "Cat?", *few), run("ask", photo, "Cat?", *few, "--quiet")
     assert quiet.out == loud.out
     assert loud.err
     assert not quiet.err
 
 
-def test_dtype_device_and_clip_are_passed_on(
-    ivtp_command: Run, few: tuple[object, ...], photo: Path, tiny_folder: Path
-) -> None:
-    assert ivtp_command("ask", photo, "Cat?", *few, "--dtype", "bfloat16", "--clip", tiny_folder / "clip").code == 0
-    wrong = ivtp_command("ask", photo, "Cat?", *few, "--device", "warp")
+def test_dtype_device_and_clip_are_passed_on(run: Run, few: tuple[object, ...], photo: Path, checkpoint: Path) -> None:
+    assert run("ask", photo, "Cat?", *few, "--dtype", "bfloat16", "--clip", checkpoint / "clip").code == 0
+    wrong = run("ask", photo, "Cat?", *few, "--device", "warp")
     assert wrong.code == 1
     assert "--device warp" in wrong.err or "device 'warp'" in wrong.err
-    missing = ivtp_command("ask", photo, "Cat?", *few, "--clip", tiny_folder / "nothing")
+    missing = run("ask", photo, "Cat?", *few, "--clip", checkpoint / "nothing")
     assert missing.code == 1
     assert "CLIP text side" in missing.err
 
@@ -138,22 +123,22 @@ def test_dtype_device_and_clip_are_passed_on(
 # ---- methods side by side -------------------------------------------------------------------------------------
 
 
-def test_methods_side_by_side(ivtp_command: Run, few: tuple[object, ...], photo: Path, tmp_path: Path) -> None:
+def test_methods_side_by_side(run: Run, few: tuple[object, ...], photo: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.png"
-    result = ivtp_command("ask", photo, "Cat?", *few, "--compare", "none,TopK,ivtp", "--picture", file)
+    result = run("ask", photo, "Cat?", *few, "--compare", "none,TopK,ivtp", "--picture", file)
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == ["all tokens", "topk", "ivtp"]
     assert f"8 of {NUM_PATCHES}" in lines[2]
     with Image.open(file) as drawn:
         assert drawn.width > 3 * 432
-    documents = json.loads(ivtp_command("ask", photo, "Cat?", *few, "--compare", "topk,ivtp", "--json").out)
+    documents = json.loads(run("ask", photo, "Cat?", *few, "--compare", "topk,ivtp", "--json").out)
     assert [document["method"] for document in documents] == ["topk", "ivtp"]
 
 
 @pytest.mark.parametrize("text", ["topk", "topk,TopK", ","])
-def test_what_is_no_comparison(ivtp_command: Run, photo: Path, text: str) -> None:
-    result = ivtp_command("ask", photo, "Cat?", "--compare", text)
+def test_what_is_no_comparison(run: Run, photo: Path, text: str) -> None:
+    result = run("ask", photo, "Cat?", "--compare", text)
     assert result.code == 2
     assert "--compare" in result.err
 
@@ -178,10 +163,8 @@ def test_what_is_no_comparison(ivtp_command: Run, photo: Path, text: str) -> Non
         (["--method", "IVPT"], "did you mean ivtp"),
     ],
 )
-def test_errors_name_flags(
-    ivtp_command: Run, few: tuple[object, ...], photo: Path, words: list[str], said: str
-) -> None:
-    result = ivtp_command("ask", photo, "Cat?", *few, *words)
+def test_errors_name_flags(run: Run, few: tuple[object, ...], photo: Path, words: list[str], said: str) -> None:
+    result = run("ask", photo, "Cat?", *few, *words)
     assert result.code == 2
     assert said in result.err
     assert len(result.err.splitlines()) == 1
@@ -198,9 +181,9 @@ def test_a_model_without_a_clip_side_names_the_flag() -> None:
     )
 
 
-def test_a_count_that_holds_no_images_names_the_flags(ivtp_command: Run) -> None:
-    assert "--text 0 " in ivtp_command("flops", "--text", 0).err
-    many = ivtp_command("flops", "--images", 600).err
+def test_a_count_that_holds_no_images_names_the_flags(run: Run) -> None:
+    assert "--text 0 " in run("flops", "--text", 0).err
+    many = run("flops", "--images", 600).err
     assert "--text 512" in many
     assert "600" in many
 
@@ -215,46 +198,77 @@ def test_what_python_takes_for_itself_is_no_option() -> None:
     assert taken <= arguments.RESERVED
 
 
-def test_a_method_describes_its_options(ivtp_command: Run) -> None:
-    text = " ".join(ivtp_command("methods", "FastV").out.split())
+def test_a_method_describes_its_options(run: Run) -> None:
+    text = " ".join(run("methods", "FastV").out.split())
     assert "the number of decoder layers that see all tokens" in text
     assert "--option layer=... (default 2)" in text
     assert "--option budget=..." in text
     assert "--option guide" not in text
     for name in [*ivtp.list_methods(), "divprune+fastv"]:
-        document = json.loads(ivtp_command("methods", name, "--json").out)
+        document = json.loads(run("methods", name, "--json").out)
         assert document["name"] == name
         assert all(option["own"] or option["text"] for option in document["options"])
-    result = ivtp_command("methods", "fastw")
+    result = run("methods", "fastw")
     assert result.code == 2
     assert "did you mean fastv" in result.err
 
 
-def test_short_help(ivtp_command: Run) -> None:
-    assert "QUESTION" in ivtp_command("ask", "-h").out
-    assert "--install-completion" in ivtp_command("-h").out
+def test_short_help(run: Run) -> None:
+    assert "QUESTION" in run("ask", "-h").out
+    assert "--install-completion" in run("-h").out
+
+
+@pytest.mark.parametrize("command", ["ask", "flops"])
+def test_help_fills_its_lines_and_gives_flags_no_type(run: Run, command: str) -> None:
+    lines = [line.strip() for line in run(command, "-h").out.splitlines()]
+    first = next(number for number, line in enumerate(lines) if line.startswith("JSON keys"))
+    paragraph = lines[first : lines.index("", first)]
+    for line, following in itertools.pairwise(paragraph):
+        assert len(f"{line} {following.split()[0]}") > 150
+    (flag,) = [line for line in lines if "--json" in line]
+    assert "bool" not in flag.lower()
+
+
+@pytest.mark.parametrize("how", [("--method", "none"), ("--method", "topk"), ("--compare", "none,topk")], ids=str)
+def test_a_picture_of_a_wide_image_that_is_read_in_tiles_shows_its_ends(
+    run: Run, tmp_path: Path, how: tuple[str, ...]
+) -> None:
+    model, processor = host_class("llava_next").tiny()
+    ivtp.save(model, processor, tmp_path / "model")
+    drawn = []
+    for colour in ("red", "blue"):
+        wide = Image.new("RGB", (120, 60), "white")
+        wide.paste(colour, (0, 0, 20, 60))
+        wide.save(tmp_path / "wide.png")
+        few = ("--model", tmp_path / "model", "--keep", 8, "--max-new-tokens", 1, *how)
+        file = tmp_path / f"{colour}.png"
+        result = run("ask", tmp_path / "wide.png", "Is it?", *few, "--picture", file)
+        assert result.code == 0, result.err
+        with Image.open(file) as page:
+            drawn.append(page.convert("RGB").crop((24, 60, 24 + 60, 24 + 250)).tobytes())
+    assert drawn[0] != drawn[1]
 
 
 # ---- a dialogue, a terminal, an interruption ------------------------------------------------------------------
 
 
 def test_a_chat_answers_line_by_line(
-    ivtp_command: Run, few: tuple[object, ...], photo: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, few: tuple[object, ...], photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = [ivtp_command("ask", photo, question, *few).out for question in QUESTIONS[:2]]
+    alone = [run("ask", photo, question, *few).out for question in QUESTIONS[:2]]
     feed(monkeypatch, f"{QUESTIONS[0]}\n\n<image>?\n{QUESTIONS[1]}".encode())
-    result = ivtp_command("chat", photo, *few)
+    result = run("chat", photo, *few)
     assert result.code == 0, result.err
     assert result.out == "".join(alone)
     (error,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert "'<image>'" in error
-    assert ivtp_command("chat", "-", *few).code == 2
+    assert run("chat", "-", *few).code == 2
 
 
 def test_a_terminal_sees_the_same_answer_as_a_file(
-    ivtp_command: Run, few: tuple[object, ...], photo: Path, tmp_path: Path
+    run: Run, few: tuple[object, ...], photo: Path, tmp_path: Path
 ) -> None:
-    expected = ivtp_command("ask", photo, QUESTIONS[0], *few).out
+    expected = run("ask", photo, QUESTIONS[0], *few).out
     main, side = pty.openpty()
     command = [sys.executable, "-m", "ivtp", "ask", photo, QUESTIONS[0], *few]
     with (tmp_path / "err").open("w") as err:

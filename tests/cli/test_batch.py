@@ -5,22 +5,14 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from terminal import Run
 from tiny import NUM_PATCHES, QUESTIONS
 
 from ivtp.cli import batch as cli_batch
-
-Run = Callable[..., Any]
-
-
-@pytest.fixture
-def few(tiny_folder: Path) -> tuple[object, ...]:
-    """Options for a short answer of the tiny model."""
-    return "--model", tiny_folder, "--keep", 8, "--max-new-tokens", 3
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -28,8 +20,8 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_folder_is_answered_picture_by_picture(ivtp_command: Run, few: tuple[object, ...], photos: Path) -> None:
-    result = ivtp_command("batch", photos, *QUESTIONS[:2], *few)
+def test_a_folder_is_answered_picture_by_picture(run: Run, few: tuple[object, ...], photos: Path) -> None:
+    result = run("batch", photos, *QUESTIONS[:2], *few)
     found = lines(result.out)
     names = [(one["image"], one["question"]) for one in found]
     assert names == [(name, question) for name in ("a.png", "b.png", "c.jpg") for question in QUESTIONS[:2]]
@@ -37,31 +29,31 @@ def test_a_folder_is_answered_picture_by_picture(ivtp_command: Run, few: tuple[o
     assert found[0]["tokens"] == {"all": NUM_PATCHES, "kept": 8}
     assert result.code == 1
     assert "2 of 6 could not be answered" in result.err
-    alone = ivtp_command("ask", photos / "c.jpg", QUESTIONS[1], *few)
+    alone = run("ask", photos / "c.jpg", QUESTIONS[1], *few)
     assert alone.out.strip() == found[-1]["answer"]
 
 
-def test_ask_takes_a_folder_or_a_list_as_batch_does(ivtp_command: Run, few: tuple[object, ...], photos: Path) -> None:
+def test_ask_takes_a_folder_or_a_list_as_batch_does(run: Run, few: tuple[object, ...], photos: Path) -> None:
     (photos / "b.png").unlink()
     entries = [{"image": name, "question": "Cat?"} for name in ("a.png", "c.jpg")]
     (photos / "list.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     answers = [
-        [one["answer"] for one in lines(ivtp_command(command, source, *asked, *few).out)]
+        [one["answer"] for one in lines(run(command, source, *asked, *few).out)]
         for command in ("ask", "batch")
         for source, asked in ((photos, ["Cat?"]), (photos / "list.jsonl", []))
     ]
     assert len(answers[0]) == 2
     assert all(answer == answers[0] for answer in answers)
-    assert ivtp_command("ask", photos, "Cat?", "--picture", photos / "x.png", *few).code == 2
+    assert run("ask", photos, "Cat?", "--picture", photos / "x.png", *few).code == 2
 
 
 def test_lines_keep_what_they_brought(
-    ivtp_command: Run, few: tuple[object, ...], photos: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, few: tuple[object, ...], photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = {"id": 7, "image": [str(photos / "a.png"), str(photos / "c.jpg")], "question": "一 two\u2028lines?"}
     text = json.dumps(entry, ensure_ascii=False) + "\n\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
-    result = ivtp_command("batch", "-", *few)
+    result = run("batch", "-", *few)
     assert result.code == 0, result.err
     (found,) = (json.loads(line) for line in result.out.split("\n") if line)
     assert {name: found[name] for name in entry} == entry
@@ -69,7 +61,7 @@ def test_lines_keep_what_they_brought(
 
 
 def test_going_on_asks_only_what_is_left(
-    ivtp_command: Run, few: tuple[object, ...], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, few: tuple[object, ...], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (photos / "b.png").unlink()
     file = tmp_path / "out.jsonl"
@@ -83,19 +75,19 @@ def test_going_on_asks_only_what_is_left(
         return whole(*arguments)
 
     monkeypatch.setattr(cli_batch, "_answer", interrupted)
-    result = ivtp_command("batch", photos, "Cat?", *few, "--output", file)
+    result = run("batch", photos, "Cat?", *few, "--output", file)
     assert result.code == 130
     assert result.err.strip().splitlines()[-1] == (
         f"interrupted: 1 of 2 answers are in {file}; go on with the same command and --resume"
     )
     with file.open("a") as cut:
         cut.write('{"image": "c.j')  # as a power cut leaves it
-    refused = ivtp_command("batch", photos, "Cat?", *few, "--output", file)
+    refused = run("batch", photos, "Cat?", *few, "--output", file)
     assert refused.code == 2
     assert "--resume" in refused.err
     asked.clear()
     monkeypatch.setattr(cli_batch, "_answer", lambda *a: asked.append(a[3]["image"]) or whole(*a))
-    assert ivtp_command("batch", photos, "Cat?", *few, "--output", file, "--resume").code == 0
+    assert run("batch", photos, "Cat?", *few, "--output", file, "--resume").code == 0
     assert asked == ["c.jpg"]
     assert [one["image"] for one in lines(file.read_text())] == ["a.png", "c.jpg"]
 
@@ -111,21 +103,21 @@ def test_going_on_asks_only_what_is_left(
         ("", "holds no line"),
     ],
 )
-def test_lists_that_ask_nothing(ivtp_command: Run, tmp_path: Path, text: str, words: str) -> None:
+def test_lists_that_ask_nothing(run: Run, tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "list.jsonl").write_text(text)
-    result = ivtp_command("batch", tmp_path / "list.jsonl")
+    result = run("batch", tmp_path / "list.jsonl")
     assert result.code == 2
     assert words in result.err
     assert len(result.err.splitlines()) == 1
 
 
-def test_sources_that_are_none(ivtp_command: Run, photos: Path, tmp_path: Path) -> None:
-    assert ivtp_command("batch", tmp_path / "gone.jsonl").code == 2
-    assert "nothing is asked" in ivtp_command("batch", photos).err
+def test_sources_that_are_none(run: Run, photos: Path, tmp_path: Path) -> None:
+    assert run("batch", tmp_path / "gone.jsonl").code == 2
+    assert "nothing is asked" in run("batch", photos).err
     (tmp_path / "empty").mkdir()
-    assert "holds no image" in ivtp_command("batch", tmp_path / "empty", "Cat?").err
+    assert "holds no image" in run("batch", tmp_path / "empty", "Cat?").err
     (tmp_path / "out.jsonl").write_text("hello\n")
-    other = ivtp_command("batch", photos, "Cat?", "--output", tmp_path / "out.jsonl", "--resume")
+    other = run("batch", photos, "Cat?", "--output", tmp_path / "out.jsonl", "--resume")
     assert other.code == 2
     assert "no lines of ivtp batch" in other.err
     assert (tmp_path / "out.jsonl").read_text() == "hello\n"

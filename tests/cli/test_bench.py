@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from terminal import Run
 from tiny import Tiny
 
 from ivtp.benchmark import sweep as sweeping
-from ivtp.cli import app as cli
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def bench(run: Run) -> Run:
     """Runs `ivtp bench ARGUMENTS` in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ivtp", "bench", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert isinstance(end.value.code, int)
-        return end.value.code, *capsys.readouterr()
-
-    return command
+    return functools.partial(run, "bench")
 
 
 @pytest.fixture

@@ -9,34 +9,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tiny import QUESTIONS, Tiny, image
+from terminal import Result, Run, one_line
+from tiny import QUESTIONS, Tiny
 
 import ivtp
 from ivtp import errors
 from ivtp.cli import app as cli
 from ivtp.cli import bench as bench_cli
-from ivtp.cli import door
 from ivtp.cli.console import guided_by
 from ivtp.errors import ConfigError
 from ivtp.evaluation import compare
 from ivtp.trace import Word
 from recipes.micro import evaluate, gates, train
 
-
-class Result(NamedTuple):
-    """What one command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
 COMMANDS: dict[str, Callable[[], Any]] = {
     "ivtp": cli.app,
     "gates": gates.app,
@@ -46,45 +36,13 @@ COMMANDS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(call: Run) -> Run:
     """Runs a command of the list, or a function, with arguments, in this process."""
-    monkeypatch.setenv("COLUMNS", "160")
 
     def command(what: str | Callable[[], Any], *arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            door.run(COMMANDS[what] if isinstance(what, str) else what)
-        assert isinstance(end.value.code, int)
-        return Result(end.value.code, *capsys.readouterr())
+        return call(COMMANDS[what] if isinstance(what, str) else what, *arguments)
 
     return command
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.model().save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
-    for part in tiny.clip:
-        part.save_pretrained(folder / "clip")
-    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("photos") / "photo.png"
-    image(3).save(file)
-    return file
-
-
-def one_line(text: str) -> str:
-    """The only line of the error output."""
-    lines = text.strip().splitlines()
-    assert len(lines) == 1, text
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 # ---- the door itself ------------------------------------------------------------------------------------------

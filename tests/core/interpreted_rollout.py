@@ -25,7 +25,7 @@ from ivtp.core.rollout_triton import weighted_column_sum  # noqa: E402
 torch.set_num_threads(1)
 
 
-def as_torch(layer: tuple[AttentionTap, Tensor]) -> None:
+def assert_as_torch(layer: tuple[AttentionTap, Tensor]) -> None:
     tap, weights = layer
     found = weighted_column_sum(tap, weights)
     expected = (weights[:, None].double() @ full_map(tap)).squeeze(1)
@@ -36,14 +36,14 @@ def as_torch(layer: tuple[AttentionTap, Tensor]) -> None:
 @settings(deadline=None, derandomize=True, database=None, max_examples=15)
 @given(taps(longest=80))
 def test_the_kernel_gives_what_torch_gives(layer: tuple[AttentionTap, Tensor]) -> None:
-    as_torch(layer)
+    assert_as_torch(layer)
 
 
 @pytest.mark.slow
 @settings(deadline=None, derandomize=True, database=None, max_examples=200)
 @given(taps(longest=200))
 def test_the_kernel_gives_what_torch_gives_on_many_layers(layer: tuple[AttentionTap, Tensor]) -> None:
-    as_torch(layer)
+    assert_as_torch(layer)
 
 
 def test_rows_that_see_nothing_add_nothing() -> None:

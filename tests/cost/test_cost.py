@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 import ivtp
-from ivtp.cost.flops import FlopsReport, count_flops, flops, prompt_tokens
+from ivtp.cost.flops import flops, prompt_tokens
+from ivtp.cost.prefill import FlopsReport, count_prompt
 from ivtp.cost.sizes import Relevance, sizes
 from ivtp.errors import ConfigError, LoadError, UnsupportedModelError
 from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan
@@ -169,11 +170,11 @@ def test_pruned_model_costs_what_a_counter_sees(tiny: Tiny, images: int, changes
     method = ivtp.registry.method_class("ivtp")(config, geometry)
     clip = clip_model.config
     words = len(tiny.clip[1](QUESTIONS[0], add_special_tokens=False)["input_ids"])
-    report = count_flops(
+    report = count_prompt(
         geometry,
         method,
+        [(geometry.num_patches, (geometry.num_patches,))] * images,
         text_tokens=text,
-        images=images,
         relevance=Relevance(
             text_layers=clip.text_config.num_hidden_layers,
             text_hidden=clip.text_config.hidden_size,
@@ -367,6 +368,9 @@ def test_hub_names_are_known_without_a_download() -> None:
         ({"batch": 0}, "from 1 up"),
         ({"images": True}, "from 1 up"),
         ({"schedule": (600, 64)}, "576"),
+        ({"image_size": (640,)}, "width and height"),
+        ({"image_size": (640, 0)}, "width and height"),
+        ({"image_size": "640x480"}, "width and height"),
     ],
 )
 def test_bad_values_get_one_clear_line(change: dict[str, Any], words: str) -> None:

@@ -23,7 +23,7 @@ from ivtp.hosts.llava_next import HOST, _visual
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
-SHAPES = [(50, 40), (200, 20), (20, 200), (64, 64), (33, 97)]
+SHAPES = [(50, 40), (200, 20), (20, 200), (64, 64), (33, 97), (1000, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,37 @@ def test_slots_are_those_of_the_stock_processor(small: tuple[Any, Any], shape: t
     assert len(visual.tiles) == inputs["pixel_values"].shape[1]
     assert sorted(visual.token[visual.token >= 0].tolist()) == list(range(visual.patches))
     assert sorted(visual.tiles[visual.tiles >= 0].tolist()) == list(range(visual.patches))
+
+
+@pytest.mark.parametrize("shapes", [SHAPES[:1], SHAPES[1:3] * 2, SHAPES[-1:]])
+@pytest.mark.parametrize("method", ["topk", "ivtp", "fastv"])
+def test_an_image_of_a_size_costs_what_a_prefill_counts(
+    small: tuple[Any, Any], method: str, shapes: list[tuple[int, int]]
+) -> None:
+    model, processor = small
+    inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape]) for shape in shapes])
+    options = {"guide": "text", "llm_layers": 6} if method == "ivtp" else {}
+    columns, slots = inputs["input_ids"].shape[1], (inputs["input_ids"] == model.config.image_token_id).sum(dim=1)
+    expected = sum(
+        ivtp.flops(
+            model, method=method, keep=5, text_tokens=columns - int(count) + 1, image_size=shape, **options
+        ).total
+        for shape, count in zip(shapes, slots, strict=True)
+    )
+    with torch.no_grad(), ivtp.attach(model, processor, method=method, keep=5, **options) as pruner:
+        model(**inputs)
+    assert pruner.trace.flops == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_size_of_an_image_matters_where_it_is_read_in_tiles(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    one, wide, square = (ivtp.flops(model, method="none", image_size=size) for size in (None, (64, 32), (64, 64)))
+    assert one.keep < wide.keep < square.keep
+    assert one.total < wide.total < square.total
+    assert "one tile" in one.notes[0]
+    assert not wide.notes
+    with pytest.raises(ConfigError, match=rf"1\.\.{wide.keep}"):
+        ivtp.flops(model, method="topk", keep=wide.keep + 1, image_size=(64, 32))
 
 
 @pytest.mark.parametrize("method", ["tome", "evit", "visionzip", "prumerge", "tome+fastv"])

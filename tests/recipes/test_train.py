@@ -282,14 +282,14 @@ def test_the_recipe_is_followed_to_the_letter(tmp_path: Path) -> None:
         command = [str(Path(sys.executable).parent / tool), *rest]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
         assert done.returncode == 0, done.stderr
-    answers(tmp_path / "runs" / "small")
+    assert_it_answers(tmp_path / "runs" / "small")
 
 
 def test_the_recipe_leads_to_an_asset_that_answers(recipe_followed: Path) -> None:
-    answers(recipe_followed)
+    assert_it_answers(recipe_followed)
 
 
-def answers(run: Path) -> None:
+def assert_it_answers(run: Path) -> None:
     model, processor = ivtp.load(run / "asset")
     assert model.config.text_config.num_hidden_layers == 6
     photo = take_photo("test", 0).picture()

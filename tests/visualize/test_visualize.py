@@ -39,6 +39,12 @@ def two_stages(vision: list[int], final: list[int], words: list[Word] | None = N
     return PruneTrace(PATCHES, (1,), [stage("vision", vision), stage("llm", final)], [words or []], [False])
 
 
+def fate(trace: PruneTrace, row: int = 0, image: int = 0) -> np.ndarray:  # type: ignore[type-arg]
+    """(rows, columns): of an image that is read once."""
+    (found,) = fates(trace, row, image)
+    return found
+
+
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
     """Bright random colours."""
     pixels = np.random.default_rng(seed).integers(100, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -49,7 +55,7 @@ def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
 
 
 def test_fates_of_two_stages() -> None:
-    found = fates(two_stages([0, 1, 7, 35], [1, 35])).ravel()
+    found = fate(two_stages([0, 1, 7, 35], [1, 35])).ravel()
     assert {i for i in range(PATCHES) if found[i] == Fate.KEPT} == {1, 35}
     assert {i for i in range(PATCHES) if found[i] == Fate.DROPPED_IN_DECODER} == {0, 7}
     assert (found == Fate.DROPPED_IN_ENCODER).sum() == PATCHES - 4
@@ -57,10 +63,10 @@ def test_fates_of_two_stages() -> None:
 
 def test_a_stage_that_did_not_run_drops_nothing() -> None:
     only_llm = PruneTrace(PATCHES, (1,), [stage("llm", [3])])
-    assert set(fates(only_llm).ravel()) == {Fate.KEPT, Fate.DROPPED_IN_DECODER}
+    assert set(fate(only_llm).ravel()) == {Fate.KEPT, Fate.DROPPED_IN_DECODER}
     only_vision = PruneTrace(PATCHES, (1,), [stage("vision", [3])])
-    assert set(fates(only_vision).ravel()) == {Fate.KEPT, Fate.DROPPED_IN_ENCODER}
-    assert (fates(PruneTrace(PATCHES, (1,))) == Fate.KEPT).all()
+    assert set(fate(only_vision).ravel()) == {Fate.KEPT, Fate.DROPPED_IN_ENCODER}
+    assert (fate(PruneTrace(PATCHES, (1,))) == Fate.KEPT).all()
 
 
 @given(st.data())
@@ -72,7 +78,7 @@ def test_every_image_of_every_sample_gets_its_own_patches(data: st.DataObject) -
     trace = PruneTrace(PATCHES, images, [stage("llm", *rows)])
     for row, count in enumerate(images):
         found = [
-            m * PATCHES + i for m in range(count) for i in np.flatnonzero(fates(trace, row, m).ravel() == Fate.KEPT)
+            m * PATCHES + i for m in range(count) for i in np.flatnonzero(fate(trace, row, m).ravel() == Fate.KEPT)
         ]
         assert found == rows[row]
 
@@ -80,7 +86,7 @@ def test_every_image_of_every_sample_gets_its_own_patches(data: st.DataObject) -
 @pytest.mark.parametrize(("row", "image"), [(1, 0), (-1, 0), (0, 1)])
 def test_samples_and_images_that_are_not_there(row: int, image: int) -> None:
     with pytest.raises(ConfigError):
-        fates(PruneTrace(PATCHES, (1,)), row, image)
+        fate(PruneTrace(PATCHES, (1,)), row, image)
 
 
 def merging(where: Where, kept: list[int], sources: dict[int, int], lost: tuple[int, ...] = ()) -> StageTrace:
@@ -95,15 +101,15 @@ def merging(where: Where, kept: list[int], sources: dict[int, int], lost: tuple[
 
 def test_merged_patches_are_not_dropped() -> None:
     one = PruneTrace(PATCHES, (1,), [merging("vision", [2, 9], {10: 9}, lost=(35,))])
-    found = fates(one).ravel()
+    found = fate(one).ravel()
     assert {i for i in range(PATCHES) if found[i] == Fate.KEPT} == {2, 9}
     assert found[35] == Fate.DROPPED_IN_ENCODER
     assert (found == Fate.MERGED).sum() == PATCHES - 3
     # what went into a patch that is dropped, or merged, later goes with it
-    later = fates(PruneTrace(PATCHES, (1,), [*one.stages, stage("llm", [2])])).ravel()
+    later = fate(PruneTrace(PATCHES, (1,), [*one.stages, stage("llm", [2])])).ravel()
     assert later[9] == later[10] == Fate.DROPPED_IN_DECODER
     assert later[3] == Fate.MERGED
-    again = fates(PruneTrace(PATCHES, (1,), [*one.stages, merging("vision", [2], {})])).ravel()
+    again = fate(PruneTrace(PATCHES, (1,), [*one.stages, merging("vision", [2], {})])).ravel()
     assert again[9] == again[10] == again[3] == Fate.MERGED
     assert again[35] == Fate.DROPPED_IN_ENCODER
 
@@ -112,7 +118,7 @@ def test_merged_patches_of_a_real_method(tiny: Tiny) -> None:
     with torch.no_grad(), tiny.attach(tiny.model(), method="tome") as pruner:
         pruner.host.model(**tiny.inputs(*samples(tiny, "two images")))
     for number in range(2):
-        found = fates(pruner.trace, 0, number)
+        found = fate(pruner.trace, 0, number)
         assert (found == Fate.KEPT).sum() == 8
         assert (found == Fate.MERGED).sum() == NUM_PATCHES - 8
 
@@ -134,7 +140,7 @@ def test_the_picture_is_cropped_as_clip_crops_it() -> None:
 
 def test_kept_patches_keep_their_pixels_and_dropped_ones_lose_colour() -> None:
     picture = Image.new("RGB", (GRID * 16, GRID * 16), (250, 120, 120))
-    painted = np.asarray(paint(picture, fates(two_stages([0, 1, 7], [7]))))
+    painted = np.asarray(paint(picture, fate(two_stages([0, 1, 7], [7]))))
     assert painted.shape == (GRID * 16, GRID * 16, 3)
 
     def centre(patch: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -150,12 +156,12 @@ def test_kept_patches_keep_their_pixels_and_dropped_ones_lose_colour() -> None:
 
 def test_keeping_everything_changes_no_pixel() -> None:
     picture = noise((GRID * 10, GRID * 10))
-    assert not ImageChops.difference(paint(picture, fates(PruneTrace(PATCHES, (1,)))), picture).getbbox()
+    assert not ImageChops.difference(paint(picture, fate(PruneTrace(PATCHES, (1,)))), picture).getbbox()
 
 
 @pytest.mark.parametrize("colour", [(255, 255, 255), (0, 0, 0), OUTLINE])
 def test_kept_patches_stand_out_on_any_picture(colour: tuple[int, int, int]) -> None:
-    painted = np.asarray(paint(Image.new("RGB", (GRID * 18, GRID * 18), colour), fates(two_stages([7], [7]))))
+    painted = np.asarray(paint(Image.new("RGB", (GRID * 18, GRID * 18), colour), fate(two_stages([7], [7]))))
     patch = painted[18:36, 18:36]
     rim = [tuple(map(int, patch[0, 9])), tuple(map(int, patch[1, 9]))]
     assert rim == [EDGE, OUTLINE]
@@ -166,7 +172,7 @@ def test_kept_patches_stand_out_on_any_picture(colour: tuple[int, int, int]) -> 
 def test_shapes_in_dropped_patches_of_a_dark_picture_can_be_seen() -> None:
     dark = np.zeros((GRID * 16, GRID * 16, 3), np.uint8)
     dark[:, ::2] = 80
-    painted = np.asarray(paint(Image.fromarray(dark), fates(two_stages([7], [7])))).astype(int)
+    painted = np.asarray(paint(Image.fromarray(dark), fate(two_stages([7], [7])))).astype(int)
     dropped = painted[-16:, -16:]
     assert dropped.min() >= 25
     assert np.ptp(dropped) >= 30
@@ -222,6 +228,17 @@ def test_nothing_is_clipped_at_the_margins(number: int, fallback: bool) -> None:
         pixels = np.asarray(page)
         for margin in (pixels[:, :8], pixels[:, -8:], pixels[:8], pixels[-4:]):
             assert (margin == 255).all()
+
+
+def test_a_note_is_a_line_below_everything() -> None:
+    trace = two_stages([0, 1, 7], [7])
+    plain, noted = (draw(noise((60, 60)), trace, answer="a cat", note=note) for note in (None, "topk: 1 of 36 " * 20))
+    assert plain.width == noted.width
+    assert not ImageChops.difference(
+        plain.crop((0, 0, plain.width, plain.height - 24)), noted.crop((0, 0, plain.width, plain.height - 24))
+    ).getbbox()
+    assert (np.asarray(noted)[plain.height - 24 : -8] != 255).any()
+    assert (np.asarray(noted)[:, -8:] == 255).all()
 
 
 def test_long_instructions_stay_on_the_page() -> None:

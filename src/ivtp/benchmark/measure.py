@@ -15,10 +15,11 @@ from ivtp.benchmark.models import Subject
 from ivtp.benchmark.parts import time_parts
 from ivtp.benchmark.prompts import Prompt, text_ids
 from ivtp.benchmark.runs import Runs, attached
-from ivtp.cost.flops import flops, unread_encoder
+from ivtp.cost.flops import flops
+from ivtp.cost.prefill import unread_encoder
 from ivtp.plan import Plan
 from ivtp.plug import Pruner
-from ivtp.towers.base import cache_name
+from ivtp.stock import cache_name
 
 PART_ROUNDS = 3
 """Rounds that time the parts of a prefill, beside those that time it as a whole."""

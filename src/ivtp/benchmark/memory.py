@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ivtp.stock import contents
+
 Result = TypeVar("Result")
 
 
@@ -34,12 +36,12 @@ def peak_of(call: Callable[[], Result], device: torch.device) -> tuple[Result, i
 
 def cache_bytes(cache: Any) -> int:
     """Keys and values of all layers."""
-    return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+    return sum(int(part.nbytes) for layer in cache.layers for part in contents(layer))
 
 
 def cache_tokens(cache: Any) -> int:
     """Tokens a layer holds, the mean of all layers."""
-    return round(sum(int(layer.keys.shape[-2]) for layer in cache.layers) / len(cache.layers))
+    return round(sum(int(contents(layer)[0].shape[-2]) for layer in cache.layers) / len(cache.layers))
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves the class untyped

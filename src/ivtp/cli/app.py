@@ -33,6 +33,7 @@ from ivtp.registry import method_name
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -56,9 +57,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, given.flag("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    traceback: Annotated[bool, typer.Option(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
+    traceback: Annotated[bool, given.flag(FLAG, help="Anywhere on the line: show where an error came from.")] = False,
 ) -> None:
     """Instruction-guided visual token pruning for vision-language models."""
 
@@ -82,21 +83,25 @@ def flops(
     ] = 512,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Pixels of an image, where a family reads it in tiles.")
+    ] = None,
     option: given.Options = None,
     as_json: given.Json = False,
 ) -> None:
     """What a prefill costs with all tokens and with a method, part by part.
 
     JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
-    batch, images, full and pruned (vision, projector, llm, head, pruning, total; in FLOPs, a multiply-accumulate
-    counted as 2), saving (share of the full cost, negative where it costs
-    more), notes (what must be known of the method).
+    batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector, llm, head, pruning,
+    total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative where it costs
+    more), notes (what must be known of the count).
     """
     from ivtp.cost.flops import flops as count
 
     options = given.parse_options(option, context)
     name = method_name(method)
-    asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images}
+    size = given.parse_size(image_size)
+    asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
         full = count(model, method="none", **asked)
         pruned = count(model, method=name, keep=given.parse_keep(keep), **asked, **options)

@@ -18,6 +18,12 @@ from ivtp.config import PruneConfig, check_none
 from ivtp.errors import ConfigError, IvtpError
 from ivtp.registry import method_name, names_in
 
+
+def flag(*names: str, **more: Any) -> Any:
+    """An option without a value, and without the type that typer would show for one."""
+    return typer.Option(*names, metavar="", **more)
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="micro (the embedded model), a folder, or a hub id.")]
 Method = Annotated[str, typer.Option(help="A method that `ivtp methods` lists; none keeps every token.")]
 Keep = Annotated[
@@ -36,13 +42,13 @@ Dtype = Annotated[
     typer.Option(help="What to compute in; auto is float32 on a CPU, else the checkpoint's own."),
 ]
 Clip = Annotated[str | None, typer.Option(help="Folder or hub id of the CLIP text side; default: the model's own.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print answers and errors, nothing else.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, flag("--quiet", "-q", help="Print answers and errors, nothing else.")]
+Json = Annotated[bool, flag("--json", help="Print one JSON document.")]
 
 RESERVED = frozenset(
     {
         *("model", "processor", "image", "question", "method", "keep", "max_new_tokens", "clip", "config", "options"),
-        *("text_tokens", "batch", "images", "instruction_tokens"),
+        *("text_tokens", "batch", "images", "image_size", "instruction_tokens"),
     }
 )
 """What `ask`, `attach` and `flops` take for themselves: no option may have such a name."""
@@ -53,21 +59,33 @@ def parse_keep(text: str) -> int | str:
     return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) else text
 
 
-def parse_options(given: list[str] | None, context: typer.Context) -> dict[str, Any]:
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height in pixels, of a text such as "640x480"."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text, re.ASCII)
+    if found is None:
+        raise ConfigError(f"--image-size {text} is no size; write width and height in pixels, for example 640x480")
+    return int(found[1]), int(found[2])
+
+
+def parse_options(given: list[str] | None, context: typer.Context, **flagged: Any) -> dict[str, Any]:
     """`name=value` pairs: a value that is JSON is what it says, `1,2` is a tuple, anything else stays text.
 
-    Refuses the command's own flags and `RESERVED` names.
+    `flagged` are options that the command has flags for; None: not given. Refuses the command's own flags and
+    `RESERVED` names among the pairs.
     """
     flags = _flags(context)
-    options: dict[str, Any] = {}
+    options = {name: value for name, value in flagged.items() if value is not None}
     for pair in given or []:
         name, separator, text = pair.partition("=")
+        asked = f"--option {shlex.quote(pair)}"
         if not separator or not name:
-            raise ConfigError(f"--option {pair!r} is not NAME=VALUE; write for example --option guide=visual")
+            raise ConfigError(f"{asked} is not NAME=VALUE; write for example --option guide=visual")
         if name in flags:
-            raise ConfigError(f"--option {pair!r} sets what the command has a flag for; use {flags[name]} {text}")
+            raise ConfigError(f"{asked} sets what the command has a flag for; use {flags[name]} {shlex.quote(text)}")
         if name in RESERVED:
-            raise ConfigError(f"--option {pair!r}: {name} is no option of PruneConfig or of a method; leave it out")
+            raise ConfigError(f"{asked}: {name} is no option of PruneConfig or of a method; leave it out")
         options[name] = _value(text)
     return options
 
@@ -132,7 +150,7 @@ def in_flags(text: str, context: typer.Context) -> str:
 
 _CLIP = re.compile(r"clip=\(\w+, (?:its )?tokenizer\),")
 _TUPLE = re.compile(r"\(\d+(?:, \d+)*,?\)")
-_ASSIGNED = re.compile(r"(?<![\w-])(?<!--option )([a-z_]+)=('[^']*'|\"[^\"]*\"|[^\s;:()]*[^\s;:(),.])")
+_ASSIGNED = re.compile(r"(?<![\w-])(?<!--option )(?<!--option ')([a-z_]+)=('[^']*'|\"[^\"]*\"|[^\s;:()]*[^\s;:(),.])")
 
 
 def _flags(context: typer.Context) -> dict[str, str]:

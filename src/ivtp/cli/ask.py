@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,9 +62,7 @@ def ask(
     stand_ins: kept places of tokens that are no patches), words (text, score, used), fallback, notes (what to know
     about the answer, such as that the method is untrained), picture. A list of these where there are several.
     """
-    options = {**given.parse_options(option, context), "seed": seed}
-    if threshold is not None:
-        options["threshold"] = threshold
+    options = given.parse_options(option, context, seed=seed, threshold=threshold)
     methods = _methods(compare) if compare is not None else [method]
     names = [given.check_asked(name, keep, options if len(methods) == 1 else {}) for name in methods]
     questions = questions or []
@@ -120,7 +119,9 @@ def _answer(
     if as_json:
         print_json(documents[0]) if len(documents) == 1 else print_json_list(documents)
     if picture is not None:  # behind the answers, which must not be lost with it
-        save_picture(_stacked([draw_answer(model, one) for one in answers]), picture, "--picture")
+        from ivtp.visualize import stack
+
+        save_picture(stack([draw_answer(model, one, asked.method) for one in answers]), picture, "--picture")
         err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
@@ -157,18 +158,20 @@ def _compare(
         err.print(f"picture: {picture}", markup=False, soft_wrap=True)
 
 
-def draw_answer(model: Any, answer: Any) -> Any:
-    """The picture of an answer; one of all tokens is drawn untouched."""
-    from ivtp.cost.sizes import sizes
+def draw_answer(model: Any, answer: Any, method: str) -> Any:
+    """The picture of an answer, with what it cost; one of all tokens is drawn untouched."""
     from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 
-    every = PruneTrace(sizes(model).geometry.num_patches, images=(len(answer.pictures),))
+    patches = tuple(sum(map(math.prod, grids)) for grids in answer.grids)
+    cost = Cost.of(model, answer)
+    every = PruneTrace(max(patches), (len(patches),), patches=(patches,), grids=(answer.grids,))
     return draw(
         list(answer.pictures),
         answer.trace or every,
         question=answer.question,
         answer=answer.text,
+        note=f"{method}: {cost.tokens()} visual tokens, {cost.flops()}, {1000 * answer.seconds:.0f} ms",
         threshold=threshold_of(model, answer.threshold),
         square=square_of(model),
     )
@@ -192,17 +195,3 @@ def _methods(text: str) -> list[str]:
 def _named(files: list[str]) -> str | list[str]:
     short = [file if len(file) <= 200 else f"{file[:40]}..." for file in files]  # a data URL is the image itself
     return short[0] if len(short) == 1 else short
-
-
-def _stacked(pages: list[Any]) -> Any:
-    """Pages one below the other."""
-    from PIL import Image
-
-    if len(pages) == 1:
-        return pages[0]
-    page = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), "white")
-    top = 0
-    for one in pages:
-        page.paste(one, (0, top))
-        top += one.height
-    return page

@@ -35,7 +35,7 @@ def batch(
         list[str] | None, typer.Argument(metavar="[QUESTION...]", help="Asked about each image that brings none.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the lines here.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Leave out what the --output file answers already.")] = False,
+    resume: Annotated[bool, given.flag("--resume", help="Leave out what the --output file answers already.")] = False,
     model: given.Model = "micro",
     method: given.Method = "ivtp",
     keep: given.Keep = "64",
@@ -54,9 +54,7 @@ def batch(
     is handed on; files are looked for beside the list. A line out adds answer, model, method, tokens (all, kept),
     flops (full, pruned), seconds and notes, or error where an image or a question cannot be used.
     """
-    options = {**given.parse_options(option, context), "seed": seed}
-    if threshold is not None:
-        options["threshold"] = threshold
+    options = given.parse_options(option, context, seed=seed, threshold=threshold)
     name = given.check_asked(method, keep, options)
     if resume and output is None:
         raise ConfigError("--resume goes on with a file of answers; name it with --output FILE")

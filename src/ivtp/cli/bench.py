@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ivtp.cli.arguments import parse_keep, parse_options, spoken
+from ivtp.cli.arguments import flag, parse_keep, parse_options, spoken
 from ivtp.cli.console import err, out
 from ivtp.cli.door import interruptible, quiet
 from ivtp.errors import ConfigError
@@ -50,12 +50,12 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: as torch decides.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, prompts and methods.")] = 0,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also compile every run and count breaks.")] = False,
+    compiled: Annotated[bool, flag("--compile", help="Also compile every run and count breaks.")] = False,
     growth: Annotated[
-        bool, typer.Option("--growth", help="Vary text, images and batch one by one: 32..4096, 1..20, 1..32.")
+        bool, flag("--growth", help="Vary text, images and batch one by one: 32..4096, 1..20, 1..32.")
     ] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number here, as JSON.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip what the --output file holds already.")] = False,
+    resume: Annotated[bool, flag("--resume", help="Skip what the --output file holds already.")] = False,
     plot_file: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves here.")] = None,
 ) -> None:
     """Time full model, oracle and methods, interleaved: prefill, first token, decoding, memory, FLOPs.

@@ -38,9 +38,7 @@ def chat(
     Every line is a question of its own: nothing of the earlier ones is read again. Without a terminal the lines of the
     standard input are the questions, and the answers come one a line.
     """
-    options = {**given.parse_options(option, context), "seed": seed}
-    if threshold is not None:
-        options["threshold"] = threshold
+    options = given.parse_options(option, context, seed=seed, threshold=threshold)
     name = given.check_asked(method, keep, options)
     files = [image, *(more or [])]
     if "-" in files:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ivtp.cli.arguments import spoken
+from ivtp.cli.arguments import flag, spoken
 from ivtp.cli.console import err, out
 from ivtp.cli.door import interruptible, quiet
 from ivtp.files.outputs import check_output, write_text
@@ -29,7 +29,7 @@ def compare(
     ] = "auto",
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the methods, one CPU thread each.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads while milliseconds are measured.")] = 2,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on behind what the --output file holds.")] = False,
+    resume: Annotated[bool, flag("--resume", help="Go on behind what the --output file holds.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON of all numbers, rewritten after every method.")
     ] = None,

@@ -15,7 +15,7 @@ from rich.table import Table
 from ivtp.cli.door import printable
 
 if TYPE_CHECKING:
-    from ivtp.cost.flops import FlopsReport
+    from ivtp.cost.prefill import FlopsReport
     from ivtp.generate import Answer
     from ivtp.trace import PruneTrace, Word
 
@@ -37,7 +37,7 @@ class Cost:
     @classmethod
     def of(cls, model: Any, answer: Answer) -> Cost:
         """What the prefill of an answer cost."""
-        from ivtp.cost.flops import count_prompt
+        from ivtp.cost.prefill import count_prompt
         from ivtp.cost.sizes import sizes
 
         images = [(sum(visible), visible) for visible in answer.tiles]

@@ -1,55 +1,17 @@
-"""What a prefill costs, from sizes alone: no weights, no forward pass.
-
-Convention: a multiply-accumulate is two FLOPs. Counted are the matrix products of one prefill: the patch
-embedding, every linear layer and both attention products (in full, not halved for the causal mask) of the
-vision layers that feed the projector, CLS token included; the projector; the decoder; `lm_head` over all
-positions; and what choosing the tokens costs. Not counted are element-wise operations, norms, softmax,
-embedding look-ups and decode steps. `docs/flops.md` gives the reasons and the published figures.
-"""
+"""What a prefill costs, from sizes alone: no weights, no forward pass. `docs/flops.md` says how it is counted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from ivtp.config import PruneConfig, check_none
+from ivtp.cost.prefill import FlopsReport, Image, count_prompt
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Method
-from ivtp.plan import Cut, Geometry, Plan, Rows
+from ivtp.plan import Geometry
 from ivtp.registry import method_class, method_name
-from ivtp.trace import TokensPerLayer
-
-_TILED = ("counted is an image of one tile; this family reads larger ones in tiles, and a trace counts what was read",)
-
-
-@dataclass(frozen=True)
-class FlopsReport:
-    """FLOPs of one prefill of the whole batch, part by part."""
-
-    model: str
-    method: str
-    keep: int
-    """Visual tokens of each image that leave the last layer."""
-    text_tokens: int
-    vision: float
-    projector: float
-    llm: float
-    head: float
-    pruning: float
-    """What choosing the tokens costs: attention rows, the pseudo CLS token, CLIP relevance."""
-    equivalent: tuple[float, float]
-    """Mean visual tokens of one image that enter the decoder's layers, and that leave them."""
-    notes: tuple[str, ...] = ()
-    """What must be known of the method, such as that a part of it is untrained."""
-
-    @property
-    def total(self) -> float:
-        """The sum of all parts."""
-        return self.vision + self.projector + self.llm + self.head + self.pruning
 
 
 def flops(
@@ -60,6 +22,7 @@ def flops(
     text_tokens: int = 512,
     batch: int = 1,
     images: int = 1,
+    image_size: tuple[int, int] | None = None,
     instruction_tokens: int | None = None,
     **config: Any,
 ) -> FlopsReport:
@@ -67,7 +30,8 @@ def flops(
 
     `model`: a name (`llava-1.5-7b`, `llava-1.5-13b`, `micro`), a folder or hub id whose `config.json` is on
     this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
-    counts it, with one placeholder for each image, whose place the visual tokens take. `instruction_tokens`:
+    counts it, with one placeholder for each image, whose place the visual tokens take. `image_size`: (width, height)
+    in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`:
     CLIP tokens of the user's turn; None takes the whole text, but at most one CLIP context. `config`: fields of
     `PruneConfig` and options of the method. Raises `ConfigError` for a value out of range,
     `UnsupportedModelError` for a family without a host, `LoadError` for a model that is not there.
@@ -78,23 +42,22 @@ def flops(
     if text_tokens < images:
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = sizes(model)
-    geometry = known.geometry
-    chosen, clip = _method(known, {**config, "method": method, "keep": keep})
+    (patches, visible), separators, note = _image(known, image_size)
+    largest = dataclasses.replace(known.geometry, num_patches=patches)
+    chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
         instruction_tokens = min(text_tokens, clip.context - 2)
-    report = count_flops(
-        geometry,
+    report = count_prompt(
+        known.geometry,
         chosen,
-        text_tokens=text_tokens - images,
+        [(patches, visible)] * images,
+        text_tokens=text_tokens + images * (separators - 1),
         batch=batch,
-        images=images,
         relevance=clip,
         instruction_tokens=instruction_tokens or 0,
         name=method if isinstance(method, str) else method.__name__,
     )
-    return dataclasses.replace(
-        report, text_tokens=text_tokens, notes=(*(chosen.notes if chosen else ()), *(_TILED if known.tiled else ()))
-    )
+    return dataclasses.replace(report, text_tokens=text_tokens, notes=(*(chosen.notes if chosen else ()), *note))
 
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
@@ -102,251 +65,29 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _method(known: Sizes, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:
-    """A method, which takes of the checkpoint's recommendation what it reads, and its CLIP side."""
+def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
+    """An image of `size`, the separators among its tokens, and what to know of that count."""
+    one = known.geometry.num_patches
+    if size is None:
+        note = ("counted is an image of one tile; this family reads one in as many as its size asks for: name it too",)
+        return (one, (one,)), 0, note if known.tiled else ()
+    if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+        raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
+    visual = known.visual((size[0], size[1]))
+    if visual is None:
+        return (one, (one,)), 0, (f"this model reads images of every size as {one} patches",)
+    return (visual.patches, visual.visible), len(visual.token) - visual.patches, ()
+
+
+def _method(known: Sizes, geometry: Geometry, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:
+    """A method for images of `geometry`, which takes of the recommendation what it reads, and its CLIP side."""
     if isinstance(config["method"], str) and method_name(config["method"]) == "none":
         check_none(PruneConfig.of(**config))
         return None, None
     kind = method_class(config["method"])
     asked = PruneConfig.of(**config)
-    method: Method = kind(kind.filled(asked, known.geometry, known.recommended), known.geometry)
+    method: Method = kind(kind.filled(asked, geometry, known.recommended), geometry)
     if known.clip is None or not method.reads_text_side:
         return method, None
     compared = known.geometry.num_patches if kind.reads_clip else 1
     return method, dataclasses.replace(known.clip, compared=compared)
-
-
-Image = tuple[int, tuple[int, ...]]
-"""Patches of an image, and how many tokens of each of its tiles reach the prompt."""
-
-
-def count_flops(
-    geometry: Geometry, method: Method | None, *, text_tokens: int, batch: int = 1, images: int = 1, **more: Any
-) -> FlopsReport:
-    """The cost of `batch` prompts, each of `text_tokens` text tokens (no image slots) and `images` images of one tile.
-
-    `more` as in `count_prompt`.
-    """
-    one = (geometry.num_patches, (geometry.num_patches,))
-    return count_prompt(geometry, method, [one] * images, text_tokens=text_tokens, batch=batch, **more)
-
-
-def count_prompt(
-    geometry: Geometry,
-    method: Method | None,
-    images: Sequence[Image],
-    *,
-    text_tokens: int,
-    batch: int = 1,
-    relevance: Relevance | None = None,
-    instruction_tokens: int = 0,
-    encoded: bool = False,
-    name: str = "none",
-) -> FlopsReport:
-    """The cost of `batch` prompts, each of `text_tokens` tokens that are no patches, and of `images`.
-
-    `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
-    decoder alone, for prompts whose images are encoded already.
-    """
-    kinds = [_Kind.of(geometry, method, image, count) for image, count in Counter(images).items()]
-    plan = method.plan if method else Plan()
-    layers = range(geometry.text_layers)
-    decoder = [
-        (
-            sum(k.count * k.seen.llm_attention[i] for k in kinds) + text_tokens,
-            sum(k.count * k.seen.llm_mlp[i] for k in kinds) + text_tokens,
-        )
-        for i in layers
-    ]
-    pruning = 0.0
-    for place, cut in enumerate(plan.cuts):
-        assert method is not None
-        if cut.where == "llm":
-            pruning += _decoder_choice(geometry, method, kinds, place, text_tokens)
-        elif not encoded:
-            pruning += sum(k.count * k.tiles * _encoder_choice(geometry, k, place, text_tokens) for k in kinds)
-    if plan.guide_layers:
-        pruning += len(images) * _projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
-    if relevance is not None and images:
-        pruning += _relevance(geometry, relevance, instruction_tokens, kinds)
-    projected = sum(k.count * k.tiles * k.tile.projector for k in kinds)
-    largest = max(kinds, key=lambda k: k.seen.final).seen if kinds else plan.tokens_per_layer(geometry)
-    return FlopsReport(
-        model=geometry.name,
-        method=name,
-        keep=largest.final,
-        text_tokens=text_tokens,
-        vision=0.0 if encoded else batch * sum(k.count * k.tiles * _vision(geometry, k) for k in kinds),
-        projector=0.0 if encoded else batch * projected * _projector(geometry),
-        llm=batch * sum(_text_layer(geometry, a, m) for a, m in decoder),
-        head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
-        pruning=batch * pruning,
-        equivalent=largest.equivalent,
-    )
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Images that are cut alike."""
-
-    count: int
-    tiles: int
-    whole: Method | None
-    """The method, for such an image."""
-    by_tile: Method | None
-    """The method, for a tile of it."""
-    seen: TokensPerLayer
-    """Tokens of the image in each layer; of the encoder as if it were one tile."""
-    tile: TokensPerLayer
-    """Tokens of a tile in each layer of the encoder."""
-
-    @classmethod
-    def of(cls, geometry: Geometry, method: Method | None, image: Image, count: int) -> _Kind:
-        patches, visible = image
-        own, tile = (dataclasses.replace(geometry, num_patches=n) for n in (patches, geometry.num_patches))
-        if method is None:
-            return cls(count, len(visible), None, None, Plan().tokens_per_layer(own), Plan().tokens_per_layer(tile))
-        whole = method.sized(patches)
-        by_tile = whole.tiled(geometry.num_patches, visible)
-        return cls(
-            count, len(visible), whole, by_tile, whole.plan.tokens_per_layer(own), by_tile.plan.tokens_per_layer(tile)
-        )
-
-
-def _vision(g: Geometry, kind: _Kind) -> float:
-    """The encoder over one tile."""
-    layers = zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
-    return _patch_embedding(g) + sum(_vision_layer(g, a + g.vision_cls, m + g.vision_cls) for a, m in layers)
-
-
-def _patch_embedding(g: Geometry) -> float:
-    return 2.0 * g.num_patches * 3 * g.patch_size**2 * g.vision_hidden
-
-
-def _vision_layer(g: Geometry, attention: int, mlp: int) -> float:
-    return _encoder_layer(g.vision_hidden, g.vision_mlp, attention, mlp)
-
-
-def _encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
-    """A CLIP layer whose attention sees `attention` tokens and whose MLP of `width` sees `mlp`."""
-    linear = 2.0 * attention * 4 * hidden**2
-    products = 2.0 * 2 * attention**2 * hidden  # Q K^T, and the weights times V
-    return linear + products + 2.0 * mlp * 2 * hidden * width
-
-
-def _projector(g: Geometry) -> float:
-    """Two linear layers, for one token."""
-    return 2.0 * (g.vision_hidden * g.text_hidden + g.text_hidden**2)
-
-
-def _text_layer(g: Geometry, attention: int, mlp: int) -> float:
-    """A decoder layer whose attention sees `attention` tokens and whose MLP sees `mlp`."""
-    query, key_value = g.text_heads * g.text_head_dim, g.text_kv_heads * g.text_head_dim
-    linear = 2.0 * attention * g.text_hidden * (2 * query + 2 * key_value)
-    products = 2.0 * 2 * attention**2 * query
-    return linear + products + 2.0 * mlp * g.text_mlp_matrices * g.text_hidden * g.text_mlp
-
-
-def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:
-    """One more token in the given decoder layers; it leaves with the cut of the last one, before its MLP."""
-    *before, (attention, mlp) = layers
-    whole = sum(_text_layer(g, a + 1, m + 1) - _text_layer(g, a, m) for a, m in before)
-    return whole + _text_layer(g, attention + 1, mlp) - _text_layer(g, attention, mlp)
-
-
-def _encoder_choice(g: Geometry, kind: _Kind, place: int, text: int) -> float:
-    """What a cut of the encoder costs beside its gather, for one tile: attention that a fused kernel hides."""
-    assert kind.by_tile is not None
-    cut = kind.by_tile.plan.cuts[place]
-    choice = kind.by_tile.cost(cut, _entering(cut, kind.tile), text)
-    cost = choice.flops
-    for layer, rows in zip(cut.taps, choice.rows or _one_each(cut), strict=True):
-        length = kind.tile.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
-        cost += _rows(rows, length, text, g.vision_heads, g.vision_hidden)
-        if layer >= g.vision_layers:  # read for this alone
-            cost += _query_key(g, length)
-    return cost
-
-
-def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int, text: int) -> float:
-    """What a cut of the decoder costs beside its gather, for one prompt; a batch computes its rows without images too.
-
-    A layer that is looked at in advance computes its queries, keys and values twice.
-    """
-    cut = method.plan.cuts[place]
-    choice = method.cost(cut, _entering(cut, method.plan.tokens_per_layer(method.geometry)), text)
-    rows = choice.rows or _one_each(cut)
-    cost, entering = 0.0, text
-    for kind in kinds:
-        assert kind.whole is not None
-        own = kind.whole.plan.cuts[place]
-        came = _entering(own, kind.seen)
-        cost += kind.count * kind.whole.cost(own, came, text).flops
-        entering += kind.count * came
-    if cut.peek:
-        kv = 2 * g.text_kv_heads * g.text_head_dim
-        cost += 2.0 * entering * g.text_hidden * (g.text_heads * g.text_head_dim + kv)
-    for layer, needed in zip(cut.taps, rows, strict=True):
-        length = entering if cut.peek else sum(k.count * k.seen.llm_attention[layer] for k in kinds) + text
-        length += layer < method.plan.guide_layers
-        cost += _rows(needed, length, text, g.text_heads, g.text_heads * g.text_head_dim)
-    return cost
-
-
-def _one_each(cut: Cut) -> tuple[Rows, ...]:
-    """One attention row of every tap."""
-    return tuple("one" for _ in cut.taps)
-
-
-def _entering(cut: Cut, seen: TokensPerLayer) -> int:
-    """Visual tokens of one image that come to a cut."""
-    if cut.place == "projected":
-        return seen.projector
-    inside, behind = (
-        (seen.vision_attention, seen.vision_mlp) if cut.where == "vision" else (seen.llm_attention, seen.llm_mlp)
-    )
-    return (inside if cut.place == "inside" else behind)[cut.layer]
-
-
-def _rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:
-    """Attention rows of a layer of `length` tokens and `width` channels in all heads, recomputed.
-
-    Of one row the products with the keys; of more also their weighted sum.
-    """
-    if rows in ("none", "one"):
-        return 2.0 * length * width if rows == "one" else 0.0
-    return 2.0 * (length if rows == "all" else text) * length * (width + heads)
-
-
-def _relevance(g: Geometry, relevance: Relevance, tokens: int, kinds: list[_Kind]) -> float:
-    """CLIP's text encoder over the instruction, the rest of its vision encoder over the patches that are kept."""
-    count, length = relevance.windows(tokens)
-    layer = _encoder_layer(relevance.text_hidden, relevance.text_mlp, length, length)
-    text = count * (relevance.text_layers * layer + 2.0 * length * relevance.text_hidden * relevance.projection)
-    words = tokens if relevance.compared == 1 else 1  # all patches are compared with the text as a whole
-    cosines = 2.0 * words * relevance.compared * relevance.projection
-    shared = 2.0 * relevance.compared * g.vision_hidden * relevance.projection
-    for kind in kinds:
-        rated = kind.tiles if relevance.compared > 1 else 1  # the first tile's CLS stands for the image
-        rest = kind.tiles * relevance.vision_layers * _whole_layer(g, kind.tile.vision_mlp[-1])
-        text += kind.count * (rest + rated * (shared + cosines))
-    return text
-
-
-def unread_encoder(g: Geometry, plan: Plan, patches: int) -> float:
-    """FLOPs of the vision layers that transformers runs though nothing reads their output, for one image.
-
-    Queries and keys that a cut of `plan` reads there are counted with the cut.
-    """
-    read = {layer for cut in plan.cuts if cut.where == "vision" for layer in cut.taps if layer >= g.vision_layers}
-    whole = (g.vision_depth - g.vision_layers) * _whole_layer(g, patches)
-    return whole - len(read) * _query_key(g, patches + g.vision_cls)
-
-
-def _query_key(g: Geometry, tokens: int) -> float:
-    return 2.0 * 2 * tokens * g.vision_hidden**2
-
-
-def _whole_layer(g: Geometry, patches: int) -> float:
-    """FLOPs of one vision layer over the patches of one image and CLS."""
-    return _vision_layer(g, patches + g.vision_cls, patches + g.vision_cls)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.files.sidecar import MICRO, local_folder, read_json, recommended, sidecar
-from ivtp.hosts.base import openai_clip
+from ivtp.hosts.base import Visual, openai_clip
 from ivtp.plan import Geometry
 from ivtp.registry import host_classes
 
@@ -52,6 +53,8 @@ class Sizes:
     """Options for this checkpoint, of which a method takes those that it knows."""
     tiled: bool = False
     """Whether the family reads an image in tiles, as many as its size asks for."""
+    visual: Callable[[tuple[int, int]], Visual | None] = lambda size: None
+    """What an image of a size (width, height) is to the family; None where all are alike."""
 
 
 def sizes(model: Any) -> Sizes:
@@ -77,7 +80,13 @@ def sizes(model: Any) -> Sizes:
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
-    return Sizes(geometry, clip or _openai_text_side(geometry, behind), recommended(beside), host.pads)
+    return Sizes(
+        geometry,
+        clip or _openai_text_side(geometry, behind),
+        recommended(beside),
+        tiled=host.pads,
+        visual=functools.partial(host.visual, config),
+    )
 
 
 def model_config(model: str | Path) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ivtp.core import relevance as rel
 from ivtp.core.characters import widened
 from ivtp.core.select import on_device
+from ivtp.core.untraced import untraced
 from ivtp.guide.clip import ClipText
 from ivtp.hosts.base import Host
 from ivtp.methods.base import GuideOptions, Method
@@ -62,6 +63,7 @@ class GuideMaker:
             return Instruction("", text.behind_image, [(0, 0)] * len(text.behind_image))
         return self.reader.read(text.ids, text.columns)
 
+    @untraced
     def make(self, instruction: Instruction, embeddings: Tensor, cls: Tensor, pooled: Tensor) -> Guide:
         """The guide of one prompt; without an image one that nothing will look at.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,14 +26,14 @@ OPENAI_CLIP = {
 class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
 
-    grid: tuple[int, ...]
-    """(rows, columns) of its patches, where they form one grid."""
+    grids: tuple[tuple[int, ...], ...]
+    """(rows, columns) of its patches, one grid behind the other: of most families one, of tiles the whole's before."""
     token: Tensor
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
     """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
 
-    @property
+    @cached_property
     def patches(self) -> int:
         """Tokens that may be cut."""
         return int(self.token.max()) + 1
@@ -90,6 +91,11 @@ class Host:
     def geometry(cls, config: Any) -> Geometry:
         """Sizes of the model that `config` describes."""
         raise NotImplementedError
+
+    @classmethod
+    def visual(cls, config: Any, size: tuple[int, int]) -> Visual | None:
+        """An image of `size` (width, height) to a model of `config`; None where images of all sizes are alike."""
+        return None
 
     @classmethod
     def stock_config(cls, name: str) -> Any:

@@ -28,7 +28,7 @@ class ClipLlamaHost(Host):
                 'prunable; one feature layer with the strategy "default" is'
             )
         return Geometry(
-            name=str(getattr(config, "_name_or_path", "") or "llava"),
+            name=str(getattr(config, "name_or_path", "") or "llava"),
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
             **vision,
             **LlamaTower.sizes(config.text_config),

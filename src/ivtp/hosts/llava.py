@@ -110,7 +110,7 @@ class LlavaHost(ClipLlamaHost):
         """All alike: one tile, whose patches fill the slots in raster order."""
         patches = torch.arange(self.size.num_patches)
         side = math.isqrt(self.size.num_patches)
-        return [Visual((side, side), patches, patches[None])] * int(inputs["pixel_values"].shape[0])
+        return [Visual(((side, side),), patches, patches[None])] * int(inputs["pixel_values"].shape[0])
 
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """Each image as it is."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.image_processing_utils import select_best_resolution
 
 from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.clip_llama import ClipLlamaHost
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
+from ivtp.stock import best_tiling
 
 
 class LlavaNextHost(ClipLlamaHost):
@@ -36,6 +36,13 @@ class LlavaNextHost(ClipLlamaHost):
     def matches(cls, config: Any) -> bool:
         """A LLaVA-NeXT config, whatever its tower and decoder."""
         return getattr(config, "model_type", None) == "llava_next"
+
+    @classmethod
+    def visual(cls, config: Any, size: tuple[int, int]) -> Visual:
+        """In the tiles whose resolution shows most of the image."""
+        pixels = config.vision_config.image_size
+        resolutions = tuple(map(tuple, config.image_grid_pinpoints))
+        return _visual((size[1], size[0]), resolutions, pixels, pixels // config.vision_config.patch_size)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
@@ -137,7 +144,7 @@ class LlavaNextHost(ClipLlamaHost):
 @cache
 def _visual(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...], pixels: int, side: int) -> Visual:
     """An image of `size` (height, width), in tiles of `pixels` with `side` x `side` patches."""
-    height, width = select_best_resolution(size, [list(r) for r in resolutions])
+    height, width = best_tiling(size, resolutions)
     rows, columns = height // pixels, width // pixels
     shown = _shown(size, rows * side, columns * side)  # (rows, columns) bool of all patches: not padding
     first = side * side
@@ -145,7 +152,8 @@ def _visual(size: tuple[int, int], resolutions: tuple[tuple[int, int], ...], pix
     tiles = patch.view(rows, side, columns, side).transpose(1, 2).reshape(rows * columns, first)
     whole = torch.arange(first)
     lines = [torch.cat([row[row >= 0], torch.tensor([-1])]) for row in patch if bool((row >= 0).any())]
-    return Visual((), torch.cat([whole, *lines]), torch.cat([whole[None], tiles]))
+    grids = ((side, side), *((len(lines), len(line) - 1) for line in lines[:1]))
+    return Visual(grids, torch.cat([whole, *lines]), torch.cat([whole[None], tiles]))
 
 
 def _shown(size: tuple[int, int], rows: int, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ivtp.generate import prompt_for
-from ivtp.towers.base import cache_name
+from ivtp.stock import cache_name
 
 LONGEST = 64  # tokens of an answer
 

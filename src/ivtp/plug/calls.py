@@ -15,8 +15,8 @@ from torch import Tensor
 from ivtp.core.select import take
 from ivtp.guide.pseudo_cls import GuideMaker
 from ivtp.methods.base import Method
-from ivtp.plug.transformers import forward_slot
 from ivtp.prefill.record import Record
+from ivtp.stock import EXPAND, forward_slot
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _whole_prompts(configs: list[Any]) -> Iterator[None]:
 
 def expand_for_beams(model: Any, plugged: Plugged) -> Callable[..., Any]:
     """Repeat the rows of a prompt for beams and samples, but not its images: they are encoded once."""
-    stock = model._expand_inputs_for_generation
+    stock = getattr(model, EXPAND)
 
     @functools.wraps(stock)
     def expand(expand_size: int = 1, **kwargs: Any) -> Any:

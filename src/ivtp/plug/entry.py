@@ -18,8 +18,8 @@ from ivtp.methods.base import Method
 from ivtp.plan import NEEDS, PLACES
 from ivtp.plug.calls import Equipment
 from ivtp.plug.pruner import Pruner, check_unpruned
-from ivtp.plug.transformers import execution_device, floating_dtype
 from ivtp.prompt.instruction import InstructionReader
+from ivtp.stock import execution_device, floating_dtype
 
 
 def attach(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ivtp.config import PruneConfig
+from ivtp.core.untraced import untraced
 from ivtp.errors import AttachError, InputError
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method, Plan
@@ -30,14 +31,23 @@ from ivtp.plug.calls import (
     without_guide,
 )
 from ivtp.plug.changes import Changes, exclusive
-from ivtp.plug.transformers import encodes_ahead, execution_device, forward_slot, reruns_hooks, set_image_features
 from ivtp.prefill.cache import continue_inputs, is_prefill
 from ivtp.prefill.probe import AttentionProbe
 from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
 from ivtp.prefill.stage import Plug
 from ivtp.prompt.batch import read_prompts
-from ivtp.towers.base import CACHE_NAMES, cache_name
+from ivtp.stock import (
+    CACHE_NAMES,
+    ENCODES_AHEAD,
+    EXPAND,
+    cache_name,
+    encodes_ahead,
+    execution_device,
+    forward_slot,
+    reruns_hooks,
+    set_image_features,
+)
 from ivtp.trace import PruneTrace
 
 MARK = "_ivtp_pruner"
@@ -177,9 +187,9 @@ class Pruner:
             changes.set(module, MARK, self)
         changes.set(model, forward_slot(model), forward_with_labels(model, self))
         changes.set(model, "generate", generate_alone(model, self))
-        changes.set(model, "_expand_inputs_for_generation", expand_for_beams(model, self))
+        changes.set(model, EXPAND, expand_for_beams(model, self))
         if encodes_ahead(model):
-            changes.set(model, "_supports_mm_encoder_outputs", _no)
+            changes.set(model, ENCODES_AHEAD, _no)
         changes.stand_in(host.multimodal, self._multimodal_forward)
         self._attached = True
 
@@ -227,7 +237,7 @@ class Pruner:
         )
         method, guide_maker = self._equipment.method, self._equipment.guide_maker
         prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes)
-        self._prefill, self._owner = prefill, threading.get_ident()
+        self._prefill, self._owner = prefill, _this_thread()
         return prefill.start(inputs)
 
     def _begin_unpruned(self, inputs: dict[str, Any]) -> None:
@@ -290,6 +300,11 @@ def detach(model: nn.Module) -> None:
     pruner = pruner_of(model)
     if pruner is not None:
         pruner.detach()
+
+
+@untraced
+def _this_thread() -> int:
+    return threading.get_ident()
 
 
 def _no() -> bool:

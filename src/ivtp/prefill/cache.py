@@ -15,6 +15,7 @@ from ivtp.core.select import take
 from ivtp.core.sequence import TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
+from ivtp.stock import contents, fill, is_filled
 
 
 def is_prefill(inputs: dict[str, Any]) -> bool:
@@ -70,7 +71,8 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
         return {}  # one new token without padding sees every key: no mask
     masks: dict[int, Any] = {}
     made: dict[int, Any] = {}
-    hidden = torch.empty(*tokens.shape[:2], 0, dtype=layers[0].keys.dtype, device=tokens.device)
+    keys, _ = contents(layers[0])
+    hidden = torch.empty(*tokens.shape[:2], 0, dtype=keys.dtype, device=tokens.device)
     for number, layer in enumerate(layers):
         if layer.part not in made:
             valid = _logical_mask(given, layer, tokens) if layer.prompt_valid is not None else given
@@ -102,8 +104,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         part: int,
     ) -> None:
         super().__init__()
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        fill(self, keys, values)
         self.prompt_length = prompt_length
         self.fixed_length = fixed_length
         self.removed = prompt_length - keys.shape[-2]
@@ -145,8 +146,8 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         left = self.get_seq_length() - surplus
         if left < self.fixed_length:
             raise InputError("a pruned prompt cannot be cropped; start a new cache with the shorter prompt")
-        self.keys = self.keys[..., :-surplus, :]
-        self.values = self.values[..., :-surplus, :]
+        keys, values = contents(self)
+        fill(self, keys[..., :-surplus, :], values[..., :-surplus, :])
         drafted = self.prompt_length - left  # tokens of the prefill that were no prompt
         if drafted > 0:
             self.prompt_length = left
@@ -200,11 +201,11 @@ def prune_cache(
     The guide token never stays. The lengths and `shift` are what `PrunedLayer` needs to know.
     """
     for number, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False):
+        if not is_filled(layer):
             continue
         place = max(i for i, part in enumerate(seen) if part.first_layer <= number)
         sequence, index = _final_tokens(seen[place:]) if evict else _own_tokens(seen[place])
-        keys, values = layer.keys, layer.values
+        keys, values = contents(layer)
         if index is not None:
             index = index.to(keys.device)
             keys, values = take(keys, index, dim=2), take(values, index, dim=2)

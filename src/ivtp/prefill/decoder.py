@@ -15,7 +15,8 @@ from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.cache import Seen
 from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.prompt.batch import PromptBatch
-from ivtp.towers.base import CACHE_NAMES, TextTower
+from ivtp.stock import CACHE_NAMES
+from ivtp.towers.base import TextTower
 
 
 class Peeked(Exception):  # noqa: N818  # no error: it ends a look ahead

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from ivtp.methods.base import Cut
-from ivtp.towers.base import CACHE_NAMES, Tower
+from ivtp.stock import CACHE_NAMES, is_checkpointed
+from ivtp.towers.base import Tower
 
 Forward = Callable[..., Any]
 
@@ -39,7 +40,7 @@ def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forw
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not stage.is_mine():
             return stock(hidden, *args, **kwargs)
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
+        if is_checkpointed(layer):
             # the checkpointed layers around this one drop the cache as well
             without = {name: None for name in CACHE_NAMES if name in kwargs}
             kwargs = {**kwargs, "use_cache": False, **without}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ivtp.stock import kernel, set_kernel
 
 Sink = Callable[[Tensor, Tensor, Tensor, float], None]
 
@@ -40,7 +40,7 @@ class AttentionProbe:
         if self.original is not self.module.config:
             self.original = self.module.config
             self.tapped = copy.copy(self.original)
-            self.tapped._attn_implementation = _NAME
+            set_kernel(self.tapped, _NAME)
             self.tapped.ivtp_probe = self
         self.view = copy.copy(self.module)  # some kernels read their own name from the module's config
         self.module.config = self.tapped
@@ -62,9 +62,7 @@ def _pass_through(module: Any, query: Tensor, key: Tensor, value: Tensor, attent
     if probe is not None:
         probe.sink(query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         config, module = probe.original, probe.view or module
-    eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
-    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
-    return kernel(module, query, key, value, attention_mask, **kwargs)
+    return kernel(module, config)(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(_NAME, _pass_through)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images, offset_images
-from ivtp.cost.flops import count_prompt
+from ivtp.core.untraced import untraced
+from ivtp.cost.prefill import count_prompt
 from ivtp.cost.sizes import Relevance
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import Guide
@@ -21,12 +22,13 @@ from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
 from ivtp.prefill.stage import CutResult
 from ivtp.prompt.batch import PromptBatch
-from ivtp.trace import PruneTrace, StageTrace
+from ivtp.trace import Grids, PruneTrace, StageTrace
 
 
 class Stopwatch:
     """Seconds between its creation and `stop`, measured on the device; reading them waits for it."""
 
+    @untraced
     def __init__(self, device: torch.device) -> None:
         event: Any = torch.cuda.Event
         self._events = [event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
@@ -35,6 +37,7 @@ class Stopwatch:
         self._began = time.perf_counter()
         self._seconds = 0.0
 
+    @untraced
     def stop(self) -> None:
         """Take the time."""
         if self._events:
@@ -113,9 +116,9 @@ def build_trace(record: Record) -> PruneTrace:
     )
 
 
-def _grids(prompts: PromptBatch) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """The grid of each image of each row."""
-    of_all = iter(prompts.visuals[m].grid for m in prompts.image_of_slot)
+def _grids(prompts: PromptBatch) -> tuple[tuple[Grids, ...], ...]:
+    """The grids of each image of each row."""
+    of_all = iter(prompts.visuals[m].grids for m in prompts.image_of_slot)
     return tuple(tuple(next(of_all) for _ in range(count)) for count in prompts.images)
 
 

@@ -12,9 +12,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
+from ivtp.core.untraced import untraced
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
+from ivtp.stock import is_offloading
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class PromptBatch:
         columns = [i.columns[0] for i in self.instructions if i.columns]
         return max([self.slots.tail, *(self.length - column for column in columns)])
 
+    @untraced
     def with_instructions(self, read: Callable[[TextTokens], Instruction]) -> PromptBatch:
         """The same, on the host, with what every row that has an image asks; each prompt is read once."""
         found: list[Instruction] = []
@@ -120,6 +123,7 @@ class PromptBatch:
         return self.question.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
 
+@untraced
 def read_prompts(
     inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
 ) -> PromptBatch:
@@ -161,8 +165,8 @@ def _check_cache(cache: Any) -> None:
             "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
         )
     fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
-    if fixed or getattr(cache, "offloading", False):
-        kind = "offloaded" if getattr(cache, "offloading", False) else type(cache).__name__
+    if fixed or is_offloading(cache):
+        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
         raise InputError(
             f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
             "a DynamicCache that is not offloaded"

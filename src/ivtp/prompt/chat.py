@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from ivtp.errors import LoadError, short_reason
 
@@ -16,6 +16,8 @@ Message = tuple[str, Sequence[str | None]]
 """A role and its parts in their order: texts, and None in the place of each image."""
 
 _QUESTION, _ANSWER, _NEXT, _LAST = "first-question-here", "first-answer-here", "next-question-here", "last-answer-here"
+_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template raises over messages that it does not expect."""
 _ADVICE = "give the processor or its tokenizer the chat_template of the checkpoint"
 
 
@@ -142,7 +144,7 @@ class ChatTemplate:
         messages = [{"role": role, "content": content} for role, content in contents]
         try:
             return str(self._owner.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except _REFUSALS as error:
             name, reason = type(self._owner).__name__, short_reason(error)
             raise LoadError(f"the chat template of {name} cannot be rendered ({reason}); {_ADVICE}") from None
 
@@ -154,6 +156,18 @@ class ChatTemplate:
 
     def _plain(self, text: str, images: int) -> str:
         return f"{self._image_token}\n" * images + text
+
+
+def check_template(processor: Any) -> None:
+    """Refuse a chat template that is no template, with a `ValueError`; what a good one refuses to write shows later."""
+    if getattr(processor, "chat_template", None):
+        turn = [{"role": "user", "content": [{"type": "text", "text": _QUESTION}]}]
+        try:
+            processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"its chat template is broken in line {error.lineno}: {error.message}") from None
+        except _REFUSALS:
+            return
 
 
 def image_token_of(processor: Any) -> str:

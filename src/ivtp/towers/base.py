@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-
-CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls a cache among a forward's arguments: from 5.24 on, and before."""
-
-
-def cache_name(function: Callable[..., Any]) -> str:
-    """Which of `CACHE_NAMES` a forward of a model or a layer, or a function that makes masks, takes."""
-    return next(name for name in CACHE_NAMES if name in inspect.signature(function).parameters)
 
 
 class Tower:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ivtp.errors import InputError, UnsupportedModelError
+from ivtp.stock import kernel_name
 from ivtp.towers.base import VisionTower
 
 
@@ -60,8 +61,7 @@ class ClipTower(VisionTower):
         return hidden + attended  # type: ignore[no-any-return]
 
     def _checked(self, bias: Tensor) -> Tensor:
-        config: Any = self.module.config
-        if "flash" in str(config._attn_implementation):
+        if "flash" in kernel_name(self.module.config):
             raise InputError(
                 "FlashAttention cannot weigh merged tokens by their size; load the model with "
                 'attn_implementation={"vision_config": "sdpa"}'

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 
 from ivtp.core.select import take
 from ivtp.errors import InputError, UnsupportedModelError
-from ivtp.towers.base import TextTower, cache_name
+from ivtp.stock import decoder_mask, kernel_name
+from ivtp.towers.base import TextTower
 
-_CACHE = cache_name(create_causal_mask)
 _KINDS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -95,15 +94,9 @@ class LlamaTower(TextTower):
     ) -> Any:
         """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none."""
         config: Any = self.module.config
-        if visible is not None and "flash" in str(config._attn_implementation):
+        if visible is not None and "flash" in kernel_name(config):
             raise InputError(
                 "FlashAttention cannot hide the answer from the pseudo CLS token; "
                 'load the model with attn_implementation="sdpa" to train or draft with pruning'
             )
-        return create_causal_mask(
-            config=config,
-            inputs_embeds=hidden,
-            attention_mask=valid,
-            and_mask_function=visible,
-            **{_CACHE: cache},
-        )
+        return decoder_mask(config, hidden, valid, visible, cache)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from ivtp.errors import ConfigError
+from ivtp.files.outputs import PICTURES, whole
 from ivtp.images import is_sequence, load_image
 from ivtp.trace import PruneTrace
 from ivtp.visualize.fonts import write
 from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, outline, paint
 from ivtp.visualize.text import INK, MUTED, Bars, shorten, wrap
+
+Maps = list[NDArray[np.uint8]]
+"""The fates of the patches of an image, a map for each grid."""
 
 _MARGIN = 24
 _SIDE = 432
@@ -43,23 +48,29 @@ class Panel:
 def draw(
     image: Any,
     trace: PruneTrace,
+    file: str | Path | None = None,
     *,
     row: int = 0,
     question: str | None = None,
     answer: str | None = None,
+    note: str | None = None,
     threshold: float | None = None,
     square: int = 336,
 ) -> Image.Image:
     """Kept patches in colour, merged and dropped ones dimmed, and the relevance of every word of the instruction.
 
     Patches are counted below each picture; a picture that is no square is shown as the model saw it, and the share that
-    was cut off is said.
+    was cut off is said. One that is read in tiles is shown uncut in their patches, and below in those of the whole.
 
     `image`: the picture of sample `row`, in any form that `load_image` takes, or a list of all of them in the order of
-    the prompt. `square`: side in pixels of the model's input, to which each picture is scaled and cropped. `threshold`:
-    drawn as a line through the word bars. Raises `ImageError`, and `ConfigError` when the pictures and the trace do
-    not fit together.
+    the prompt. `file`: where to write the page, too. `note`: a line below the answer, such as what it cost. `square`:
+    side in pixels of the model's input, to which each picture is scaled and cropped. `threshold`: drawn as a line
+    through the word bars. Raises `ImageError`, `OutputError`, and `ConfigError` when pictures and trace do not fit
+    together or `file` has no picture's suffix.
     """
+    path = None if file is None else Path(file)
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"the picture {path} has none of the suffixes {', '.join(PICTURES)}; name such a file")
     pictures = [load_image(one) for one in (image if is_sequence(image) else [image])]
     if 0 <= row < len(trace.images) and len(pictures) != trace.images[row]:
         raise ConfigError(
@@ -67,28 +78,34 @@ def draw(
             "pass all of them, in the order of the prompt"
         )
     maps = [fates(trace, row, m) for m in range(len(pictures))]
-    panels = [paint(_enlarged(p, square), f) for p, f in zip(pictures, maps, strict=True)]
+    panels = [_painted(p, f, square) for p, f in zip(pictures, maps, strict=True)]
     bars = _bars(trace, row, threshold)
-    pictures_width = len(panels) * (panels[0].width + _MARGIN) - _MARGIN
+    side = max(panel.width for panel in panels)
+    pictures_width = len(panels) * (side + _MARGIN) - _MARGIN
     width = _MARGIN + pictures_width + _MARGIN + (bars.width + _MARGIN if bars else 0)
     head = wrap(question, 20, width - 2 * _MARGIN, 3) if question else []
     foot = wrap(f"Answer: {answer}", 18, pictures_width, 4) if answer else []
     top = _MARGIN + 28 * len(head) + (8 if head else 0)
-    crops = [cut_off(picture) for picture in pictures]
-    below = top + panels[0].height + 12 + (_PITCH if any(crops) else 0)
-    legend = _PITCH * max(3, *(len(np.unique(fate)) for fate in maps))
-    height = below + legend + 26 * len(foot) + _MARGIN
+    crops = [_said_of(picture, own) for picture, own in zip(pictures, maps, strict=True)]
+    below = top + max(panel.height for panel in panels) + 12 + (_PITCH if any(crops) else 0)
+    legend = _PITCH * max(3, *(len(_counts(own)) for own in maps))
+    height = below + legend + 26 * len(foot) + (_PITCH if note else 0) + _MARGIN
     page = Image.new("RGB", (width, max(height, top + bars.height + _MARGIN if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
     for m, (panel, crop) in enumerate(zip(panels, crops, strict=True)):
-        left = _MARGIN + m * (panel.width + _MARGIN)
+        left = _MARGIN + m * (side + _MARGIN)
         page.paste(panel, (left, top))
-        write(pen, (left, below - _PITCH), shorten(crop, 14, panel.width), MUTED, 14)
+        write(pen, (left, below - _PITCH), shorten(crop, 14, side), MUTED, 14)
         _legend(page, maps[m], left, below)
     _lines(pen, foot, _MARGIN, below + legend + 6, 18, 26)
+    if note:
+        write(pen, (_MARGIN, below + legend + 8 + 26 * len(foot)), shorten(note, 14, pictures_width), MUTED, 14)
     if bars:
         bars.draw(page, _MARGIN + pictures_width + _MARGIN, top)
+    if path is not None:
+        with whole(path, "the picture") as partial:
+            page.save(partial)
     return page
 
 
@@ -105,21 +122,26 @@ def draw_comparison(
     """
     if not rows or not all(panels for _, panels in rows):
         raise ConfigError("a comparison needs at least one question with at least one panel")
-    crop = cut_off(image)
-    strips = [_strip(_enlarged(image, square), crop, question, panels, threshold) for question, panels in rows]
-    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    return stack([_strip(image, square, question, panels, threshold) for question, panels in rows])
+
+
+def stack(pages: Sequence[Image.Image]) -> Image.Image:
+    """Pages one below the other."""
+    whole_page = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
     top = 0
-    for strip in strips:
-        page.paste(strip, (0, top))
-        top += strip.height
-    return page
+    for page in pages:
+        whole_page.paste(page, (0, top))
+        top += page.height
+    return whole_page
 
 
 def _strip(
-    picture: Image.Image, crop: str, question: str, panels: Sequence[Panel], threshold: float | None
+    picture: Image.Image, square: int, question: str, panels: Sequence[Panel], threshold: float | None
 ) -> Image.Image:
-    maps = [None if p.trace is None else fates(p.trace) for p in panels]
-    painted = [picture if f is None else paint(picture, f) for f in maps]
+    maps = [[] if p.trace is None else fates(p.trace) for p in panels]
+    grids = next(filter(None, maps), [])
+    painted = [_painted(picture, own or [np.zeros_like(fate) for fate in grids], square) for own in maps]
+    crop = _said_of(picture, grids)
     side = max(p.width for p in painted)
     last = panels[-1].trace
     bars = None if last is None else _bars(last, 0, threshold)
@@ -127,13 +149,13 @@ def _strip(
     head = wrap(question, 20, width - 2 * _MARGIN, 2)
     answers = [wrap(p.answer, 20, side, 3) for p in panels]
     top = _MARGIN + 28 * len(head) + 32
-    below = top + side + 12 + (_PITCH if crop else 0)
-    legend = _PITCH * max(3, *(len(np.unique(fate)) for fate in maps if fate is not None), 0)
+    below = top + max(p.height for p in painted) + 12 + (_PITCH if crop else 0)
+    legend = _PITCH * max(3, *(len(_counts(own)) for own in maps))
     height = below + 28 * max(len(a) for a in answers) + 26 + legend + 8
     page = Image.new("RGB", (width, max(height, top + bars.height if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
-    for index, (panel, picture_of, fate) in enumerate(zip(panels, painted, maps, strict=True)):
+    for index, (panel, picture_of, own) in enumerate(zip(panels, painted, maps, strict=True)):
         left = _MARGIN + index * (side + _MARGIN)
         write(pen, (left, top - 26), shorten(panel.title, 17, side), MUTED, 17)
         page.paste(picture_of, (left, top))
@@ -141,16 +163,34 @@ def _strip(
         _lines(pen, answers[index], left, below, 20, 28)
         note = below + 28 * max(len(a) for a in answers)
         write(pen, (left, note), shorten(panel.note, 14, side), MUTED, 14)
-        if fate is not None:
-            _legend(page, fate, left, note + 26)
+        _legend(page, own, left, note + 26)
     if bars:
         bars.draw(page, _MARGIN + len(panels) * (side + _MARGIN), top)
     return page
 
 
-def _enlarged(image: Image.Image, square: int) -> Image.Image:
-    """The model's crop at reading size."""
-    return as_seen(image, square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+def _painted(image: Image.Image, maps: Maps, square: int) -> Image.Image:
+    """The model's crop at reading size; of an image in tiles, uncut, their patches and below those of the whole."""
+    if len(maps) < 2:
+        crop = as_seen(image, square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        return paint(crop, maps[0]) if maps else crop
+    once, tiles = (paint(_contained(image, side), fate) for side, fate in zip((_SIDE // 2, _SIDE), maps, strict=True))
+    below = tiles.height + _PITCH // 2
+    panel = Image.new("RGB", (max(_SIDE, tiles.width), below + once.height), "white")
+    panel.paste(tiles, (0, 0))
+    panel.paste(once, (0, below))
+    note = wrap("The model reads the picture in tiles, above, and once more as a whole, here.", 14, _SIDE // 2 - 16, 4)
+    _lines(ImageDraw.Draw(panel), note, once.width + 12, below, 14, 18)
+    return panel
+
+
+def _contained(image: Image.Image, side: int) -> Image.Image:
+    return ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+
+
+def _said_of(image: Image.Image, maps: Maps) -> str:
+    """What the model did not see of an image; of tiles it sees everything."""
+    return cut_off(image) if len(maps) < 2 else ""
 
 
 def _bars(trace: PruneTrace, row: int, threshold: float | None) -> Bars | None:
@@ -159,18 +199,21 @@ def _bars(trace: PruneTrace, row: int, threshold: float | None) -> Bars | None:
     return Bars(words, threshold, fallback) if words else None
 
 
-def _legend(page: Image.Image, fate: NDArray[np.uint8], left: int, top: int) -> None:
+def _counts(maps: Maps) -> dict[Fate, int]:
+    """The patches of every fate that occurs, in the order of a legend."""
+    found = {kind: sum(int((fate == kind).sum()) for fate in maps) for kind in _NAMES}
+    return {kind: count for kind, count in found.items() if count}
+
+
+def _legend(page: Image.Image, maps: Maps, left: int, top: int) -> None:
     """A swatch, drawn like the patches themselves, and the count of every fate that occurs."""
     pen = ImageDraw.Draw(page)
-    for kind, name in _NAMES.items():
-        count = int((fate == kind).sum())
-        if not count:
-            continue
+    for kind, count in _counts(maps).items():
         swatch = np.array(paint(Image.new("RGB", (16, 16), (225, 225, 225)), np.full((1, 1), kind, np.uint8)))
         if kind == Fate.KEPT:
             outline(swatch, np.ones((16, 16), np.bool_))
         page.paste(Image.fromarray(swatch), (left, top))
-        write(pen, (left + 24, top + 8), f"{count} {name}", INK, 14, anchor="lm")
+        write(pen, (left + 24, top + 8), f"{count} {_NAMES[kind]}", INK, 14, anchor="lm")
         top += _PITCH
 
 

@@ -46,25 +46,24 @@ def cut_off(image: Image.Image) -> str:
     return "" if share == 100 else f"the model saw the middle {share}% of the {side} ({width} x {height} pixels)"
 
 
-def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> NDArray[np.uint8]:
-    """The `Fate` of every patch (grid, grid) of one image of sample `row`.
+def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> list[NDArray[np.uint8]]:
+    """The `Fate` of every patch of one image of sample `row`: (rows, columns) for each of its grids.
 
-    Raises `ConfigError` when the trace holds no such sample or image, or patches that form no square: those of tiles.
+    There is one grid; of an image that is read in tiles there are two, of the whole and of the tiles. Raises
+    `ConfigError` when the trace holds no such sample or image, or patches that have no place on a picture.
     """
     if not 0 <= row < len(trace.images):
         last = len(trace.images) - 1
         raise ConfigError(f"row={row} is not in this batch of {last + 1}; use 0..{last}")
     if not 0 <= image < trace.images[row]:
         raise ConfigError(f"image={image} is not in sample {row}, which holds {trace.images[row]} image(s)")
-    if trace.grids and not trace.grids[row][image]:
-        raise ConfigError("an image that is read in tiles cannot be drawn yet; its patches are in trace.kept()")
-    grid = math.isqrt(trace.num_patches)
-    if grid**2 != trace.num_patches:
-        raise ConfigError(f"{trace.num_patches} patches form no square, so they cannot be drawn on one")
-    first = image * trace.num_patches
-    own = np.arange(first, first + trace.num_patches)
+    patches = trace.patches[row] if trace.patches else (trace.num_patches,) * trace.images[row]
+    grids = trace.grids[row][image] if trace.grids else ((math.isqrt(patches[image]),) * 2,)
+    if any(len(grid) != 2 for grid in grids) or sum(map(math.prod, grids)) != patches[image]:
+        raise ConfigError(f"the {patches[image]} patches form no grid to draw; trace.kept() names those that stay")
+    own = sum(patches[:image]) + np.arange(patches[image])
     stands = own.copy()  # the patch that stands for each one, as long as one does
-    result = np.full(trace.num_patches, Fate.KEPT, dtype=np.uint8)
+    result = np.full(len(own), Fate.KEPT, dtype=np.uint8)
     for stage in trace.stages:
         there = stands >= 0
         if stage.sources is not None:
@@ -73,22 +72,23 @@ def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> NDArray[np.uint8]:
         dropped = Fate.DROPPED_IN_ENCODER if stage.where == "vision" else Fate.DROPPED_IN_DECODER
         result[there & (stands < 0)] = dropped
     result[(stands >= 0) & (stands != own)] = Fate.MERGED
-    return result.reshape(grid, grid)
+    ends = np.cumsum([math.prod(grid) for grid in grids])
+    return [part.reshape(grid) for part, grid in zip(np.split(result, ends[:-1]), grids, strict=True)]
 
 
 def paint(picture: Image.Image, fate: NDArray[np.uint8]) -> Image.Image:
-    """Dim the merged and dropped patches of a square picture and outline the kept ones.
+    """Dim the merged and dropped patches (rows, columns) of a picture and outline the kept ones.
 
     Merged into a kept one: violet. Dropped in the encoder: grey. Dropped in the decoder: blue and hatched. The result's
-    side is the multiple of the grid that is nearest to the picture's.
+    sides are the multiples of the grid that are nearest to the picture's.
     """
-    grid = len(fate)
-    cell = max(1, round(picture.width / grid))
-    side = grid * cell
-    colour = np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS), dtype=np.float32)  # (S, S, 3)
+    rows, columns = fate.shape
+    high, wide = max(1, round(picture.height / rows)), max(1, round(picture.width / columns))
+    size = (columns * wide, rows * high)
+    colour = np.asarray(picture.resize(size, Image.Resampling.LANCZOS), dtype=np.float32)  # (H, W, 3)
     grey = colour.mean(axis=2, keepdims=True)
-    where = np.repeat(np.repeat(fate, cell, axis=0), cell, axis=1)[..., None]  # (S, S, 1)
-    y, x = np.indices((side, side))
+    where = np.repeat(np.repeat(fate, high, axis=0), wide, axis=1)[..., None]  # (H, W, 1)
+    y, x = np.indices((rows * high, columns * wide))
     hatch = ((x + y) % 8 < 2)[..., None]
     tint = np.array(TINT, dtype=np.float32)
     tinted = 0.35 * grey + 0.40 * tint
@@ -98,12 +98,12 @@ def paint(picture: Image.Image, fate: NDArray[np.uint8]) -> Image.Image:
     dimmed = np.where(where == Fate.MERGED, merged, dimmed)
     painted = np.where(where == Fate.KEPT, colour, dimmed).clip(0, 255).astype(np.uint8)
     if (fate != Fate.KEPT).any():
-        outline(painted, where[..., 0] == Fate.KEPT, 2 if cell >= _ROOMY else 1)
+        outline(painted, where[..., 0] == Fate.KEPT, 2 if min(high, wide) >= _ROOMY else 1)
     return Image.fromarray(painted)
 
 
 def outline(pixels: NDArray[np.uint8], kept: NDArray[np.bool_], lines: int = 2) -> None:
-    """Draw the rim of the kept pixels (S, S) on `pixels` (S, S, 3), inside of it: dark outside, bright inside."""
+    """Draw the rim of the kept pixels (H, W) on `pixels` (H, W, 3), inside of it: dark outside, bright inside."""
     inside = kept
     for colour in (EDGE, OUTLINE)[-lines:]:
         near = np.pad(inside, 1)

@@ -1,0 +1,55 @@
+"""Matrix products of single layers, in FLOPs: a multiply-accumulate is two."""
+
+from __future__ import annotations
+
+from ivtp.plan import Geometry, Rows
+
+
+def patch_embedding(g: Geometry) -> float:
+    """The patches of one tile."""
+    return 2.0 * g.num_patches * 3 * g.patch_size**2 * g.vision_hidden
+
+
+def vision_layer(g: Geometry, attention: int, mlp: int) -> float:
+    """A layer of the vision tower, as `encoder_layer`."""
+    return encoder_layer(g.vision_hidden, g.vision_mlp, attention, mlp)
+
+
+def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
+    """A CLIP layer whose attention sees `attention` tokens and whose MLP of `width` sees `mlp`."""
+    linear = 2.0 * attention * 4 * hidden**2
+    products = 2.0 * 2 * attention**2 * hidden  # Q K^T, and the weights times V
+    return linear + products + 2.0 * mlp * 2 * hidden * width
+
+
+def projector(g: Geometry) -> float:
+    """Two linear layers, for one token."""
+    return 2.0 * (g.vision_hidden * g.text_hidden + g.text_hidden**2)
+
+
+def text_layer(g: Geometry, attention: int, mlp: int) -> float:
+    """A decoder layer whose attention sees `attention` tokens and whose MLP sees `mlp`."""
+    query, key_value = g.text_heads * g.text_head_dim, g.text_kv_heads * g.text_head_dim
+    linear = 2.0 * attention * g.text_hidden * (2 * query + 2 * key_value)
+    products = 2.0 * 2 * attention**2 * query
+    return linear + products + 2.0 * mlp * g.text_mlp_matrices * g.text_hidden * g.text_mlp
+
+
+def attention_rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:
+    """Attention rows of a layer of `length` tokens and `width` channels in all heads, recomputed.
+
+    Of one row the products with the keys; of more also their weighted sum.
+    """
+    if rows in ("none", "one"):
+        return 2.0 * length * width if rows == "one" else 0.0
+    return 2.0 * (length if rows == "all" else text) * length * (width + heads)
+
+
+def query_key(g: Geometry, tokens: int) -> float:
+    """Queries and keys of a layer of the vision tower."""
+    return 2.0 * 2 * tokens * g.vision_hidden**2
+
+
+def whole_layer(g: Geometry, patches: int) -> float:
+    """A layer of the vision tower over the patches of one image and CLS."""
+    return vision_layer(g, patches + g.vision_cls, patches + g.vision_cls)
