@@ -21,7 +21,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from ivtp.cost.flops import count_prompt
+from ivtp.cost.prefill import count_prompt
 from ivtp.errors import ConfigError, InputError
 from ivtp.generate import load
 from ivtp.images import load_image
