@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-all compat lint smoke speed tables clean
+.PHONY: demo test test-all compat lint smoke speed tables eval-env clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ivtp demo --output out/demo
@@ -48,6 +48,9 @@ tables: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.tables
 	$(BIN)/python -m benchmarks.figure
 
+# what `ivtp eval` needs
+eval-env: $(VENV)/.installed-eval
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -57,7 +60,13 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# lmms-eval without what it asks for: that would bring a torchvision which does not fit the torch above
+$(VENV)/.installed-eval: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[eval]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps lmms-eval
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-eval
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,clients]'
 	touch $@
 

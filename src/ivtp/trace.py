@@ -109,6 +109,8 @@ class PruneTrace:
     tokens_per_layer: TokensPerLayer | None = None
     flops: float = 0.0
     """Prefill cost of the whole batch in FLOPs (multiply-accumulate = 2), pruning included."""
+    flops_each: tuple[float, ...] = ()
+    """What each row would cost by itself: without padding, and with an encoder of its own where beams share one."""
     seconds: float = 0.0
     """Wall-clock of the prefill (vision encoder, pruning and decoder)."""
     notes: tuple[str, ...] = ()
@@ -139,6 +141,7 @@ class PruneTrace:
             "fallback": list(self.fallback),
             "tokens_per_layer": None if self.tokens_per_layer is None else _plain(asdict(self.tokens_per_layer)),
             "flops": self.flops,
+            "flops_each": list(self.flops_each),
             "seconds": self.seconds,
             "notes": list(self.notes),
         }

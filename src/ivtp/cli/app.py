@@ -20,6 +20,7 @@ from ivtp.cli.chat import chat
 from ivtp.cli.compare import compare
 from ivtp.cli.console import err, out, parts, print_flops, print_json
 from ivtp.cli.door import FLAG, run
+from ivtp.cli.eval import evaluate
 from ivtp.cli.methods import methods
 from ivtp.cli.models import Asked, square_of, threshold_of
 from ivtp.cli.side import panels, print_side_by_side, side_by_side
@@ -174,3 +175,4 @@ def demo(
 app.command()(methods)
 app.command()(bench)
 app.command()(compare)
+app.command("eval")(evaluate)

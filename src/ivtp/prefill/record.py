@@ -110,6 +110,7 @@ def build_trace(record: Record) -> PruneTrace:
         fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(slots.images),
         tokens_per_layer=largest.plan.tokens_per_layer(largest.geometry),
         flops=_flops(record),
+        flops_each=_flops_each(record),
         seconds=record.watch.seconds,
         notes=record.method.notes,
     )
@@ -126,26 +127,31 @@ def _flops(record: Record) -> float:
 
     Rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    prompts, size = record.prompts, record.host.size
-    relevance = _relevance(record)
-    total = 0.0
-    first = 0
-    for row, count in enumerate(prompts.images):
-        own = [prompts.visuals[m] for m in prompts.image_of_slot[first : first + count]]
-        first += count
-        text = prompts.length - sum(visual.patches for visual in own)  # separators stay, as text does
-        again = row % prompts.repeats > 0
-        words = record.clip_tokens[row] if record.clip_tokens and not again else 0
-        total += count_prompt(
-            size,
-            record.method,
-            [(visual.patches, visual.visible) for visual in own],
-            text_tokens=text,
-            relevance=None if again else relevance,
-            instruction_tokens=words,
-            encoded=again,
-        ).total
-    return total
+    rows, repeats = range(len(record.prompts.images)), record.prompts.repeats
+    return sum(_flops_of_row(record, row, record.prompts.length, again=row % repeats > 0) for row in rows)
+
+
+def _flops_each(record: Record) -> tuple[float, ...]:
+    """Cost of every row by itself, without padding."""
+    lengths = record.prompts.tokens.valid.sum(dim=1).tolist()
+    return tuple(_flops_of_row(record, row, length) for row, length in enumerate(lengths))
+
+
+def _flops_of_row(record: Record, row: int, length: int, again: bool = False) -> float:
+    """Cost of a row of `length` columns; of one that comes `again` the decoder's alone."""
+    prompts, images = record.prompts, record.prompts.images
+    first = sum(images[:row])
+    own = [prompts.visuals[m] for m in prompts.image_of_slot[first : first + images[row]]]
+    words = record.clip_tokens[row] if record.clip_tokens and not again else 0
+    return count_prompt(
+        record.host.size,
+        record.method,
+        [(visual.patches, visual.visible) for visual in own],
+        text_tokens=length - sum(visual.patches for visual in own),  # separators stay, as text does
+        relevance=None if again else _relevance(record),
+        instruction_tokens=words,
+        encoded=again,
+    ).total
 
 
 def _relevance(record: Record) -> Relevance | None:

@@ -12,6 +12,8 @@ from ivtp.errors import LoadError, short_reason
 
 Turn = tuple[str, str]
 """A role and what it says."""
+Message = tuple[str, Sequence[str | None]]
+"""A role and its parts in their order: texts, and None in the place of each image."""
 
 _QUESTION, _ANSWER, _NEXT, _LAST = "first-question-here", "first-answer-here", "next-question-here", "last-answer-here"
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -67,6 +69,20 @@ class ChatTemplate:
         """
         return self._render(turns, self._content, images, asks)
 
+    def write_messages(self, messages: Sequence[Message], *, asks: bool = True) -> str:
+        """A conversation of (role, parts), where a part is a text, or None in the place of an image.
+
+        Raises `LoadError` where the template refuses it.
+        """
+        return self._render_messages([(role, self._of_parts(parts)) for role, parts in messages], asks)
+
+    def _of_parts(self, parts: Sequence[str | None]) -> Any:
+        """The content of a message in the form that the template takes."""
+        if self._content == self._parts:
+            return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        plain = "".join(f"{self._image_token}\n" if part is None else part for part in parts)
+        return self._content(plain, 0)
+
     def marks(self) -> Marks:
         """What the template writes between the turns of a conversation."""
         turns = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT), ("assistant", _LAST)]
@@ -118,10 +134,14 @@ class ChatTemplate:
         raise LoadError(refusal)
 
     def _render(self, turns: Sequence[Turn], form: Callable[[str, int], Any], images: int, asks: bool) -> str:
-        messages = []
+        contents = []
         for role, text in turns:
-            messages.append({"role": role, "content": form(text, images if role == "user" else 0)})
+            contents.append((role, form(text, images if role == "user" else 0)))
             images = 0 if role == "user" else images
+        return self._render_messages(contents, asks)
+
+    def _render_messages(self, contents: Sequence[tuple[str, Any]], asks: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in contents]
         try:
             return str(self._owner.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
         except _REFUSALS as error:
