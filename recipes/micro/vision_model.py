@@ -158,7 +158,7 @@ def losses(clip: CLIPModel, heads: Heads, batch: Batch) -> dict[str, Tensor]:
     terms["box"] = F.smooth_l1_loss(box.float()[inside], batch.box[inside], beta=0.02) * 10
     tokens, texts = encode_texts(clip, batch.input_ids, batch.attention_mask)
     terms["contrast"] = _contrast(clip, image, texts[: len(image)], batch)
-    terms["words"] = _words(image, tokens, batch)
+    terms["words"] = word_loss(image, tokens, batch)
     return terms
 
 
@@ -196,7 +196,7 @@ def mention(keywords: Tensor, count: int) -> Tensor:
     return table[:, :count]
 
 
-def _words(image: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
+def word_loss(image: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
     """Every word against every image: above WORD_THRESHOLD if it names something there, below it if not.
 
     This trains the text outputs before the end token, whose cosines are the relevances of Eq. 5.
