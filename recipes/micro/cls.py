@@ -1,13 +1,14 @@
 """Fine-tuning of the CLIP so that its CLS token knows every object: ``python -m recipes.micro.train cls``.
 
 What LLaVA's projector reads, the patches of layer -2, is held where it was: by the squared error against the
-tower that the run began with, which stays frozen, as does the text side, so that words keep their meaning. Only
-the CLS token has something to learn:
+tower that the run began with. That tower stays frozen, as do the first `FROZEN` layers and the text side, so that
+words keep their meaning. Only the CLS token has something to learn:
 
 * which glyphs, sign words, disc and frame colours a photo shows, read by throw-away linear heads off the projected
-  CLS token, off layer -2's, and off what its attention gathers in `GATHERING`'s layers;
+  CLS token, off layer -2's, and off what its attention brings it in `GATHERING`'s layers (the heads of the latter
+  learn from means over random patches, too, which train nothing but them);
 * to tell a true caption from the same one with an object, a colour or a word exchanged;
-* the relevance of words (Eq. 5), as before.
+* the relevance of a question's words (Eq. 5), as before.
 
 A photo is thinned first, to whole objects and some background, of which patches then go at random. No loss reads
 an attention weight.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +35,9 @@ from ivtp.micro.world.vocabulary import GLYPHS
 from recipes.micro.loop import Budget, CsvLog, load_checkpoint, save_checkpoint
 from recipes.micro.optim import Optimisers, autocast, split_parameters, trapezoid
 from recipes.micro.vision import Stage, export
-from recipes.micro.vision_data import Batch, keyword_table, make_batch
+from recipes.micro.vision_data import IGNORE, Batch, keyword_table, make_batch
 from recipes.micro.vision_eval import clip_scores
-from recipes.micro.vision_model import encode_texts, encode_windows, mention, word_loss
+from recipes.micro.vision_model import encode_from, encode_texts, encode_to, encode_windows, mention, word_loss
 
 SHOWN: tuple[tuple[str, str], ...] = (
     *(("object", name) for name in GLYPHS),
@@ -43,16 +45,28 @@ SHOWN: tuple[tuple[str, str], ...] = (
     *((backing, colour) for backing in ("disc", "frame") for colour in COLOURS),
 )
 """What a photo may show, and the CLS token is to know."""
-GATHERING = (2, 5, 8, 10)
-"""Layers whose attention must bring the CLS token everything by itself: the last ones of the groups that IVTP rolls
-out, up to the one that the projector reads."""
+FROZEN = 6
+"""Layers that stay as they are, where patches hardly know yet what they show."""
+GATHERING = (8, 10)
+"""Layers whose attention must bring the CLS token everything by itself: the last ones of the two groups that IVTP
+rolls out after `FROZEN`, up to the one that the projector reads."""
+MIXTURES = 4
+"""Means over random patches of each photo, for the heads."""
 FIRST_PHOTO = 3_000_000_000  # behind all photos of the other stages
-NEGATIVES = 3
+NEGATIVES = 2
 """False captions of each photo."""
 DROPPED = 0.2
 """Share of a thinned photo's patches that go at random."""
-CURRICULUM = (Stage(GRID, 0.0, 16, keep=160), Stage(GRID, 0.4, 8, keep=288), Stage(GRID, 0.7, 4))
-WEIGHTS = {"anchor": 20.0, "projected": 6.0, "state": 6.0, "gathered": 20.0, "contrast": 0.2, "words": 0.5}
+CURRICULUM = (Stage(GRID, 0.0, 24, keep=160), Stage(GRID, 0.6, 12, keep=288), Stage(GRID, 0.8, 6))
+WEIGHTS = {
+    "anchor": 20.0,
+    "projected": 6.0,
+    "state": 6.0,
+    "gathered": 20.0,
+    "heads": 6.0,
+    "contrast": 0.2,
+    "words": 0.5,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class ClsRecipe:
     seed: int = 0
     save_minutes: float = 10.0
     log_every: int = 20
-    validation: int = 32
+    validation: int = 16
     curriculum: tuple[Stage, ...] = CURRICULUM
 
 
@@ -124,24 +138,49 @@ def drop_patches(batch: Batch, share: float, generator: torch.Generator) -> Batc
     keep = round((1 - share) * patches)
     kept = torch.rand(count, patches, generator=generator).argsort(1)[:, :keep].sort(1).values  # (B, k)
     pixels = batch.patches.gather(1, kept[..., None].expand(-1, -1, batch.patches.shape[-1]))
-    return replace(batch, patches=pixels, positions=batch.positions.gather(1, kept))
+    labels = {key: values.gather(1, kept) for key, values in batch.labels.items()}
+    return replace(batch, patches=pixels, positions=batch.positions.gather(1, kept), labels=labels)
+
+
+def shown_by_patch(labels: dict[str, Tensor]) -> Tensor:
+    """(B, P, SHOWN) what each patch's object shows; nothing for background and undecided patches."""
+    names, texts, colours = len(GLYPHS), len(SIGN_TEXTS), len(COLOURS)
+    known = labels["object"] > 0
+    places = [
+        (known & (labels["object"] <= names), labels["object"] - 1),
+        (known & (labels["text"] > 0), names + labels["text"] - 1),
+        (known & (labels["colour"] > 0), names + texts + (labels["backing"] - 1) * colours + labels["colour"] - 1),
+    ]
+    found = torch.zeros(*known.shape, len(SHOWN) + 1, dtype=torch.bool, device=known.device)
+    for there, place in places:
+        found.scatter_(2, torch.where(there, place, len(SHOWN))[..., None], True)
+    return found[..., :-1]
 
 
 @contextmanager
-def cls_states(clip: CLIPModel) -> Iterator[dict[str, Tensor]]:
-    """Collects the CLS token's state of layer -2 and what `GATHERING`'s attentions bring it, by place: (B, C) each."""
-    layers, found = clip.vision_model.encoder.layers, dict[str, Tensor]()
+def cls_states(clip: CLIPModel) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Collects the CLS token's state of layer -2 and what `GATHERING`'s attentions bring it, by place: (B, C) each.
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[name] = (output if isinstance(output, Tensor) else output[0])[:, 0]
+    Beside it what each patch would bring by itself: (B, P, C), without gradients.
+    """
+    layers, found, values = clip.vision_model.encoder.layers, dict[str, Tensor](), dict[str, Tensor]()
+
+    def state(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        found["state"] = (output if isinstance(output, Tensor) else output[0])[:, 0]
+
+    def gathered(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: object, named: dict[str, Tensor], output: tuple[Tensor, ...]) -> None:
+            found[name] = output[0][:, 0]
+            with torch.no_grad():
+                values[name] = module.out_proj(module.v_proj(named["hidden_states"][:, 1:]))
 
         return hook
 
-    handles = [layers[-2].register_forward_hook(keep("state"))]
-    handles += [layers[i].self_attn.register_forward_hook(keep(f"gathered{i}")) for i in gathering(len(layers))]
+    handles = [layers[-2].register_forward_hook(state)]
+    for i in gathering(len(layers)):
+        handles.append(layers[i].self_attn.register_forward_hook(gathered(f"gathered{i}"), with_kwargs=True))
     try:
-        yield found
+        yield found, values
     finally:
         for handle in handles:
             handle.remove()
@@ -171,15 +210,18 @@ class ClsTrainer:
         self.clip: CLIPModel = CLIPModel.from_pretrained(start, dtype=torch.float32).to(device)
         self.clip.requires_grad_(False)
         self.before = copy.deepcopy(self.clip).eval()
-        for module in (self.clip.vision_model, self.clip.visual_projection):
-            module.requires_grad_(True)
         sizes = self.clip.config.vision_config
+        self.frozen = min(FROZEN, sizes.num_hidden_layers - 2)
+        tower = self.clip.vision_model
+        for module in (*tower.encoder.layers[self.frozen :], tower.post_layernorm, self.clip.visual_projection):
+            module.requires_grad_(True)
         widths = {f"gathered{i}": sizes.hidden_size for i in gathering(sizes.num_hidden_layers)}
         torch.manual_seed(recipe.seed)
         self.heads = PresenceHeads({"projected": sizes.projection_dim, "state": sizes.hidden_size, **widths}).to(device)
         parts = [split_parameters(module) for module in (self.clip, self.heads)]
         matrices, others = ([p for part in parts for p in part[i]] for i in range(2))
         self.optimisers = Optimisers(matrices, others, muon_lr=recipe.muon_lr, adam_lr=recipe.adam_lr)
+        self.generator = torch.Generator()
         self.step, self.photos, spent = 0, 0, 0.0
         if resume:
             state = load_checkpoint(out / "cls.pt")
@@ -207,32 +249,49 @@ class ClsTrainer:
     def batch(self, stage: Stage) -> Batch:
         """The batch of the present step; no photo is seen twice."""
         first = FIRST_PHOTO + 10_000_000 * self.recipe.seed + self.photos
+        self.generator.manual_seed(first)
         photos = [take_photo("train", first + i) for i in range(stage.batch)]
         batch = make_batch(photos, stage.window, self.tokenizer, self.table, keep=stage.keep)
         if stage.keep is not None:
-            batch = drop_patches(batch, DROPPED, torch.Generator().manual_seed(first))
+            batch = drop_patches(batch, DROPPED, self.generator)
         return batch.to(self.device)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The terms of the training loss, unweighted; see WEIGHTS."""
+        count = len(batch.scenes)
         with torch.no_grad():
-            anchor, _ = encode_windows(self.before, batch.patches, batch.positions)
-            tokens, _ = encode_texts(self.clip, batch.input_ids, batch.attention_mask)
-        with cls_states(self.clip) as found:
-            states, image = encode_windows(self.clip, batch.patches, batch.positions)
-        truth = torch.stack([shown(scene) for scene in batch.scenes]).float().to(self.device)
-        scaled = image * image.shape[-1] ** 0.5
-        logits = self.heads({"projected": scaled, **found})
-        presence = {k: F.binary_cross_entropy_with_logits(v.float(), truth) for k, v in logits.items()}
-        gathered = [value for key, value in presence.items() if key.startswith("gathered")]
+            entering = encode_to(self.clip, batch.patches, batch.positions, self.frozen)
+            anchor, _ = encode_from(self.before, entering, self.frozen)
+            tokens, _ = encode_texts(self.clip, batch.input_ids[count:], batch.attention_mask[count:])  # questions
+        with cls_states(self.clip) as (found, values):
+            states, image = encode_from(self.clip, entering, self.frozen)
+        truth = torch.stack([shown(scene) for scene in batch.scenes]).to(self.device)
+        presence = self.presence({"projected": image * image.shape[-1] ** 0.5, **found}, truth)
+        weights, mixed = self.mixtures(batch)
+        heads = self.presence({k: (weights @ v).flatten(0, 1) for k, v in values.items()}, mixed.flatten(0, 1))
         return {
             "anchor": relative_error(states, anchor),
-            "projected": presence["projected"],
-            "state": presence["state"],
-            "gathered": torch.stack(gathered).mean(),
+            "projected": presence.pop("projected"),
+            "state": presence.pop("state"),
+            "gathered": torch.stack(list(presence.values())).mean(),
+            "heads": torch.stack(list(heads.values())).mean(),
             "contrast": self.contrast(image, batch),
-            "words": word_loss(image, tokens, batch),
+            "words": word_loss(image, tokens, replace(batch, keywords=batch.keywords[count:])),
         }
+
+    def presence(self, states: dict[str, Tensor], truth: Tensor) -> dict[str, Tensor]:
+        """Binary cross-entropy of what is shown (n, SHOWN), read off states (n, C) by place."""
+        logits = self.heads(states)
+        return {k: F.binary_cross_entropy_with_logits(v.float(), truth.float()) for k, v in logits.items()}
+
+    def mixtures(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weights (B, MIXTURES, P) of means over a few random patches, and what these show (B, MIXTURES, SHOWN)."""
+        known = (batch.labels["object"] != IGNORE).float()[:, None]  # (B, 1, P)
+        size = torch.randint(4, 33, (len(known), MIXTURES, 1), generator=self.generator).to(self.device)
+        noise = torch.rand(len(known), MIXTURES, known.shape[-1], generator=self.generator).to(self.device)
+        chosen = ((noise + 1 - known).argsort(-1).argsort(-1) < size).float() * known
+        visible = chosen @ shown_by_patch(batch.labels).float() > 0
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=1), visible
 
     def contrast(self, image: Tensor, batch: Batch) -> Tensor:
         """Each image's own caption against its false ones and other images', unless those are true of it too."""

@@ -121,6 +121,11 @@ def encode_windows(clip: CLIPModel, patches: Tensor, positions: Tensor) -> tuple
 
     The same computation as the stock tower's, but for any subset of the 576 patches, at their true positions.
     """
+    return encode_from(clip, encode_to(clip, patches, positions, 0), 0)
+
+
+def encode_to(clip: CLIPModel, patches: Tensor, positions: Tensor, layer: int) -> Tensor:
+    """The states (B, 1 + P, C) of CLS and the patches that enter a layer."""
     tower = clip.vision_model
     embed = tower.embeddings
     kernel = embed.patch_embedding.weight.flatten(1)  # (C, 588)
@@ -128,9 +133,17 @@ def encode_windows(clip: CLIPModel, patches: Tensor, positions: Tensor) -> tuple
     x = F.linear(patches, kernel) + table[positions + 1]  # (B, P, C)
     cls = (embed.class_embedding + table[0]).to(x.dtype).expand(x.shape[0], 1, -1)
     x = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
+    for one in tower.encoder.layers[:layer]:
+        x = one(x, None)
+    return x
+
+
+def encode_from(clip: CLIPModel, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """What `encode_windows` gives, from the states that enter a layer."""
+    tower = clip.vision_model
     before = x
-    for layer in tower.encoder.layers:
-        before, x = x, layer(x, None)
+    for one in tower.encoder.layers[layer:]:
+        before, x = x, one(x, None)
     image = clip.visual_projection(tower.post_layernorm(x[:, 0]))
     return before[:, 1:], F.normalize(image.float(), dim=-1)
 
