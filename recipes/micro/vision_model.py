@@ -132,10 +132,10 @@ def encode_to(clip: CLIPModel, patches: Tensor, positions: Tensor, layer: int) -
     table = embed.position_embedding.weight
     x = F.linear(patches, kernel) + table[positions + 1]  # (B, P, C)
     cls = (embed.class_embedding + table[0]).to(x.dtype).expand(x.shape[0], 1, -1)
-    x = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
+    states: Tensor = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
     for one in tower.encoder.layers[:layer]:
-        x = one(x, None)
-    return x
+        states = one(states, None)
+    return states
 
 
 def encode_from(clip: CLIPModel, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
