@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.blocks import rewrite, table
 from ivtp import list_hosts, list_methods
 from ivtp.config import PruneConfig
+from ivtp.evaluation.units import crowd_name
 from ivtp.hosts.base import Host
 from ivtp.registry import host_class, method_class
 from ivtp.towers.base import TextTower, Tower, VisionTower
@@ -29,7 +30,6 @@ CHANGED = ("dart", "hiprune", "prumerge", "prumerge+", "sparsevlm")
 """Methods that choose otherwise since `COMPARED` was measured; to be emptied when it is measured anew."""
 IN_README = ("none", "ivtp", "topk", "random", "tome", "divprune", "pyramiddrop")
 """The full model, IVTP, the two baselines, and its strongest rivals that are not in `CHANGED`."""
-
 Row = dict[str, Any]
 
 
@@ -76,31 +76,53 @@ def methods() -> str:
 
 
 def results() -> str:
-    """The comparison's main rows at 16 and 64 tokens."""
-    header = ("method", "16 tokens", "64 tokens", "GFLOPs, 16", "GFLOPs, 64", "ms, 16", "ms, 64")
-    return table(header, overview(IN_README, (16, 64)))
+    """The comparison's main rows at 16 and 64 tokens, simple and crowded photos apart."""
+    return overview(IN_README, (16, 64), apart())
 
 
 def compared() -> str:
-    """All rows of the comparison, best mean accuracy first."""
-    keeps = (16, 64, 128)
+    """All rows of the comparison, best mean accuracy first; then the same for simple and crowded photos."""
+    keeps = tuple(sorted({row["keep"] for row in measured()} - {576}))
     found = {row["method"] for row in measured()}
     mean = {name: sum(row_of(name, keep)["accuracy"] for keep in keeps) for name in found}
-    header = ("method", *(f"{keep}" for keep in keeps), *(f"{u}, {k}" for u in ("GFLOPs", "ms") for k in keeps))
-    return table(header, overview(sorted(found, key=lambda name: -mean[name]), keeps))
+    names = sorted(found, key=lambda name: -mean[name])
+    made = [overview(names, keeps)]
+    if crowds := apart():
+        header = ("method", *(f"{keep}: {crowd}" for keep in keeps for crowd in crowds))
+        rows = [(label(name), *crowd_cells(name, keeps, crowds)) for name in names]
+        made.append(table(header, rows))
+    return "\n\n".join(made)
 
 
-def overview(names: typing.Iterable[str], keeps: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """Accuracies with their intervals, then GFLOPs, then milliseconds of each method at every count."""
+def overview(names: typing.Iterable[str], keeps: tuple[int, ...], crowds: tuple[str, ...] = ()) -> str:
+    """Each method's accuracies with their intervals, those of some crowds, GFLOPs and milliseconds at every count."""
+    header = ["method", *(f"{keep} tokens" for keep in keeps)]
+    header += [f"{keep}: {crowd}" for keep in keeps for crowd in crowds]
+    header += [f"{unit}, {keep}" for unit in ("GFLOPs", "ms") for keep in keeps]
     made = []
     for name in names:
         rows = [row_of(name, keep) for keep in keeps]
-        label = "all 576 tokens" if name == "none" else f"`{name}`" + " †" * (name in CHANGED)
-        label += " (untrained)" * (name != "none" and method_class(name).info.trainable)
-        cells = [share(row, "accuracy") for row in rows]
+        cells = [share(row, "accuracy") for row in rows] + crowd_cells(name, keeps, crowds)
         cells += [f"{row['GFLOPs']:.1f}" for row in rows] + [f"{row['ms a prefill']:.0f}" for row in rows]
-        made.append((label, *cells))
-    return made
+        made.append((label(name), *cells))
+    return table(tuple(header), made)
+
+
+def crowd_cells(name: str, keeps: tuple[int, ...], crowds: tuple[str, ...]) -> list[str]:
+    """A method's accuracies for photos of so many objects, at every count."""
+    return [share(row_of(name, keep)["by objects"][crowd], "accuracy") for keep in keeps for crowd in crowds]
+
+
+def apart() -> tuple[str, ...]:
+    """Simple and crowded photos; neither where the comparison was measured without telling them apart."""
+    return tuple(crowd for crowd in (crowd_name(0), crowd_name(2)) if all("by objects" in row for row in measured()))
+
+
+def label(name: str) -> str:
+    """A method's name as the tables of results show it."""
+    if name == "none":
+        return "all 576 tokens"
+    return f"`{name}`" + " †" * (name in CHANGED) + " (untrained)" * method_class(name).info.trainable
 
 
 def gates() -> str:

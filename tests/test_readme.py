@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pkgutil
 import re
 import typing
@@ -128,6 +129,26 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
     assert rewrite(page, {"one": "1"})
     assert page.read_text() == "<!-- one:begin -->\n1\n<!-- one:end -->\n"
     assert not rewrite(page, {"one": "1"})
+
+
+def test_tables_show_simple_and_crowded_photos_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def figures(accuracy: float) -> dict[str, float]:
+        return {"accuracy": accuracy, "accuracy low": accuracy - 0.1, "accuracy high": accuracy + 0.1}
+
+    crowds = {"1-3 objects": figures(0.8), "4-7 objects": figures(0.6), "8-12 objects": figures(0.4)}
+    names = [(name, keep) for name in tables.IN_README for keep in ((576,) if name == "none" else (16, 32, 64))]
+    rows = [
+        {"method": name, "keep": keep, **figures(0.7), "by objects": crowds, "GFLOPs": 5.0, "ms a prefill": 50.0}
+        for name, keep in names
+    ]
+    monkeypatch.setattr(tables, "COMPARED", tmp_path / "compared.json")
+    tables.COMPARED.write_text(json.dumps({"tables": [{"rows": rows}]}))
+    header, _, first, *_ = tables.results().splitlines()
+    assert "| 16: 1-3 objects | 16: 8-12 objects | 64: 1-3 objects | 64: 8-12 objects |" in header
+    assert "| 80.0 (70.0–90.0) | 40.0 (30.0–50.0) |" in first
+    both = tables.compared()
+    assert both.count("`ivtp`") == 2
+    assert "32: 8-12 objects" in both
 
 
 def test_the_figure_is_drawn(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ivtp.files.sidecar import MICRO
 from ivtp.generate import check_device
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
 from recipes.micro import recipe
+from recipes.micro.cls import ClsRecipe, ClsTrainer
 from recipes.micro.decoder import DecoderOptions, SymbolicImage, train_decoder
 from recipes.micro.features import FeatureStore, build_store
 from recipes.micro.loop import LoopOptions, is_distributed, load_checkpoint, rank, save_checkpoint
@@ -131,6 +132,26 @@ def vision(
     trainer = Trainer(out / "vision", options, torch.device(device), resume=resume, further=further, start=weights)
     for key, value in trainer.run(console).items():
         console.print(f"{key:24s} {value:.4f}")
+
+
+@app.command()
+def cls(
+    out: Out = RUNS,
+    asset: Asset = ASSET,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    resume: Resume = False,
+    muon_lr: MuonRate = 3e-3,
+    adam_lr: AdamRate = 1e-3,
+    seed: Seed = 0,
+    threads: Threads = 1,
+    device: Device = DEVICE,
+) -> None:
+    """Fine-tuning of an exported CLIP so that its CLS token knows every object; the patches' features stay."""
+    with _stage("cls", out, threads, seed, device) as report:
+        options = ClsRecipe(steps=steps, minutes=minutes, muon_lr=muon_lr, adam_lr=adam_lr, seed=seed)
+        scores = ClsTrainer(out, asset / "clip", options, torch.device(device), resume=resume).run(report)
+    console.print(scores)
 
 
 @app.command()

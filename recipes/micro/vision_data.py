@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,10 +53,11 @@ class Batch:
     input_ids: Tensor  # (T, L)
     attention_mask: Tensor  # (T, L)
     keywords: Tensor  # (T, L) index into KEYWORDS, -1 for a word that names nothing, -2 for special tokens
+    scenes: tuple[Scene, ...]  # the objects that each window shows
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, labels={k: v.to(device) for k, v in self.labels.items()}, **moved)
 
 
@@ -102,6 +104,7 @@ def make_batch(
         input_ids=ids,
         attention_mask=encoded["attention_mask"],
         keywords=keywords,
+        scenes=tuple(view.scene for view in views),
     )
 
 

@@ -122,16 +122,29 @@ def encode_windows(clip: CLIPModel, patches: Tensor, positions: Tensor) -> tuple
 
     The same computation as the stock tower's, but for any subset of the 576 patches, at their true positions.
     """
+    return encode_from(clip, encode_to(clip, patches, positions, 0), 0)
+
+
+def encode_to(clip: CLIPModel, patches: Tensor, positions: Tensor, layer: int) -> Tensor:
+    """The states (B, 1 + P, C) of CLS and the patches that enter a layer."""
     tower = clip.vision_model
     embed = tower.embeddings
     kernel = embed.patch_embedding.weight.flatten(1)  # (C, 588)
     table = embed.position_embedding.weight
     x = F.linear(patches, kernel) + table[positions + 1]  # (B, P, C)
     cls = (embed.class_embedding + table[0]).to(x.dtype).expand(x.shape[0], 1, -1)
-    x = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
+    states: Tensor = tower.pre_layrnorm(torch.cat([cls, x], dim=1))
+    for one in tower.encoder.layers[:layer]:
+        states = one(states, None)
+    return states
+
+
+def encode_from(clip: CLIPModel, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """What `encode_windows` gives, from the states that enter a layer."""
+    tower = clip.vision_model
     before = x
-    for layer in tower.encoder.layers:
-        before, x = x, layer(x, None)
+    for one in tower.encoder.layers[layer:]:
+        before, x = x, one(x, None)
     image = clip.visual_projection(tower.post_layernorm(x[:, 0]))
     return before[:, 1:], F.normalize(image.float(), dim=-1)
 
@@ -159,7 +172,7 @@ def losses(clip: CLIPModel, heads: Heads, batch: Batch) -> dict[str, Tensor]:
     terms["box"] = F.smooth_l1_loss(box.float()[inside], batch.box[inside], beta=0.02) * 10
     tokens, texts = encode_texts(clip, batch.input_ids, batch.attention_mask)
     terms["contrast"] = _contrast(clip, image, texts[: len(image)], batch)
-    terms["words"] = _words(image, tokens, batch)
+    terms["words"] = word_loss(image, tokens, batch)
     return terms
 
 
@@ -197,7 +210,7 @@ def mention(keywords: Tensor, count: int) -> Tensor:
     return table[:, :count]
 
 
-def _words(image: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
+def word_loss(image: Tensor, tokens: Tensor, batch: Batch) -> Tensor:
     """Every word against every image: above WORD_THRESHOLD if it names something there, below it if not.
 
     This trains the text outputs before the end token, whose cosines are the relevances of Eq. 5.

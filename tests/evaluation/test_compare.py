@@ -69,8 +69,16 @@ def test_the_command_compares_and_writes_files(brief: Path, tmp_path: Path) -> N
     assert [(row["method"], row["keep"]) for row in rows] == [("none", 576), ("topk", 16)]
     assert rows[1]["GFLOPs"] < rows[0]["GFLOPs"]
     assert all(len(row["by format"]) == 12 and row["ms a prefill"] > 0 for row in rows)
+    answers = {len(row["scores"].split()) for row in rows}  # in the same order, so that methods can be paired
+    assert answers == {json.loads(target.read_text())["about"]["questions"]}
     assert page.read_text().count("###") == 2  # all keeps side by side, and the one keep
     assert page.read_text().count("original positions, float32") == 2
+    for row in rows:
+        assert list(row["by objects"]) == ["1-3 objects", "4-7 objects", "8-12 objects"]
+        assert sum(crowd["questions"] for crowd in row["by objects"].values()) == row["questions"]
+        assert all(f["accuracy low"] <= f["accuracy"] <= f["accuracy high"] for f in row["by objects"].values())
+    (header,) = [line for line in page.read_text().splitlines() if line.startswith("| method | questions")]
+    assert header.startswith("| method | questions | accuracy | 1-3 objects | 4-7 objects | 8-12 objects |")
 
 
 def test_what_is_finished_is_not_measured_again(brief: Path, tmp_path: Path, here: list[compare.Run]) -> None:
@@ -80,12 +88,30 @@ def test_what_is_finished_is_not_measured_again(brief: Path, tmp_path: Path, her
     assert first.exit_code == 0, first.output
     assert here == [("none", 576), ("topk", 16)]
     here.clear()
+    document = json.loads(target.read_text())
+    document["about"]["machine"] = "another one"
+    target.write_text(json.dumps(document))
     again = invoke([*asked, "--method", "fastv", "--resume"])
     assert again.exit_code == 0, again.output
     assert here == [("fastv", 16)]
     assert [row["method"] for row in rows_of(target)] == ["none", "topk", "fastv"]
     for other in (["--positions", "compact"], ["--dtype", "bfloat16"]):
         assert isinstance(invoke([*asked, *other, "--resume"]).exception, ConfigError)
+
+
+def test_rows_of_photos_that_were_drawn_otherwise_are_not_taken_up(
+    brief: Path,
+    tmp_path: Path,
+    here: list[compare.Run],
+) -> None:
+    target = tmp_path / "methods.json"
+    asked = command(brief, target, "--method", "topk")
+    assert invoke(asked).exit_code == 0
+    document = json.loads(target.read_text())
+    del document["about"]["photos"]  # files from before photos were drawn by their number of objects
+    target.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="give another --output"):
+        raise invoke([*asked, "--resume"]).exception
 
 
 def test_a_killed_comparison_leaves_no_process_behind(folder: Path) -> None:  # noqa: F811

@@ -1,10 +1,11 @@
 """Every method on the same test questions: `ivtp compare`.
 
-The questions are those of the twelve formats, in equal numbers; accuracy is the mean of the formats' own figures, from
-stock ``generate`` in left-padded batches. GFLOPs and milliseconds are of prefills at batch 1, one question of each
-format, all methods interleaved; the clock also sees what ``generate`` does around a prefill. Methods are shared out
-among processes (small models make poor use of more than one thread); finished ones are saved as they come, and
-``--resume`` goes on behind them.
+The questions are those of the twelve formats, in equal numbers, about as many simple photos as middling and crowded
+ones; accuracy is the mean of the formats' own figures, over all photos and over those of so many objects, from stock
+``generate`` in left-padded batches. GFLOPs and milliseconds are of prefills at batch 1, one question of each format,
+all methods interleaved; the clock also sees what ``generate`` does around a prefill. Methods are shared out among
+processes (small models make poor use of more than one thread); finished ones are saved as they come, and ``--resume``
+goes on behind them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ivtp.cost.flops import flops, prompt_tokens
 from ivtp.cost.sizes import sizes
 from ivtp.errors import ConfigError, short_reason
 from ivtp.evaluation.scoring import Dtype, Table, write_json
-from ivtp.evaluation.units import Unit, by_format, collect
+from ivtp.evaluation.units import CROWDS, Unit, by_crowd, by_format, collect, crowd_name
 from ivtp.files.machine import processor_name
 from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
@@ -57,7 +58,7 @@ class Bench:
         self.processor: Any
         self.model, self.processor = load(model, dtype=dtype)
         each = -(-questions // len(list_formats()))
-        self.units = sorted((u for group in collect(split, each) for u in group), key=lambda u: u.form.title)
+        self.units = sorted((u for group in collect(split, each, even=True) for u in group), key=lambda u: u.form.title)
         self.examples = [example for unit in self.units for example in unit.examples]
         self._batch = batch
 
@@ -95,9 +96,10 @@ class Bench:
 
 
 def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
-    """Accuracy of one method, by format too, and the tokens that it keeps."""
+    """Accuracy of one method, by format and objects too, every answer's score, and the tokens that it keeps."""
     pruner = bench.attach(method, keep, positions)
-    figures = by_format(bench.score(pruner), "accuracy")
+    scored = bench.score(pruner)
+    figures = by_format(scored, "accuracy")
     entering, leaving = (float(world.GRID**2),) * 2
     if pruner is not None:
         entering, leaving = pruner.method.plan.tokens_per_layer(pruner.host.size).equivalent
@@ -107,7 +109,9 @@ def measure(bench: Bench, method: str, keep: int, positions: str) -> Row:
         **figures["mean"],
         "equivalent tokens, before cuts": entering,
         "behind cuts": leaving,
+        "by objects": by_crowd(scored, "accuracy"),
         "by format": {title: row["accuracy"] for title, row in figures.items() if title != "mean"},
+        "scores": " ".join(f"{score:g}" for _, scores in scored for score in scores),
     }
 
 
@@ -194,12 +198,18 @@ def tables(rows: list[Row], asked: str) -> list[Table]:
     ]
     for keep in keeps:
         mine = sorted((r for r in rows if r["keep"] == keep), key=lambda r: -r["accuracy"])
-        shown = [
-            {k: v for k, v in row.items() if k not in ("keep", "by format")} | {"method": _label(row["method"])}
-            for row in full + mine
-        ]
+        shown = [{"method": _label(row["method"])} | _flat(row) for row in full + mine]
         made.append(Table(f"{keep} of {world.GRID**2} tokens, {asked}", shown))
     return made
+
+
+def _flat(row: Row) -> Row:
+    """A row's columns: the accuracies by the number of objects stand beside the mean, the formats' are left out."""
+    columns = {k: v for k, v in row.items() if k not in ("method", "keep", "by objects", "by format", "scores")}
+    head = {k: columns.pop(k) for k in ("questions", "accuracy", "accuracy low", "accuracy high")}
+    for crowd, figures in row["by objects"].items():
+        head |= {f"{crowd}{end}": figures[f"accuracy{end}"] for end in ("", " low", " high")}
+    return head | columns
 
 
 def _overview(rows: list[Row], keeps: list[int]) -> list[Row]:
@@ -256,6 +266,7 @@ def compare(
     count = len(bench.examples)
     about = {"model": model, "questions": count, "positions": positions, "dtype": str(bench.model.dtype)}
     about |= {"torch": torch.__version__, "transformers": transformers.__version__, "weights": _digest(bench.model)}
+    about["photos"] = "as many of each: " + ", ".join(map(crowd_name, range(len(CROWDS))))
     about["machine"] = f"{processor_name()}, {threads} CPU threads"
     rows = _finished(output, about) if resume and output else []
     done = [(row["method"], row["keep"]) for row in rows]
@@ -293,6 +304,6 @@ def _finished(file: Path, about: dict[str, Any]) -> list[Row]:
         measured, rows = found["about"], list(found["tables"][0]["rows"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"--resume: {file} holds no comparison ({short_reason(error)})") from None
-    if measured != about:
+    if {**measured, "machine": about["machine"]} != about:  # milliseconds are measured at the end, all anew
         raise ConfigError(f"{file} was measured with {measured}; give another --output, or no --resume")
     return rows

@@ -12,6 +12,10 @@ from ivtp.errors import ConfigError
 from ivtp.evaluation.scoring import RESAMPLES, interval
 from ivtp.micro.formats import format_class, list_formats
 from ivtp.micro.formats.base import Example, Format
+from ivtp.micro.world.photo import Photo
+
+CROWDS = ((1, 3), (4, 7), (8, 12))
+"""Photos by their number of objects: simple, middling and crowded ones."""
 
 
 @dataclass(frozen=True)
@@ -22,27 +26,50 @@ class Unit:
     examples: tuple[Example, ...]
 
 
-def collect(split: str, questions: int, seed: int = 0) -> list[list[Unit]]:
+def crowd_of(photo: Photo) -> int:
+    """Index of the photo's number of objects among CROWDS."""
+    return sum(len(photo.scene.objects) > last for _, last in CROWDS[:-1])
+
+
+def crowd_name(crowd: int) -> str:
+    """How tables call one of CROWDS: ``8-12 objects``."""
+    return "{}-{} objects".format(*CROWDS[crowd])
+
+
+def collect(split: str, questions: int, seed: int = 0, *, even: bool = False) -> list[list[Unit]]:
     """``questions`` units of every format, grouped by the photo that they are about; VizWiz has its own, bad ones.
 
-    Raises `ConfigError` where a format finds too few clear questions.
+    ``even`` takes equally many of each of CROWDS for every format, except where a format hardly asks about such photos
+    (LLaVA-Bench's captions of many objects); then others take their place. Raises `ConfigError` where a format finds
+    too few clear questions.
     """
-    missing = dict.fromkeys(list_formats(), questions)
+    names = list_formats()
+    missing = dict.fromkeys(names, questions)
+    room = {(name, crowd): _part(questions, place + crowd) for place, name in enumerate(names) for crowd in range(3)}
     groups: list[list[Unit]] = []
-    for index in range(seed * 1_000_000, seed * 1_000_000 + 50 * questions):
+    first = seed * 1_000_000
+    for index in range(first, first + 50 * questions):
+        even = even and index - first < 12 * questions  # long enough to find what a format does ask about
         rng = random.Random(f"gate/{split}/{index}")
         by_photo: dict[Any, list[Unit]] = {}
         for name in [name for name, count in missing.items() if count]:
             form: Format = format_class(name)()
             photo = form.photo(split, index)
-            examples = _asked(form, photo, rng)
+            place = name, crowd_of(photo)
+            examples = _asked(form, photo, rng) if room[place] > 0 or not even else []
             if examples:
                 by_photo.setdefault(photo, []).append(Unit(form, tuple(examples)))
                 missing[name] -= 1
+                room[place] -= 1
         groups += list(by_photo.values())
         if not any(missing.values()):
             return groups
     raise ConfigError(f"split {split!r} offers too few clear questions for {[n for n, c in missing.items() if c]}")
+
+
+def _part(total: int, turn: int) -> int:
+    """One of three parts of a total; the turns of three formats in a row share out what is left over."""
+    return total // len(CROWDS) + (turn % len(CROWDS) < total % len(CROWDS))
 
 
 def _asked(form: Format, photo: Any, rng: random.Random) -> list[Example]:
@@ -71,6 +98,14 @@ def by_format(scored: list[tuple[Unit, list[float]]], label: str) -> dict[str, d
         label, statistics.fmean(row[label] for row in rows.values()), means
     )
     return rows
+
+
+def by_crowd(scored: list[tuple[Unit, list[float]]], label: str) -> dict[str, dict[str, Any]]:
+    """The mean of the formats' figures over photos of each of CROWDS that were asked about: crowd -> columns."""
+    crowds: dict[int, list[tuple[Unit, list[float]]]] = {}
+    for unit, scores in scored:
+        crowds.setdefault(crowd_of(unit.examples[0].photo), []).append((unit, scores))
+    return {crowd_name(crowd): by_format(mine, label)["mean"] for crowd, mine in sorted(crowds.items())}
 
 
 def _total(scored: Sequence[tuple[Unit, list[float]]]) -> float:
