@@ -137,7 +137,7 @@ CHOICES = (
     DEFAULT,
     *LESS,
     Variant("importance ** 0.5 in the encoder", Weighed),
-    *(Variant(f"{more} more between the stages", between=partial(operator.add, more)) for more in (16, 48, 64)),
+    *(Variant(f"{more} more between the stages", between=partial(operator.add, more)) for more in (16, 24, 64, 80)),
     *(Variant(f"guide={guide}", options={"guide": guide}) for guide in ("text", "weighted")),
 )
 

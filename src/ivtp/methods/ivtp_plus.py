@@ -24,7 +24,7 @@ class IvtpPlus(GroupWise):
     section 3), but once a group, in raster order and without a bias on attention. CLS does not choose: it looks at a
     few of many objects. Decoder: a token's importance in the rollout from the pseudo CLS token (IVTP, Eq. 2-7), times
     1 - its cosine with the most similar more important one, of the keys of the group's last layer; the highest stay.
-    `keep` and 1/18 of all patches leave the encoder at one ratio, and the decoder's groups reduce them to `keep`.
+    More than `keep` by 1/18 of all patches, and at least 1/9 of them, leave the encoder; one ratio in each stage.
     """
 
     info = MethodInfo(
@@ -79,8 +79,8 @@ class IvtpPlus(GroupWise):
 
 
 def between(patches: int, keep: int) -> int:
-    """Tokens of an image that leave the encoder where `keep` remain at the end: more by 1/18 of all, 32 of 576."""
-    return min(patches, keep + patches // 18)
+    """Tokens of an image that leave the encoder where `keep` remain at the end; of 576 patches 96 for 64, 64 for 16."""
+    return min(patches, max(keep + patches // 18, patches // 9))
 
 
 def rounds(tokens: int, keep: int) -> list[int]:
