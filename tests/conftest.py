@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 from packages import Packages
+from PIL import ImageFile
 from tiny import Tiny
 
 from ivtp.hosts.llava import HOST
@@ -26,6 +27,12 @@ settings.load_profile("ivtp")
 def one_thread() -> None:
     """Two threads on a busy core wait for each other, and a command that a test runs may leave more behind."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def strict_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval, once imported, lets Pillow read truncated files in the whole process."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture(scope="session")

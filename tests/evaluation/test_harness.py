@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="`make eval-env` installs it")
 
+from hub_files import ROWS, write
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
 
 import ivtp
-from benchmarks import ROWS, write
 from ivtp.cli.app import app
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation import lmms, run
