@@ -219,18 +219,9 @@ def cover_question_and_image(
 
 
 def preservation_set(
-    similarity: Matrix,
-    relevance: Vector,
-    count: int,
-    diversity: float,
-    coverage: float,
-    normalise: str,
-    gaps: Gaps = None,
+    similarity: Matrix, relevance: Vector, count: int, diversity: float, coverage: float, gaps: Gaps = None
 ) -> list[int]:
-    """TOPS, Algorithm 1: the most relevant token, then the best sum of three criteria, each over its mean.
-
-    Or each from 0 to 1, by its range.
-    """
+    """TOPS, Algorithm 1: the most relevant token, then the best sum of three criteria, each over its mean."""
     length = len(similarity)
     chosen = [argmax(relevance, gaps)]
     while len(chosen) < count:
@@ -242,12 +233,9 @@ def preservation_set(
         criteria = ((1.0, [relevance[i] for i in free]), (diversity, unlike), (coverage, reach))
         values = [0.0] * len(free)
         for weight, of_free in criteria:
-            low = min(of_free) if normalise == "range" else 0.0
-            unit = max(of_free) - low if normalise == "range" else math.fsum(of_free) / len(of_free)
-            if normalise == "range":
-                _settle(of_free, max(of_free), low, gaps)
+            average = math.fsum(of_free) / len(of_free)
             for place, value in enumerate(of_free):
-                values[place] += weight * (value - low) / unit if unit > 0 else 0.0
+                values[place] += weight * value / average if average > 0 else 0.0
         chosen.append(free[argmax(values, gaps)])
     return chosen
 

@@ -891,14 +891,14 @@ def test_preservation_set(
     seed: int, batch: int, length: int, diversity: float, reach: float, data: st.DataObject
 ) -> None:
     features, relevance = normal(seed, batch, length, 6), normal(seed + 1, batch, length).softmax(1)
-    count, normalise = data.draw(st.integers(1, length)), data.draw(st.sampled_from(["mean", "range"]))
+    count = data.draw(st.integers(1, length))
     gaps: list[float] = []
     expected = [
-        naive.preservation_set(naive.cosines(f), r, count, diversity, reach, normalise, gaps)
+        naive.preservation_set(naive.cosines(f), r, count, diversity, reach, gaps)
         for f, r in zip(plain(features), plain(relevance), strict=True)
     ]
     assume(clear(gaps))
-    assert preservation_set(cosine(features), relevance, count, diversity, reach, normalise).tolist() == expected
+    assert preservation_set(cosine(features), relevance, count, diversity, reach).tolist() == expected
 
 
 def test_relevance_alone_is_a_ranking() -> None:
@@ -906,10 +906,9 @@ def test_relevance_alone_is_a_ranking() -> None:
     assert preservation_set(cosine(features), relevance, 9, 0.0, 0.0).tolist() == highest(relevance, 9).tolist()
 
 
-@pytest.mark.parametrize("normalise", ["mean", "range"])
-def test_preservation_set_of_equal_tokens_takes_each_once(normalise: Any) -> None:
+def test_preservation_set_of_equal_tokens_takes_each_once() -> None:
     """Neither diversity nor coverage has anything to say then."""
-    chosen = preservation_set(torch.ones(2, 7, 7), normal(0, 2, 7).softmax(1), 7, 0.5, 0.5, normalise)
+    chosen = preservation_set(torch.ones(2, 7, 7), normal(0, 2, 7).softmax(1), 7, 0.5, 0.5)
     assert chosen.sort(dim=1).values.tolist() == [list(range(7))] * 2
 
 

@@ -324,7 +324,6 @@ def test_bad_option_values_are_refused(model: torch.nn.Module, method: str, opti
     [
         ("tops", "diversity", -1),
         ("tops", "coverage", float("nan")),
-        ("tops", "normalise", "maximum"),
         ("mmtok", "alpha", -0.5),
         ("mmtok", "text_temperature", 0),
         ("mmtok", "vision_temperature", -0.2),
@@ -336,9 +335,9 @@ def test_bad_option_values_are_refused(model: torch.nn.Module, method: str, opti
         ("holov", "tau", -1),
     ],
 )
-def test_option_values_out_of_range_are_refused(method: str, option: str, value: object) -> None:
+def test_option_values_out_of_range_are_refused(method: str, option: str, value: float) -> None:
     """Before there is a model."""
-    with pytest.raises(ConfigError, match=rf"{option}=.*use (a|one)") as caught:
+    with pytest.raises(ConfigError, match=rf"{option}=.*use a") as caught:
         method_class(method).options_of(PruneConfig.of(method=method, **{option: value}))
     assert "\n" not in str(caught.value)
 

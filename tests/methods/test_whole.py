@@ -319,14 +319,13 @@ def test_cdpruner(tiny: Tiny, stock: Model, model: Model, question: int, keep: i
     check_kept(run, naive.greedy_schur(kernel, keep))
 
 
-@pytest.mark.parametrize("options", [{}, {"diversity": 2.0, "coverage": 0.0}, {"normalise": "range"}])
+@pytest.mark.parametrize("options", [{}, {"diversity": 2.0, "coverage": 0.0}])
 @pytest.mark.parametrize("keep", [1, 9, 20])
-def test_tops(tiny: Tiny, stock: Model, model: Model, keep: int, options: dict[str, Any]) -> None:
+def test_tops(tiny: Tiny, stock: Model, model: Model, keep: int, options: dict[str, float]) -> None:
     hidden, layers, _ = whole(stock, pixels_of(tiny))
     similarity = naive.cosines(plain(project(stock, hidden[1:])))
     weights = options.get("diversity", 0.5), options.get("coverage", 0.5)
-    how = options.get("normalise", "mean")
-    expected = naive.preservation_set(similarity, layers[-1].cls, keep, *weights, how)
+    expected = naive.preservation_set(similarity, layers[-1].cls, keep, *weights)
     check_kept(prune(tiny, model, [tiny.sample()], method="tops", keep=keep, **options), expected)
 
 

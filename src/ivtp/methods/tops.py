@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,22 +11,17 @@ from ivtp.core.diversity import cosine
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import ranks
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, check_choice
-
-Normalise = Literal["mean", "range"]
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
 
 @dataclass(frozen=True)
 class Options:
-    """`diversity` and `coverage`: their weights beside relevance (the paper's alpha_1 and lambda_1); `normalise`: each
-    of the three over its mean, as the paper's Algorithm 1 says, or from 0 to 1, as its Eq. 6 does."""
+    """`diversity` and `coverage`: their weights beside relevance (the paper's alpha_1 and lambda_1)."""
 
     diversity: float = 0.5
     coverage: float = 0.5
-    normalise: Normalise = "mean"
 
     def __post_init__(self) -> None:
-        check_choice("normalise", self.normalise, get_args(Normalise))
         for name in ("diversity", "coverage"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is no weight; use a number from 0 up")
@@ -41,8 +35,8 @@ class Tops(Method):
     sum over all tokens outside the set, itself among them, of max(0, their similarity with it - their highest with the
     set). In every step each criterion is divided by its mean over the tokens outside the set. Raster order. The second
     stage, which prunes again in the decoder, is not here. Our reading: similarity is the cosine, CLS attention that of
-    the last layer whose output the projector reads, and criteria are normalised as Algorithm 1 says, by their means;
-    the text to Eq. 6 says min-max, which `normalise="range"` does, and which heeds a peak of relevance less.
+    the last layer whose output the projector reads, and criteria are normalised as Algorithm 1 says, by their means,
+    where the text to Eq. 6 says min-max.
     """
 
     info = MethodInfo(
@@ -68,21 +62,13 @@ class Tops(Method):
         relevance = attention_row(window.taps[-1], reference=0)[:, self.geometry.vision_cls :]
         options = self.options
         chosen = preservation_set(
-            cosine(window.hidden),
-            relevance,
-            window.cut.keep,
-            options.diversity,
-            options.coverage,
-            options.normalise,
+            cosine(window.hidden), relevance, window.cut.keep, options.diversity, options.coverage
         )
         return ranks(chosen, window.hidden.shape[1])
 
 
-def preservation_set(
-    similarity: Tensor, relevance: Tensor, count: int, diversity: float, coverage: float, normalise: Normalise = "mean"
-) -> Tensor:
+def preservation_set(similarity: Tensor, relevance: Tensor, count: int, diversity: float, coverage: float) -> Tensor:
     """TOPS's choice (B, count), in its order, by `similarity` (B, N, N) and `relevance` (B, N) (Algorithm 1)."""
-    scaled = _over_mean if normalise == "mean" else _from_zero_to_one
     rows = torch.arange(similarity.shape[0], device=similarity.device)
     point = relevance.argmax(dim=1)  # (B,)
     chosen, free = [point], torch.ones_like(relevance, dtype=torch.bool)
@@ -91,25 +77,17 @@ def preservation_set(
         free[rows, point] = False
         # of every candidate; nothing is nearer to a token of the set than itself, so that these gain nothing
         reach = (similarity - nearest.unsqueeze(1)).clamp_min(0).sum(dim=2)
-        score = scaled(relevance, free) + diversity * scaled(1 - nearest, free) + coverage * scaled(reach, free)
+        score = _by_mean(relevance, free) + diversity * _by_mean(1 - nearest, free) + coverage * _by_mean(reach, free)
         point = score.masked_fill(~free, float("-inf")).argmax(dim=1)
         chosen.append(point)
         nearest = torch.maximum(nearest, similarity[rows, point])
     return torch.stack(chosen, dim=1)
 
 
-def _over_mean(values: Tensor, free: Tensor) -> Tensor:
+def _by_mean(values: Tensor, free: Tensor) -> Tensor:
     """`values` (B, N) in units of their mean over the `free` (B, N) ones; 0 where that is 0."""
     mean = (values * free).sum(dim=1, keepdim=True) / free.sum(dim=1, keepdim=True)
     return values / torch.where(mean > 0, mean, float("inf"))
-
-
-def _from_zero_to_one(values: Tensor, free: Tensor) -> Tensor:
-    """`values` (B, N) as a share of the range of the `free` (B, N) ones; 0 where that is 0 but for rounding."""
-    low = values.masked_fill(~free, float("inf")).amin(dim=1, keepdim=True)
-    high = values.masked_fill(~free, float("-inf")).amax(dim=1, keepdim=True)
-    noise = 8 * torch.finfo(values.dtype).eps * torch.maximum(low.abs(), high.abs())
-    return (values - low) / torch.where(high - low > noise, high - low, float("inf"))
 
 
 METHOD = Tops
