@@ -235,7 +235,7 @@ def test_words_that_guide_are_named_once_and_ten_at_most() -> None:
         ("ivtp", ["compare", "--markdown", "--resume"]),
         ("gates", ["--questions", "0"]),
         ("gates", ["--threads", "0"]),
-        ("gates", ["--gate", "6"]),
+        ("gates", ["--gate", "8"]),
         ("gates", ["--output", "/nowhere/x.json"]),
         ("gates", ["--output", "x.json", "--markdown", "x.json"]),
         ("evaluate", ["--by-type", "--threads", "0"]),
