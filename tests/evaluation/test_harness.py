@@ -27,8 +27,8 @@ import ivtp
 from ivtp.cli.app import app
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation import lmms, run
+from ivtp.evaluation.benchmarks import PAPER12
 from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel
-from ivtp.evaluation.paper12 import PAPER12
 from ivtp.generate import save
 from ivtp.registry import host_class
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ from ivtp.files.outputs import check_folder
 def evaluate(
     context: typer.Context,
     tasks: Annotated[
-        str, typer.Option(help="paper12, the twelve of the paper, or names of lmms-eval with commas between them.")
+        str, typer.Option(help="paper12, the twelve of the paper; micro12, their like of the micro world; or names.")
     ] = "paper12",
     model: given.Model = "micro",
     method: given.Method = "ivtp",
@@ -46,10 +47,15 @@ def evaluate(
     if importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
     quiet()
-    from ivtp.evaluation import run
-    from ivtp.evaluation.paper12 import PAPER12
+    from ivtp.evaluation import micro12, run
+    from ivtp.evaluation.benchmarks import PAPER12
 
-    named = tuple(column.task for column in PAPER12) if tasks == "paper12" else tuple(tasks.split(","))
+    named, further = tuple(tasks.split(",")), [] if include_path is None else [str(include_path)]
+    if tasks == "paper12":
+        named = tuple(column.task for column in PAPER12)
+    elif tasks == "micro12":
+        named = tuple(column.task for column in micro12.MICRO12)
+        further.append(str(micro12.prepare(report=_report)))
     asked = run.Asked(
         model,
         named,
@@ -61,7 +67,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         clip=clip,
-        include_path=None if include_path is None else str(include_path),
+        include_path=tuple(further),
     )
     for task in run.judged(asked):
         err.print(f"{task} is left out: a language model judges its answers; set OPENAI_API_KEY", markup=False)
@@ -74,6 +80,12 @@ def evaluate(
     if name != "none" and "change" not in row and run.columns(named):
         err.print("for the change against all tokens run the same with --method none first", markup=False)
     out.print(f"\n{file}", markup=False, soft_wrap=True)
+
+
+def _report(names: Sequence[str]) -> Iterator[str]:
+    from rich.progress import track
+
+    yield from track(names, "drawing the micro world's photos", console=err)
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -16,8 +16,9 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 
 from ivtp.errors import ConfigError, InputError
+from ivtp.evaluation.benchmarks import PAPER12, Column
 from ivtp.evaluation.lmms import IvtpModel
-from ivtp.evaluation.paper12 import PAPER12, Column
+from ivtp.evaluation.micro12 import MICRO12
 from ivtp.files.outputs import write_text
 
 Row = dict[str, Any]
@@ -37,7 +38,8 @@ class Asked:
     device: str = "cpu"
     dtype: str = "auto"
     clip: str | None = None
-    include_path: str | None = None
+    include_path: tuple[str, ...] = ()
+    """Folders with further tasks."""
 
     @property
     def name(self) -> str:
@@ -53,8 +55,8 @@ class Asked:
 
 
 def columns(tasks: Sequence[str]) -> tuple[Column, ...]:
-    """Of the tasks those that the paper's table shows, in its order."""
-    return tuple(column for column in PAPER12 if column.task in tasks)
+    """Of the tasks those that the paper's table shows, or its like of the micro world, in its order."""
+    return tuple(column for column in (*PAPER12, *MICRO12) if column.task in tasks)
 
 
 def judged(asked: Asked) -> tuple[str, ...]:
@@ -69,11 +71,11 @@ def evaluate(asked: Asked) -> dict[str, Any] | None:
 
     Raises `ConfigError` for an unknown task, and whatever a model raises: an error is never an answer.
     """
-    manager = TaskManager(include_path=asked.include_path)
+    manager = TaskManager(include_path=list(asked.include_path) or None)
     unknown = [task for task in asked.tasks if not manager.match_tasks([task])]
     if unknown:
         raise ConfigError(
-            f"unknown task {unknown[0]!r}; use paper12 or names that `python -m lmms_eval --tasks list` prints"
+            f"unknown task {unknown[0]!r}; use paper12, micro12 or names that `python -m lmms_eval --tasks list` prints"
         )
     left = [task for task in asked.tasks if task not in judged(asked)]
     if not left:
@@ -102,7 +104,7 @@ def row_of(asked: Asked, found: Mapping[str, Any], full: Row | None = None) -> R
     row["mean"] = statistics.mean(known.values()) if known else None
     if full is not None and known and all(full.get(title) is not None for title in known):
         row["change"] = row["mean"] - statistics.mean(full[title] for title in known)
-    others = [task for task in found["results"] if task not in {column.task for column in PAPER12}]
+    others = [task for task in found["results"] if task not in {column.task for column in (*PAPER12, *MICRO12)}]
     for task in others:  # each figure as lmms-eval has it
         figures_of = found["results"][task].items()
         row |= {f"{task} {key.removesuffix(',none')}": v for key, v in figures_of if _is_figure(key, v)}
