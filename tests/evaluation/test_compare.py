@@ -139,3 +139,16 @@ def _alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_methods_are_paired_with_all_tokens_and_with_ivtp(brief: Path, tmp_path: Path, here: list[compare.Run]) -> None:
+    target, page = tmp_path / "methods.json", tmp_path / "methods.md"
+    methods = ("--method", "ivtp", "--method", "topk", "--markdown", str(page))
+    done = invoke(command(brief, target, *methods))
+    assert done.exit_code == 0, done.output
+    full, ivtp, topk = rows_of(target)
+    assert full["to all tokens"] is full["to ivtp"] is ivtp["to ivtp"] is None
+    for row, name, other in ((ivtp, "to all tokens", full), (topk, "to all tokens", full), (topk, "to ivtp", ivtp)):
+        assert row[name] == pytest.approx(row["accuracy"] - other["accuracy"])
+        assert row[f"{name} low"] <= row[name] <= row[f"{name} high"]
+    assert "| to all tokens | to ivtp |" in page.read_text()

@@ -32,8 +32,8 @@ from ivtp.config import PruneConfig
 from ivtp.cost.flops import flops, prompt_tokens
 from ivtp.cost.sizes import sizes
 from ivtp.errors import ConfigError, short_reason
-from ivtp.evaluation.scoring import Dtype, Table, write_json
-from ivtp.evaluation.units import CROWDS, Unit, by_crowd, by_format, collect, crowd_name
+from ivtp.evaluation.scoring import Dtype, Table, interval, write_json
+from ivtp.evaluation.units import CROWDS, Unit, by_crowd, by_format, collect, crowd_name, gap
 from ivtp.files.machine import processor_name
 from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
@@ -186,6 +186,25 @@ def _flops(bench: Bench, pruner: Pruner | None, inputs: Any) -> float:
     return flops(bench.model, method="none", text_tokens=text).total
 
 
+def add_differences(rows: list[Row], units: list[Unit], report: Report) -> None:
+    """What each method gains or loses to all tokens, and to IVTP at the same count, with paired 95% intervals.
+
+    An interval that holds 0 shows no difference.
+    """
+    found = {(row["method"], row["keep"]): _scored(row, units) for row in rows}
+    for row in report(rows, len(rows), "differences"):
+        for name, other in (("to all tokens", ("none", world.GRID**2)), ("to ivtp", ("ivtp", row["keep"]))):
+            row[name] = None
+            if other in found and other != (row["method"], row["keep"]):
+                row |= interval(name, *gap(found[row["method"], row["keep"]], found[other]))
+
+
+def _scored(row: Row, units: list[Unit]) -> list[tuple[Unit, list[float]]]:
+    """Every unit with the scores of a row."""
+    scores = map(float, row["scores"].split())
+    return [(unit, [next(scores) for _ in unit.examples]) for unit in units]
+
+
 def tables(rows: list[Row], asked: str) -> list[Table]:
     """All keeps side by side, then one table for each; the full model on top, then the best accuracy.
 
@@ -281,6 +300,7 @@ def compare(
     times = time_prefills(bench, runs, positions, report)
     for row in rows:
         row |= times[row["method"], row["keep"]]
+    add_differences(rows, bench.units, report)
     if output is not None:
         write_json(output, [Table("methods", rows)], about)
     asked = f"{count} questions, {positions} positions, {str(bench.model.dtype).removeprefix('torch.')}"
