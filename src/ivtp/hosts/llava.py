@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ivtp.hosts.base import Visual
 from ivtp.hosts.clip_llama import ClipLlamaHost
-from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
 
 _STOCK = {
     "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32},
@@ -60,8 +60,6 @@ class LlavaHost(ClipLlamaHost):
         """36 patches, 7 encoder and 8 decoder layers, grouped-query attention."""
         from transformers import (
             CLIPImageProcessor,
-            CLIPVisionConfig,
-            LlamaConfig,
             LlavaConfig,
             LlavaForConditionalGeneration,
             LlavaProcessor,
@@ -69,27 +67,8 @@ class LlavaHost(ClipLlamaHost):
 
         tokenizer = tiny_tokenizer()
         config = LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=7,
-                num_attention_heads=2,
-                image_size=84,
-                patch_size=14,
-                projection_dim=16,
-            ),
-            text_config=LlamaConfig(
-                hidden_size=48,
-                intermediate_size=96,
-                num_hidden_layers=8,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=4096,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            ),
+            vision_config=tiny_clip(num_hidden_layers=7, image_size=84, patch_size=14),
+            text_config=tiny_llama(tokenizer),
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             image_seq_length=36,
             vision_feature_layer=-2,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.clip_llama import ClipLlamaHost
-from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
 from ivtp.stock import best_tiling
 
 
@@ -48,8 +48,6 @@ class LlavaNextHost(ClipLlamaHost):
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
         """Tiles of 16 patches, up to four of them beside the whole; 5 encoder and 8 decoder layers."""
         from transformers import (
-            CLIPVisionConfig,
-            LlamaConfig,
             LlavaNextConfig,
             LlavaNextForConditionalGeneration,
             LlavaNextProcessor,
@@ -59,27 +57,8 @@ class LlavaNextHost(ClipLlamaHost):
         tokenizer = tiny_tokenizer()
         tiles = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # (height, width)
         config = LlavaNextConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=5,
-                num_attention_heads=2,
-                image_size=32,
-                patch_size=8,
-                projection_dim=16,
-            ),
-            text_config=LlamaConfig(
-                hidden_size=48,
-                intermediate_size=96,
-                num_hidden_layers=8,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=4096,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            ),
+            vision_config=tiny_clip(num_hidden_layers=5, image_size=32, patch_size=8),
+            text_config=tiny_llama(tokenizer),
             image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
             image_grid_pinpoints=tiles,
             vision_feature_layer=-2,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 IMAGE = "<image>"
 PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (("What is left of the dog?", ((50, 40),)),)
@@ -49,6 +49,28 @@ def tiny_tokenizer(image_token: str = IMAGE) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": image_token},
+    )
+
+
+def tiny_clip(**changes: int) -> CLIPVisionConfig:
+    """Of a CLIP tower of width 32, with the sizes that a family asks for."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "projection_dim": 16}
+    return CLIPVisionConfig(**{**sizes, **changes})
+
+
+def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Of a decoder of 8 layers with grouped-query attention."""
+    return LlamaConfig(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
