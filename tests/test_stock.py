@@ -156,6 +156,8 @@ def test_without_keys_and_values_a_cache_layer_cannot_be_shortened() -> None:
 
 def test_without_this_name_an_offloaded_cache_is_taken_for_one_that_can_be_shortened(tiny: Tiny) -> None:
     assert not stock.is_offloading(DynamicCache())
+    if not torch.cuda.is_available() and torch.version.cuda:
+        pytest.skip("a CUDA build of torch makes no stream without a GPU")
     assert stock.is_offloading(DynamicCache(config=tiny.model().config.text_config, offloading=True))
 
 
