@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class Record:
     """What is left behind the last cut."""
     watch: Stopwatch
 
-    @cached_property
+    @functools.cached_property
     def trace(self) -> PruneTrace:
         """The trace that users read; making it waits for the device."""
         return build_trace(self)
@@ -100,6 +100,7 @@ def build_trace(record: Record) -> PruneTrace:
     """Copy everything to the CPU and count a row for each sample."""
     slots = record.prompts.slots
     largest = record.method.sized(max(n for row in slots.patches for n in row))
+    total, each = _flops(record)
     return PruneTrace(
         num_patches=largest.geometry.num_patches,
         images=slots.images,
@@ -109,8 +110,8 @@ def build_trace(record: Record) -> PruneTrace:
         words=[guide.words() for guide in record.guides] or [[] for _ in slots.images],
         fallback=[bool(guide.fallback) for guide in record.guides] or [False] * len(slots.images),
         tokens_per_layer=largest.plan.tokens_per_layer(largest.geometry),
-        flops=_flops(record),
-        flops_each=_flops_each(record),
+        flops=total,
+        flops_each=each,
         seconds=record.watch.seconds,
         notes=record.method.notes,
     )
@@ -122,22 +123,24 @@ def _grids(prompts: PromptBatch) -> tuple[tuple[Grids, ...], ...]:
     return tuple(tuple(next(of_all) for _ in range(count)) for count in prompts.images)
 
 
-def _flops(record: Record) -> float:
-    """Cost of the whole batch: every row with its own images, padding counted as it was computed.
+def _flops(record: Record) -> tuple[float, tuple[float, ...]]:
+    """Cost of the whole batch, padding counted as it was computed, and of every row by itself, without.
 
-    Rows that repeat a prompt (beams) share its encoder and its guide.
+    In the batch rows that repeat a prompt (beams) share its encoder and its guide.
     """
-    rows, repeats = range(len(record.prompts.images)), record.prompts.repeats
-    return sum(_flops_of_row(record, row, record.prompts.length, again=row % repeats > 0) for row in rows)
+    prompts = record.prompts
+    count = functools.partial(_flops_of_row, record, _relevance(record))
+    lengths = prompts.tokens.valid.sum(dim=1).tolist()
+    each = tuple(count(row, length) for row, length in enumerate(lengths))
+    total = 0.0
+    for row, length in enumerate(lengths):
+        again = row % prompts.repeats > 0
+        as_it_is = length == prompts.length and not again
+        total += each[row] if as_it_is else count(row, prompts.length, again=again)
+    return total, each
 
 
-def _flops_each(record: Record) -> tuple[float, ...]:
-    """Cost of every row by itself, without padding."""
-    lengths = record.prompts.tokens.valid.sum(dim=1).tolist()
-    return tuple(_flops_of_row(record, row, length) for row, length in enumerate(lengths))
-
-
-def _flops_of_row(record: Record, row: int, length: int, again: bool = False) -> float:
+def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length: int, again: bool = False) -> float:
     """Cost of a row of `length` columns; of one that comes `again` the decoder's alone."""
     prompts, images = record.prompts, record.prompts.images
     first = sum(images[:row])
@@ -148,7 +151,7 @@ def _flops_of_row(record: Record, row: int, length: int, again: bool = False) ->
         record.method,
         [(visual.patches, visual.visible) for visual in own],
         text_tokens=length - sum(visual.patches for visual in own),  # separators stay, as text does
-        relevance=None if again else _relevance(record),
+        relevance=None if again else relevance,
         instruction_tokens=words,
         encoded=again,
     ).total
