@@ -14,7 +14,7 @@ from ivtp.config import PruneConfig
 from ivtp.core.schedule import linear, quarters
 from ivtp.errors import ConfigError
 from ivtp.methods.window import Merged, Window
-from ivtp.plan import ChoiceCost, Cut, Geometry, Plan
+from ivtp.plan import ChoiceCost, Cut, Geometry, Place, Plan
 
 __all__ = [
     "ChoiceCost",
@@ -28,6 +28,7 @@ __all__ = [
     "Window",
     "check_choice",
     "check_layer",
+    "one_cut",
     "quarters_of",
     "vision_only_plan",
 ]
@@ -271,10 +272,15 @@ def quarters_of(layers: int, name: str) -> tuple[int, ...]:
     return quarters(layers)
 
 
+def one_cut(size: Geometry, keep: int, place: Place, *, tapped: bool = False) -> Plan:
+    """One cut behind the encoder or the projector, which reads the attention of the last layer before it or none."""
+    last = size.vision_layers - 1
+    return Plan((Cut("vision", last, keep, place, taps=(last,) if tapped else ()),))
+
+
 def vision_only_plan(size: Geometry, keep: int, *, every_layer: bool, tapped: bool) -> Plan:
     """One cut behind the encoder, or one in each layer that removes (nearly) the same number of tokens."""
-    last = size.vision_layers - 1
     if not every_layer:
-        return Plan((Cut("vision", last, keep, taps=(last,) if tapped else (), place="behind"),))
+        return one_cut(size, keep, "behind", tapped=tapped)
     counts = linear(size.num_patches, keep, size.vision_layers)
     return Plan(tuple(Cut("vision", i, k, taps=(i,) if tapped else ()) for i, k in enumerate(counts)))

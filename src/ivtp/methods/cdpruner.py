@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ivtp.core.diversity import cosine, greedy_map
 from ivtp.core.select import ranks
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 class CdPruner(Method):
@@ -29,7 +29,7 @@ class CdPruner(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the projector."""
-        return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="projected"),))
+        return one_cut(self.geometry, self.keep, "projected")
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosine of all pairs."""

@@ -11,7 +11,7 @@ from ivtp.core.diversity import cosine, farthest
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import highest, keep_highest, put, take
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class Fsr(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "behind", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosine of all pairs, an attention row, and the weighted means."""

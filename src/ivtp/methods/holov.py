@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import on_device
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ class HoloV(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the projector that reads CLS attention."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="projected", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "projected", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosines of all pairs of a crop, and an attention row."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ivtp.core.diversity import cosine, coverage
 from ivtp.core.select import ranks
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class MmTok(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the projector."""
-        return Plan((Cut("vision", self.geometry.vision_layers - 1, self.keep, place="projected"),))
+        return one_cut(self.geometry, self.keep, "projected")
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosine of all pairs of patches, and of patches and words: as if the question were the whole text."""

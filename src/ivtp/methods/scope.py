@@ -9,7 +9,7 @@ from torch import Tensor
 from ivtp.core.diversity import cosine, coverage
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import ranks
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,7 @@ class Scope(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "behind", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosine of all pairs, and an attention row."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.merge import nearest_grid, pool_grid
-from ivtp.methods.base import Cut, Merged, Method, MethodInfo, Plan, Window, check_choice
+from ivtp.methods.base import Merged, Method, MethodInfo, Plan, Window, check_choice, one_cut
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Spatial(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        layer, keep = self.geometry.vision_layers - 1, self.keep
+        keep = self.keep
         if self.options.how == "pool":
             keep = math.prod(nearest_grid(keep, *self._side()))
-        return Plan((Cut("vision", layer, keep, place="behind"),))
+        return one_cut(self.geometry, keep, "behind")
 
     def merge(self, window: Window) -> Merged | None:
         """The pooled grid; every patch goes into the centre of a cell that covers it."""

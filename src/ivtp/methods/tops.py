@@ -11,7 +11,7 @@ from ivtp.core.diversity import cosine
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import ranks
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Tops(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the projector that reads CLS attention."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="projected", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "projected", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """The cosine of all pairs, and an attention row."""

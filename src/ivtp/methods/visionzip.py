@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import highest, others, put, take
-from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window, one_cut
 
 
 class VisionZip(Method):
@@ -33,8 +33,7 @@ class VisionZip(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "behind", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """An attention row, which contextual token each other patch goes to, and their sums."""

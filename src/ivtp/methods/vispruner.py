@@ -11,7 +11,7 @@ from ivtp.core.diversity import drop_duplicates
 from ivtp.core.rollout import attention_row
 from ivtp.core.select import highest, ranks, take
 from ivtp.errors import ConfigError
-from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
+from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window, one_cut
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class VisPruner(Method):
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
-        layer = self.geometry.vision_layers - 1
-        return Plan((Cut("vision", layer, self.keep, place="behind", taps=(layer,)),))
+        return one_cut(self.geometry, self.keep, "behind", tapped=True)
 
     def cost(self, cut: Cut, entering: int, text_tokens: int) -> ChoiceCost:
         """An attention row, and in every round the cosines of the two halves."""
