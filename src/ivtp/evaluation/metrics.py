@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ivtp.micro.formats.base import normalise, overlap_f1
-from ivtp.micro.formats.llava_bench import phrases
+from ivtp.micro.formats.llava_bench import description_f1
+from ivtp.micro.formats.mmvet import partial_credit
 
-
-def partial_credit(answer: str, wanted: str) -> float:
-    """Share of the parts of `wanted`, separated by commas, that `answer` gives in their places (MM-Vet, 0..1)."""
-    parts = wanted.split(",")
-    right = sum(normalise(given) == normalise(part) for given, part in zip(answer.split(","), parts, strict=False))
-    return right / len(parts)
-
-
-def description_f1(answer: str, wanted: str) -> float:
-    """F1 of the listed phrases, in whatever order (LLaVA-Bench by a rule, 0..1)."""
-    return overlap_f1(phrases(answer), phrases(wanted))
+__all__ = ["circular", "description_f1", "partial_credit"]
 
 
 def circular(verdicts: Iterable[tuple[int, bool]]) -> float:

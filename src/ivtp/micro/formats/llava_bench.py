@@ -28,7 +28,12 @@ class LlavaBench(Format):
 
     def score(self, example: Example, answer: str) -> float:
         """F1 of the phrases: an object counts only with its disc, frame or text; the order does not count."""
-        return overlap_f1(phrases(answer), phrases(example.answer))
+        return description_f1(answer, example.answer)
+
+
+def description_f1(answer: str, wanted: str) -> float:
+    """F1 of the listed phrases, in whatever order: 0..1."""
+    return overlap_f1(phrases(answer), phrases(wanted))
 
 
 def phrases(description: str) -> list[str]:

@@ -30,9 +30,14 @@ class MmVet(Format):
 
     def score(self, example: Example, answer: str) -> float:
         """Share of the two parts that are right, in their order."""
-        given, wanted = answer.split(","), example.answer.split(",")
-        right = sum(normalise(a) == normalise(b) for a, b in zip(given, wanted, strict=False))
-        return right / len(wanted)
+        return partial_credit(answer, example.answer)
+
+
+def partial_credit(answer: str, wanted: str) -> float:
+    """Share of the parts of `wanted`, separated by commas, that `answer` gives in their places: 0..1."""
+    parts = wanted.split(",")
+    right = sum(normalise(given) == normalise(part) for given, part in zip(answer.split(","), parts, strict=False))
+    return right / len(parts)
 
 
 FORMAT = MmVet
