@@ -23,6 +23,7 @@ from ivtp.cli.door import FLAG, run
 from ivtp.cli.eval import evaluate
 from ivtp.cli.methods import methods
 from ivtp.cli.models import Asked, square_of, threshold_of
+from ivtp.cli.reproduce import reproduce
 from ivtp.cli.side import panels, print_side_by_side, side_by_side
 from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
@@ -176,3 +177,4 @@ app.command()(methods)
 app.command()(bench)
 app.command()(compare)
 app.command("eval")(evaluate)
+app.command("reproduce")(reproduce)

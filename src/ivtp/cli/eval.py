@@ -31,6 +31,9 @@ def evaluate(
     dtype: given.Dtype = "auto",
     clip: given.Clip = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with further tasks.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where answers are kept; default: the user's cache.")
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the row, results and samples.")] = Path(
         "results/eval"
     ),
@@ -47,15 +50,10 @@ def evaluate(
     if importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
     quiet()
-    from ivtp.evaluation import micro12, run
-    from ivtp.evaluation.benchmarks import PAPER12
+    from ivtp.evaluation import run
+    from ivtp.evaluation.answers import cache_folder
 
-    named, further = tuple(tasks.split(",")), [] if include_path is None else [str(include_path)]
-    if tasks == "paper12":
-        named = tuple(column.task for column in PAPER12)
-    elif tasks == "micro12":
-        named = tuple(column.task for column in micro12.MICRO12)
-        further.append(str(micro12.prepare(report=_report)))
+    named, folders = named_tasks(tasks, limit)
     asked = run.Asked(
         model,
         named,
@@ -67,7 +65,8 @@ def evaluate(
         device=device,
         dtype=dtype,
         clip=clip,
-        include_path=tuple(further),
+        include_path=folders if include_path is None else (str(include_path), *folders),
+        cache=str(cache or cache_folder() / "answers"),
     )
     for task in run.judged(asked):
         err.print(f"{task} is left out: a language model judges its answers; set OPENAI_API_KEY", markup=False)
@@ -80,6 +79,20 @@ def evaluate(
     if name != "none" and "change" not in row and run.columns(named):
         err.print("for the change against all tokens run the same with --method none first", markup=False)
     out.print(f"\n{file}", markup=False, soft_wrap=True)
+
+
+def named_tasks(tasks: str, limit: int | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of tasks, and the folders that hold those that are not lmms-eval's own; micro12's is made."""
+    from ivtp.evaluation import micro12
+    from ivtp.evaluation.benchmarks import PAPER12
+    from ivtp.evaluation.run import whole
+
+    if tasks == "paper12":
+        return tuple(column.task for column in PAPER12), ()
+    if tasks == "micro12":
+        count = min(whole(limit) or micro12.ITEMS, micro12.ITEMS)
+        return tuple(column.task for column in micro12.MICRO12), (str(micro12.prepare(count=count, report=_report)),)
+    return tuple(tasks.split(",")), ()
 
 
 def _report(names: Sequence[str]) -> Iterator[str]:

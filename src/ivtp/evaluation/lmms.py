@@ -8,10 +8,14 @@ cost is in the logged samples, beside its tokens. An error ends the run: it is n
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from tqdm import tqdm
 
 from ivtp.cost.prefill import count_prompt
 from ivtp.errors import ConfigError, InputError
+from ivtp.evaluation.answers import Answers, source_of, weights_of
 from ivtp.generate import load
 from ivtp.images import load_image
 from ivtp.plug import attach, find_host
@@ -74,9 +79,15 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         dtype: str = "auto",
         clip: str | None = None,
         max_batch_size: int | None = None,
+        cache: str | Path | None = None,
+        on_answers: Callable[[int], None] | None = None,
         **options: Any,
     ) -> None:
-        """`method="none"` is the untouched model. Raises `LoadError` and `ConfigError` as `load` and `attach` do."""
+        """`method="none"` is the untouched model. Raises `LoadError` and `ConfigError` as `load` and `attach` do.
+
+        `cache` is a folder in which answers are kept, and those of earlier runs found. `on_answers` is told how many
+        there are more of; without it a progress bar is.
+        """
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r} is not a number of prompts; use a whole number from 1 up")
@@ -96,19 +107,38 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
                 raise ConfigError(f"method 'none' prunes nothing and takes no {', '.join(sorted(options))}")
         else:
             self.pruner = attach(self.model, self.processor, clip=clip, method=method, keep=keep, **options)
+        self.on_answers = on_answers
+        self.answers = None
+        if cache is not None:
+            run = {"model": pretrained, "weights": weights_of(self.model), "dtype": str(self.model.dtype), "clip": clip}
+            if self.pruner is not None:
+                run |= {"config": dataclasses.asdict(self.pruner.config), "code": source_of(type(self.pruner.method))}
+            self.answers = Answers(Path(cache), run, self.rank)
 
     # ---- what lmms-eval calls ---------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """An answer for each request, in their order; those with questions of similar length run together."""
-        answers: list[Any] = [None] * len(requests)
-        with self._progress(len(requests)) as progress:
+        found: list[Any] = [None] * len(requests)
+        with self._progress(len(requests)) as told:
             for numbers in self._batches(requests):
-                prompts = [self.prompt(requests[number].args) for number in numbers]
-                for number, answer in zip(numbers, self.answer(prompts), strict=True):
-                    answers[number] = answer
-                progress.update(len(numbers))
-        return answers
+                batch = [requests[number] for number in numbers]
+                for number, answer in zip(numbers, self._remembered(batch), strict=True):
+                    found[number] = answer
+                told(len(numbers))
+        return found
+
+    def _remembered(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answers of a batch. Where one of them is new all are asked: a batch is always the same."""
+        names = [_item(request) for request in requests]
+        known = [self.answers and self.answers.get(name) for name in names]
+        if all(known):
+            return [GenerationResult(answer["text"], Cost(**answer["cost"])) for answer in known if answer]
+        found = self.answer([self.prompt(request.args) for request in requests])
+        if self.answers is not None:
+            kept = [{"text": answer.text, "cost": vars(answer.token_counts)} for answer in found]
+            self.answers.add(dict(zip(names, kept, strict=True)))
+        return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """The answers of all rounds of each request; a round's conversation depends on the answers before it."""
@@ -243,8 +273,14 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         lengths: list[int] = ((ended - torch.isin(new, ends).long()) == 0).sum(dim=1).tolist()
         return lengths
 
-    def _progress(self, total: int) -> Any:
-        return tqdm(total=total, disable=self.rank != 0, desc="Answering")
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[int], Any]]:
+        """What is told how many more were answered."""
+        if self.on_answers is not None:
+            yield self.on_answers
+            return
+        with tqdm(total=total, disable=self.rank != 0, desc="Answering") as bar:
+            yield bar.update
 
 
 class IvtpSimpleModel(IvtpModel):
@@ -260,6 +296,13 @@ class IvtpSimpleModel(IvtpModel):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Of conversations alone."""
         raise ConfigError("tasks of several rounds are conversations; run them without --force_simple")
+
+
+def _item(request: Instance) -> str:
+    """Names what a request asks: the task's item, its text, and how it is to be answered."""
+    *_, number, task, split = request.args
+    asked = repr([part for part in request.args if isinstance(part, str | dict)])
+    return f"{task}/{split}/{number}/{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
 
 def _one_turn(context: str, visuals: Iterable[Any]) -> list[dict[str, Any]]:

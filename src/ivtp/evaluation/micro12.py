@@ -12,23 +12,29 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lmms_eval.tasks
+from filelock import FileLock
 from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
 from ivtp.errors import ConfigError
 from ivtp.evaluation import metrics
+from ivtp.evaluation.answers import cache_folder
 from ivtp.evaluation.benchmarks import Column
+from ivtp.evaluation.units import CROWDS, crowd_of
 from ivtp.micro.formats import format_class, list_formats
 from ivtp.micro.formats.base import LETTERS, Example
 
 ITEMS = 250
 """Of each task, MME's in pairs, MMBench's each in every turn of its options."""
+PATIENCE = 100
+"""Photos that are looked at for one of a certain number of objects."""
 CHECKSUMS = Path(__file__).with_name("micro12.json")
 Doc = dict[str, Any]
 Report = Callable[[Sequence[str]], Iterator[str]]
@@ -199,66 +205,85 @@ def description_f1(doc: Doc, results: Sequence[str]) -> Doc:
 
 
 def units(name: str, count: int = ITEMS) -> Iterator[list[Example]]:
-    """The first `count` units of a format about test photos; the same at every call."""
+    """The first `count` units of a format about test photos; the same at every call.
+
+    Simple, middling and crowded photos (CROWDS) take turns, except where a format hardly asks about such ones
+    (LLaVA-Bench's captions of many objects): where none of PATIENCE photos helps, another one takes the turn.
+    """
     form = format_class(name)()
-    found = index = 0
-    while found < count:
-        if index >= 50 * count:
-            raise ConfigError(f"the test split offers too few clear questions for {name}")
-        examples = form.examples(form.photo("test", index), random.Random(f"micro12/{name}/{index}"))
-        index += 1
-        if examples:
-            found += 1
-            yield examples
+    waiting: list[deque[list[Example]]] = [deque() for _ in CROWDS]
+    index, first = 0, list_formats().index(name)  # formats begin with different crowds: a limit leaves no one behind
+    for number in range(count):
+        turn, began = waiting[(number + first) % len(CROWDS)], index
+        while not turn and (index < began + PATIENCE or not any(waiting)):
+            if index >= began + 50 * PATIENCE:
+                raise ConfigError(f"the test split offers too few clear questions for {name}")
+            photo = form.photo("test", index)
+            examples = form.examples(photo, random.Random(f"micro12/{name}/{index}"))
+            index += 1
+            if examples:
+                waiting[crowd_of(photo)].append(examples)
+        yield (turn or max(waiting, key=len)).popleft()
 
 
-def rows(name: str, count: int = ITEMS) -> Iterator[Doc]:
-    """A task's rows, each with its picture and prompt."""
+def docs(name: str, count: int = ITEMS) -> Iterator[list[Doc]]:
+    """A task's rows, those of each unit together, each with its picture, its photo's objects, and its prompt."""
     for number, unit in enumerate(units(name, count)):
         made = TASKS[name].rows(number, unit)
-        for place, row in enumerate(made):
-            example = unit[min(place, len(unit) - 1)]
-            picture = example.photo.picture()
-            yield {"prompt": example.prompt, **row, "image": [picture] if name == "seed" else picture}
+        examples = [unit[min(place, len(unit) - 1)] for place in range(len(made))]
+        pictures = [example.photo.picture() for example in examples]
+        yield [
+            {
+                "prompt": example.prompt,
+                **row,
+                "objects": len(example.photo.scene.objects),
+                "image": [picture] if name == "seed" else picture,
+            }
+            for row, example, picture in zip(made, examples, pictures, strict=True)
+        ]
 
 
-def digest(made: Sequence[Doc]) -> str:
-    """Of rows, by their texts and their pictures' pixels."""
+def digests(made: Iterable[Sequence[Doc]]) -> Iterator[str]:
+    """Of the rows of all units up to each, by their texts and their pictures' pixels."""
     found = hashlib.sha256()
-    for row in made:
-        texts = {key: value for key, value in row.items() if key != "image"}
-        found.update(json.dumps(texts, sort_keys=True, ensure_ascii=False).encode())
-        for picture in row["image"] if isinstance(row["image"], list) else [row["image"]]:
-            found.update(picture.tobytes())
-    return found.hexdigest()
+    for unit in made:
+        for row in unit:
+            texts = {key: value for key, value in row.items() if key != "image"}
+            found.update(json.dumps(texts, sort_keys=True, ensure_ascii=False).encode())
+            for picture in row["image"] if isinstance(row["image"], list) else [row["image"]]:
+                found.update(picture.tobytes())
+        yield found.hexdigest()[:8]
 
 
 def prepare(folder: Path | None = None, count: int = ITEMS, report: Report = iter) -> Path:
     """The folder with all data sets and tasks, made where it is not there; by default in the user's cache.
 
-    Raises `ConfigError` where the pictures or texts are not those of the committed checksums.
+    `count` units of each; fewer are the first ones of more. Raises `ConfigError` where the pictures or texts are not
+    those of the committed checksums.
     """
     expected = json.loads(CHECKSUMS.read_text(encoding="utf-8"))
     if folder is None:
         known = hashlib.sha256(CHECKSUMS.read_bytes()).hexdigest()[:8]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = cache / "ivtp" / f"micro12-{known}-{count}"
-    if not folder.is_dir():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True)
-        try:
-            for name in report(list_formats()):
-                made = list(rows(name, count))
-                if count == ITEMS and digest(made) != expected[name]:
-                    raise ConfigError(
-                        f"the questions of {name} are not those that figures were published of (another Pillow or "
-                        "NumPy?); install with -c constraints.txt"
-                    )
-                _write(partial, name, made)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    _write_tasks(folder)
+        folder = cache_folder() / f"micro12-{known}-{count}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):  # several processes begin at once
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+            partial.mkdir()
+            try:
+                for name in report(list_formats()):
+                    made = list(docs(name, count))
+                    *_, digest = digests(made)
+                    if digest != expected[name][count - 1]:
+                        raise ConfigError(
+                            f"the questions of {name} are not those that figures were published of (another Pillow "
+                            "or NumPy?); install with -c constraints.txt"
+                        )
+                    _write(partial, name, [row for unit in made for row in unit])
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        _write_tasks(folder)
     return folder
 
 
@@ -283,5 +308,5 @@ def _write_tasks(folder: Path) -> None:
 
 
 if __name__ == "__main__":  # after a change of the world or its formats that is meant
-    checksums = {name: digest(list(rows(name))) for name in list_formats()}
-    CHECKSUMS.write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+    checksums = {name: list(digests(docs(name))) for name in list_formats()}
+    CHECKSUMS.write_text(json.dumps(checksums) + "\n", encoding="utf-8")

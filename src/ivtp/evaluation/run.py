@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
+from lmms_eval.tasks import TaskManager, get_task_dict
 
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation.benchmarks import PAPER12, Column
@@ -40,6 +41,8 @@ class Asked:
     clip: str | None = None
     include_path: tuple[str, ...] = ()
     """Folders with further tasks."""
+    cache: str | None = None
+    """Folder of answers that are kept from run to run."""
 
     @property
     def name(self) -> str:
@@ -51,7 +54,7 @@ class Asked:
     @property
     def full(self) -> Asked:
         """The same of the untouched model."""
-        return Asked(self.model, self.tasks, "none", limit=self.limit, dtype=self.dtype)
+        return replace(self, method="none", options=None, clip=None)
 
 
 def columns(tasks: Sequence[str]) -> tuple[Column, ...]:
@@ -66,11 +69,46 @@ def judged(asked: Asked) -> tuple[str, ...]:
     return tuple(column.task for column in columns(asked.tasks) if column.judged)
 
 
-def evaluate(asked: Asked) -> dict[str, Any] | None:
+def evaluate(asked: Asked, on_answers: Callable[[int], None] | None = None) -> dict[str, Any] | None:
     """Run the tasks; what lmms-eval found, with every sample. None in all processes of several but the first.
 
+    `on_answers` is told how many more were answered.
     Raises `ConfigError` for an unknown task, and whatever a model raises: an error is never an answer.
     """
+    manager, left = _tasks(asked)
+    model = IvtpModel(
+        asked.model,
+        method=asked.method,
+        keep=asked.keep,
+        batch_size=asked.batch_size,
+        device=asked.device,
+        dtype=asked.dtype,
+        clip=asked.clip,
+        cache=asked.cache,
+        on_answers=on_answers,
+        **(asked.options or {}),
+    )
+
+    found: dict[str, Any] | None = simple_evaluate(
+        model, tasks=left, limit=whole(asked.limit), bootstrap_iters=0, task_manager=manager, log_samples=True
+    )
+    return found
+
+
+def count_questions(asked: Asked) -> int:
+    """How many prompts `evaluate` would answer, so far as each question is one. Raises `ConfigError` as it does."""
+    manager, left = _tasks(asked)
+    tasks = get_task_dict(left, manager, "chat").values()
+    return sum(min(whole(asked.limit) or len(task.eval_docs), len(task.eval_docs)) for task in tasks)
+
+
+def whole(limit: int | None) -> int | None:
+    """A limit at which nothing is cut apart: MME asks in pairs, micro12's MMBench in fours."""
+    return None if limit is None else 4 * math.ceil(limit / 4)
+
+
+def _tasks(asked: Asked) -> tuple[Any, list[str]]:
+    """lmms-eval's manager of tasks, and the names of those that can be run."""
     manager = TaskManager(include_path=list(asked.include_path) or None)
     unknown = [task for task in asked.tasks if not manager.match_tasks([task])]
     if unknown:
@@ -80,20 +118,7 @@ def evaluate(asked: Asked) -> dict[str, Any] | None:
     left = [task for task in asked.tasks if task not in judged(asked)]
     if not left:
         raise InputError(f"{', '.join(asked.tasks)} need a judge; set OPENAI_API_KEY, or ask for other tasks")
-    model = IvtpModel(
-        asked.model,
-        method=asked.method,
-        keep=asked.keep,
-        batch_size=asked.batch_size,
-        device=asked.device,
-        dtype=asked.dtype,
-        clip=asked.clip,
-        **(asked.options or {}),
-    )
-    found: dict[str, Any] | None = simple_evaluate(
-        model, tasks=left, limit=asked.limit, bootstrap_iters=0, task_manager=manager, log_samples=True
-    )
-    return found
+    return manager, left
 
 
 def row_of(asked: Asked, found: Mapping[str, Any], full: Row | None = None) -> Row:
@@ -108,10 +133,14 @@ def row_of(asked: Asked, found: Mapping[str, Any], full: Row | None = None) -> R
     for task in others:  # each figure as lmms-eval has it
         figures_of = found["results"][task].items()
         row |= {f"{task} {key.removesuffix(',none')}": v for key, v in figures_of if _is_figure(key, v)}
-    costs = [c for samples in found["samples"].values() for s in samples for c in s["token_counts"] if c]
-    for name in ("visual_tokens", "tflops", "seconds"):
-        row[name] = statistics.mean(cost[name] for cost in costs) if costs else None
-    return row
+    return row | mean_costs(found["samples"])
+
+
+def mean_costs(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
+    """Visual tokens that are left, TFLOPs of a prefill and seconds of an answer, over all prompts."""
+    costs = [cost for of_task in samples.values() for s in of_task for cost in s["token_counts"] if cost]
+    names = ("visual_tokens", "tflops", "seconds")
+    return {name: statistics.mean(cost[name] for cost in costs) if costs else None for name in names}
 
 
 def _is_figure(key: str, value: Any) -> bool:

@@ -1,0 +1,73 @@
+"""Table 1: every method on the twelve benchmarks, at 64 tokens where no other number is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ivtp.evaluation.reproduce import base
+from ivtp.evaluation.run import Row
+from ivtp.evaluation.sweep import Measured, Run
+from ivtp.registry import list_methods, method_class
+
+KEEPS = (64,)
+
+
+def runs(request: base.Request, keeps: Sequence[int]) -> list[Run]:
+    """All methods at each number of tokens."""
+    return [Run(method, keep) for keep in request.keeps or keeps for method in request.methods or list_methods()]
+
+
+def rows(found: dict[Run, Measured]) -> list[Row]:
+    """The full model, then for each number of tokens the methods, the best first, against it and against IVTP."""
+    full = found[base.FULL]
+    made = [base.row(base.FULL, full)]
+    for run, measured in found.items():
+        if run != base.FULL:
+            against = [("change", full)]
+            ivtp = found.get(Run("ivtp", run.keep))
+            if ivtp is not None and run.method != "ivtp":
+                against.append(("to ivtp", ivtp))
+            made.append(base.row(run, measured, against))
+    return sorted(made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"]))
+
+
+def label(row: Row) -> str:
+    """A method's name; one that has to be trained says that it is not."""
+    if row["method"] == "none":
+        return "all tokens"
+    return f"{row['name']} (untrained)" if method_class(row["method"]).info.trainable else str(row["name"])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Mean, differences and cost, then the twelve figures, then simple and crowded photos where tasks tell."""
+    titles = list(rows[0]["benchmarks"])
+    crowds = list(rows[0]["objects"])
+    first = base.grid(
+        ("method", "tokens", "mean", "to all tokens", "to IVTP", "TFLOPs", *crowds),
+        [
+            (
+                label(row),
+                f"{row['visual_tokens']:.0f}",
+                base.shown(row, "mean"),
+                base.shown_difference(row, "change"),
+                base.shown_difference(row, "to ivtp"),
+                f"{row['tflops']:.4g}",
+                *(base.shown(row["objects"][crowd], "mean") for crowd in crowds),
+            )
+            for row in rows
+        ],
+    )
+    second = base.grid(
+        ("method", *titles),
+        [(label(row), *(f"{row['benchmarks'][title]:.1f}" for title in titles)) for row in rows],
+    )
+    return f"{first}\n\n{second}"
+
+
+def make(request: base.Request, report: base.Report) -> base.Result:
+    """A row a method."""
+    made = rows(base.measure(request, runs(request, KEEPS), report))
+    full, tables = made[0], []
+    for keep in dict.fromkeys(row["keep"] for row in made[1:]):
+        tables.append(f"## {keep} tokens\n\n{table([full, *(row for row in made if row['keep'] == keep)])}")
+    return base.Result("Table 1: all methods on the twelve benchmarks", made, "\n\n".join(tables))
