@@ -43,10 +43,9 @@ smoke: $(VENV)/.installed
 speed: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.speed_table
 
-# what README.md and docs/ say of methods, families, options and results, and the figure
+# what README.md and docs/ say of methods, families, options and results
 tables: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.tables
-	$(BIN)/python -m benchmarks.figure
 
 # what `ivtp eval` needs
 eval-env: $(VENV)/.installed-eval

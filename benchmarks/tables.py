@@ -19,17 +19,18 @@ from typing import Any
 from benchmarks.blocks import rewrite, table
 from ivtp import list_hosts, list_methods
 from ivtp.config import PruneConfig
-from ivtp.evaluation.units import crowd_name
 from ivtp.hosts.base import Host
+from ivtp.micro.world.crowds import crowd_name
 from ivtp.registry import host_class, method_class
 from ivtp.towers.base import TextTower, Tower, VisionTower
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPARED = ROOT / "results" / "micro-compare.json"
-CHANGED = ("dart", "hiprune", "prumerge", "prumerge+", "sparsevlm")
-"""Methods that choose otherwise since `COMPARED` was measured; to be emptied when it is measured anew."""
-IN_README = ("none", "ivtp", "topk", "random", "tome", "divprune", "pyramiddrop")
-"""The full model, IVTP, the two baselines, and its strongest rivals that are not in `CHANGED`."""
+COMPARED = ROOT / "results" / "figure3.json"
+TIMED = ROOT / "results" / "speed" / "micro-methods-cpu.json"
+IN_README = ("none", "ivtp+", "ivtp", "topk", "random")
+"""And the best RIVALS others."""
+RIVALS = 3
+IN_README_AT = (16, 64)
 Row = dict[str, Any]
 
 
@@ -76,53 +77,85 @@ def methods() -> str:
 
 
 def results() -> str:
-    """The comparison's main rows at 16 and 64 tokens, simple and crowded photos apart."""
-    return overview(IN_README, (16, 64), apart())
-
-
-def compared() -> str:
-    """All rows of the comparison, best mean accuracy first; then the same for simple and crowded photos."""
-    keeps = tuple(sorted({row["keep"] for row in measured()} - {576}))
-    found = {row["method"] for row in measured()}
-    mean = {name: sum(row_of(name, keep)["accuracy"] for keep in keeps) for name in found}
-    names = sorted(found, key=lambda name: -mean[name])
-    made = [overview(names, keeps)]
-    if crowds := apart():
-        header = ("method", *(f"{keep}: {crowd}" for keep in keeps for crowd in crowds))
-        rows = [(label(name), *crowd_cells(name, keeps, crowds)) for name in names]
-        made.append(table(header, rows))
-    return "\n\n".join(made)
-
-
-def overview(names: typing.Iterable[str], keeps: tuple[int, ...], crowds: tuple[str, ...] = ()) -> str:
-    """Each method's accuracies with their intervals, those of some crowds, GFLOPs and milliseconds at every count."""
-    header = ["method", *(f"{keep} tokens" for keep in keeps)]
-    header += [f"{keep}: {crowd}" for keep in keeps for crowd in crowds]
-    header += [f"{unit}, {keep}" for unit in ("GFLOPs", "ms") for keep in keeps]
+    """The comparison's main rows at 16 and 64 tokens, simple and crowded photos apart, and their cost."""
+    crowds = (crowd_name(0), crowd_name(2))
+    header = ["method"]
+    for keep in IN_README_AT:
+        header += [f"{keep} tokens", *(f"{crowd}" for crowd in crowds), "GFLOPs", "ms"]
+    others = [name for name in by_mean(IN_README_AT) if name not in IN_README]
     made = []
-    for name in names:
-        rows = [row_of(name, keep) for keep in keeps]
-        cells = [share(row, "accuracy") for row in rows] + crowd_cells(name, keeps, crowds)
-        cells += [f"{row['GFLOPs']:.1f}" for row in rows] + [f"{row['ms a prefill']:.0f}" for row in rows]
-        made.append((label(name), *cells))
+    for name in (*IN_README, *others[:RIVALS]):
+        cells = [label(name)]
+        for keep in IN_README_AT:
+            row = row_of(name, keep)
+            cells += [points(row), *(f"{row['objects'][crowd]['mean']:.1f}" for crowd in crowds)]
+            cells += [f"{1000 * row['tflops']:.1f}", milliseconds(name, keep)]
+        made.append(tuple(cells))
     return table(tuple(header), made)
 
 
-def crowd_cells(name: str, keeps: tuple[int, ...], crowds: tuple[str, ...]) -> list[str]:
-    """A method's accuracies for photos of so many objects, at every count."""
-    return [share(row_of(name, keep)["by objects"][crowd], "accuracy") for keep in keeps for crowd in crowds]
+def compared() -> str:
+    """All rows of the comparison, best mean first; then simple and crowded photos apart; then paired differences."""
+    keeps = tuple(sorted({row["keep"] for row in measured()} - {"all"}))
+    names = ["none", *by_mean(keeps)]
+    header = ["method", *(f"{keep} tokens" for keep in keeps)]
+    header += [f"{unit}, {keep}" for unit in ("GFLOPs", "ms") for keep in keeps]
+    first = []
+    for name in names:
+        rows = [row_of(name, keep) for keep in keeps]
+        costs = [f"{1000 * row['tflops']:.1f}" for row in rows] + [milliseconds(name, keep) for keep in keeps]
+        first.append((label(name), *map(points, rows), *costs))
+    crowds = (crowd_name(0), crowd_name(2))
+    apart = ("method", *(f"{keep}: {crowd}" for keep in keeps for crowd in crowds))
+    second = [
+        (label(name), *(points(row_of(name, keep)["objects"][crowd]) for keep in keeps for crowd in crowds))
+        for name in names
+    ]
+    gaps = ("method", *(f"{keep}: to {other}" for keep in keeps for other in ("all tokens", "IVTP")))
+    third = [
+        (label(name), *(gap(row_of(name, keep), against) for keep in keeps for against in ("change", "to ivtp")))
+        for name in names[1:]
+    ]
+    return "\n\n".join((table(tuple(header), first), table(apart, second), table(gaps, third)))
 
 
-def apart() -> tuple[str, ...]:
-    """Simple and crowded photos; neither where the comparison was measured without telling them apart."""
-    return tuple(crowd for crowd in (crowd_name(0), crowd_name(2)) if all("by objects" in row for row in measured()))
+def by_mean(keeps: tuple[int, ...]) -> list[str]:
+    """Methods that were measured at all these numbers of tokens, the best mean first."""
+    found = dict.fromkeys(row["method"] for row in measured() if row["method"] != "none")
+    there = {(row["method"], row["keep"]) for row in measured()}
+    whole = [name for name in found if all((name, keep) in there for keep in keeps)]
+    return sorted(whole, key=lambda name: -sum(row_of(name, keep)["mean"] for keep in keeps))
+
+
+def points(row: Row) -> str:
+    """A mean in points with its 95% interval."""
+    return f"{row['mean']:.1f} ({row['mean low']:.1f}–{row['mean high']:.1f})"
+
+
+def gap(row: Row, name: str) -> str:
+    """A paired difference in points; none where its 95% interval holds 0."""
+    if row.get(name) is None:
+        return "–"
+    low, high = row[f"{name} low"], row[f"{name} high"]
+    span = f"({low:+.1f} to {high:+.1f})"
+    return f"none {span}" if low <= 0 <= high else f"{row[name]:+.1f} {span}"
+
+
+def milliseconds(name: str, keep: int) -> str:
+    """The median of a prefill in the timing of all methods; – where there is none."""
+    if not TIMED.exists():
+        return "–"
+    timed = json.loads(TIMED.read_text(encoding="utf-8"))["results"]
+    run = "full" if name == "none" else name
+    found = [row["prefill_ms"] for part in timed if part["keep"] == keep for row in part["rows"] if row["run"] == run]
+    return f"{found[0]:.0f}" if found else "–"
 
 
 def label(name: str) -> str:
     """A method's name as the tables of results show it."""
     if name == "none":
         return "all 576 tokens"
-    return f"`{name}`" + " †" * (name in CHANGED) + " (untrained)" * method_class(name).info.trainable
+    return f"`{name}`" + " (untrained)" * method_class(name).info.trainable
 
 
 def gates() -> str:
@@ -231,13 +264,13 @@ def one_line(text: str) -> str:
 
 def measured() -> list[Row]:
     """The rows of the comparison."""
-    rows: list[Row] = json.loads(COMPARED.read_text(encoding="utf-8"))["tables"][0]["rows"]
+    rows: list[Row] = json.loads(COMPARED.read_text(encoding="utf-8"))["rows"]
     return rows
 
 
 def row_of(name: str, keep: int) -> Row:
     """One method at one count; the full model has a single row."""
-    return next(row for row in measured() if row["method"] == name and row["keep"] in (keep, 576))
+    return next(row for row in measured() if row["method"] == name and row["keep"] in (keep, "all"))
 
 
 def share(row: Row, column: str) -> str:

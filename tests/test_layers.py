@@ -146,7 +146,7 @@ def test_names_that_are_only_known_at_run_time_are_the_registrys() -> None:
         ("methods/topk", "from . import ivtp", False),
         ("methods/topk", "from ivtp.hosts.base import Host", False),
         ("images", "from ivtp.micro import world", False),
-        ("benchmark/sweep", "from ivtp.evaluation import compare", False),
+        ("benchmark/sweep", "from ivtp.evaluation import run", False),
         ("hosts/llava", "from ivtp.hosts.tiny import settle", True),
         ("hosts/llava_next", "from ivtp.hosts.llava import LlavaHost", False),
         ("hosts/base", "from ivtp.registry import host_class", False),

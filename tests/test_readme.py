@@ -8,14 +8,14 @@ import pkgutil
 import re
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from pages import PAGES, ROOT, commands, links, read, run_python
-from PIL import Image
 
 import ivtp
-from benchmarks import figure, speed_table, tables
+from benchmarks import speed_table, tables
 from benchmarks.blocks import replaced, rewrite
 from ivtp.cli.app import app
 
@@ -132,26 +132,23 @@ def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_tables_show_simple_and_crowded_photos_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def figures(accuracy: float) -> dict[str, float]:
-        return {"accuracy": accuracy, "accuracy low": accuracy - 0.1, "accuracy high": accuracy + 0.1}
+    def figures(mean: float) -> dict[str, float]:
+        return {"mean": mean, "mean low": mean - 10, "mean high": mean + 10}
 
-    crowds = {"1-3 objects": figures(0.8), "4-7 objects": figures(0.6), "8-12 objects": figures(0.4)}
-    names = [(name, keep) for name in tables.IN_README for keep in ((576,) if name == "none" else (16, 32, 64))]
-    rows = [
-        {"method": name, "keep": keep, **figures(0.7), "by objects": crowds, "GFLOPs": 5.0, "ms a prefill": 50.0}
-        for name, keep in names
-    ]
+    crowds = {"1-3 objects": figures(80), "4-7 objects": figures(60), "8-12 objects": figures(40)}
+    gaps = {"change": -5.0, "change low": -9.0, "change high": 1.0}
+    gaps |= {"to ivtp": 2.0, "to ivtp low": 1.0, "to ivtp high": 3.0}
+    common: dict[str, Any] = {**figures(70), "objects": crowds, "tflops": 0.005, **gaps}
+    rows = [{"method": "none", "keep": "all", **common}]
+    for name in (*tables.IN_README[1:], "tome"):
+        rows += [{"method": name, "keep": keep, **common} for keep in (16, 32, 64)]
     monkeypatch.setattr(tables, "COMPARED", tmp_path / "compared.json")
-    tables.COMPARED.write_text(json.dumps({"tables": [{"rows": rows}]}))
-    header, _, first, *_ = tables.results().splitlines()
-    assert "| 16: 1-3 objects | 16: 8-12 objects | 64: 1-3 objects | 64: 8-12 objects |" in header
-    assert "| 80.0 (70.0–90.0) | 40.0 (30.0–50.0) |" in first
-    both = tables.compared()
-    assert both.count("`ivtp`") == 2
-    assert "32: 8-12 objects" in both
-
-
-def test_the_figure_is_drawn(tmp_path: Path) -> None:
-    figure.main(tmp_path / "accuracy.png")
-    with Image.open(tmp_path / "accuracy.png") as drawn:
-        assert drawn.width > 900
+    tables.COMPARED.write_text(json.dumps({"rows": rows}))
+    header, _, first, *others = tables.results().splitlines()
+    assert header.count("| 1-3 objects | 8-12 objects |") == 2
+    assert first.startswith("| all 576 tokens | 70.0 (60.0–80.0) | 80.0 | 40.0 | 5.0 |")
+    assert others[-1].startswith("| `tome` |")
+    whole = tables.compared()
+    assert whole.count("`ivtp`") == 3
+    assert "32: 8-12 objects" in whole
+    assert "| none (-9.0 to +1.0) | +2.0 (+1.0 to +3.0) |" in whole

@@ -26,15 +26,15 @@ from ivtp.core.merge import mean_by_size, sizes
 from ivtp.core.schedule import groups, uniform_ratio
 from ivtp.core.select import highest
 from ivtp.cost.flops import flops
-from ivtp.evaluation.compare import Bench
-from ivtp.evaluation.scoring import Table, interval, write_json
-from ivtp.evaluation.units import Unit, by_format, gap
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import check_output, write_text
 from ivtp.methods.base import Merged, Plan, Window
 from ivtp.methods.groups import GroupWise
 from ivtp.methods.ivtp_plus import IvtpPlus, between
 from ivtp.micro import world
+from recipes.micro.bench import Bench
+from recipes.micro.scoring import Table, interval, write_json
+from recipes.micro.units import Unit, by_format, gap
 
 PROMPT = 48
 """Tokens of the prompt that GFLOPs are counted with."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoTokenizer, CLIPModel
 
-from ivtp.evaluation.scoring import Table, bootstrap
-from ivtp.evaluation.units import CROWDS, crowd_name
 from ivtp.files.checkpoint import LOADING
 from ivtp.generate import ask
 from ivtp.micro import world
+from ivtp.micro.world.crowds import CROWDS, crowd_name
 from ivtp.micro.world.photo import Photo, take_photo
 from recipes.micro.cls import SHOWN, shown
+from recipes.micro.scoring import Table, bootstrap
 from recipes.micro.vision_data import keyword_table, make_batch
 from recipes.micro.vision_model import encode_windows
 

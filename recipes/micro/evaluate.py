@@ -18,12 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivtp.cli.door import quiet, run
 from ivtp.config import PruneConfig
-from ivtp.evaluation.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import check_output, write_text
 from ivtp.generate import complete, load, prompt_for
 from ivtp.micro import world
 from ivtp.plug import attach
+from recipes.micro.scoring import Dtype, Item, Table, accuracy_row, mean_interval, sample_items, write_json
 
 LONGEST_ANSWER = 48  # tokens
 OBJECT_KINDS = ("colour", "relation", "neighbour", "position", "extreme", "sign")

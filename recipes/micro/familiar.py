@@ -26,13 +26,13 @@ from rich.console import Console
 from torch import Tensor
 
 from ivtp.cli.door import quiet, run
-from ivtp.evaluation.scoring import wilson
 from ivtp.files.sidecar import MICRO, SIDECAR, read_json
 from ivtp.generate import load, prompt_for
 from ivtp.guide.familiar import KEY
 from ivtp.micro import world
 from ivtp.micro.world.photo import take_photo
 from ivtp.plug import attach, find_host
+from recipes.micro.scoring import wilson
 
 NOTE = (
     "this picture does not look like one of the embedded model's world of glyphs, discs, frames and signs, all that it "

@@ -27,8 +27,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoTokenizer, CLIPModel
 
 from ivtp.cli.door import quiet, run
-from ivtp.evaluation.scoring import Dtype, Table, bootstrap, interval, wilson, write_json
-from ivtp.evaluation.units import Unit, by_format, collect, gap
 from ivtp.files.checkpoint import LOADING
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import check_output, write_text
@@ -40,6 +38,8 @@ from ivtp.micro.formats.base import Example
 from ivtp.micro.world.photo import take_photo
 from recipes.micro.coverage import coverage, presence_probe
 from recipes.micro.published import like_published
+from recipes.micro.scoring import Dtype, Table, bootstrap, interval, wilson, write_json
+from recipes.micro.units import Unit, by_format, collect, gap
 from recipes.micro.vision_data import keyword_table, make_batch
 from recipes.micro.vision_eval import retrieved, roc_auc, word_scores
 from recipes.micro.vision_model import encode_windows

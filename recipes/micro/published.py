@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ivtp.evaluation.scoring import Table, bootstrap
+from recipes.micro.scoring import Table, bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "results" / "published.json"

@@ -22,8 +22,6 @@ from ivtp import errors
 from ivtp.cli import app as cli
 from ivtp.cli import bench as bench_cli
 from ivtp.cli.console import guided_by
-from ivtp.errors import ConfigError
-from ivtp.evaluation import compare
 from ivtp.trace import Word
 from recipes.micro import evaluate, gates, train
 
@@ -223,16 +221,13 @@ def test_words_that_guide_are_named_once_and_ten_at_most() -> None:
 @pytest.mark.parametrize(
     ("command", "arguments"),
     [
-        ("ivtp", ["compare", "--method", "foo"]),
-        ("ivtp", ["compare", "--keep", "0"]),
-        ("ivtp", ["compare", "--keep", "999"]),
-        ("ivtp", ["compare", "--positions", "x"]),
-        ("ivtp", ["compare", "--workers", "0"]),
-        ("ivtp", ["compare", "--batch", "0"]),
-        ("ivtp", ["compare", "--threads", "0"]),
-        ("ivtp", ["compare", "--questions", "0"]),
-        ("ivtp", ["compare", "--output", "/nowhere/x.json"]),
-        ("ivtp", ["compare", "--markdown", "--resume"]),
+        ("ivtp", ["reproduce", "table2"]),
+        ("ivtp", ["reproduce", "table1", "--method", "foo"]),
+        ("ivtp", ["reproduce", "table1", "--keep", "0"]),
+        ("ivtp", ["reproduce", "table1", "--workers", "0"]),
+        ("ivtp", ["reproduce", "table1", "--batch-size", "0"]),
+        ("ivtp", ["reproduce", "table1", "--limit", "0"]),
+        ("ivtp", ["reproduce", "table1", "--output", "/dev/null/x"]),
         ("gates", ["--questions", "0"]),
         ("gates", ["--threads", "0"]),
         ("gates", ["--gate", "8"]),
@@ -259,11 +254,10 @@ def test_bad_arguments_are_code_2_and_no_traceback(run: Run, command: str, argum
         one_line(result.err)
 
 
-@pytest.mark.parametrize("command", ["compare", "gates", "evaluate"])
+@pytest.mark.parametrize("command", ["gates", "evaluate"])
 def test_models_that_are_not_there_are_code_1(run: Run, command: str, tmp_path: Path) -> None:
     more = ["--by-type"] if command == "evaluate" else ["--gate", "1"] if command == "gates" else []
-    words = ("ivtp", "compare") if command == "compare" else (command,)
-    result = run(*words, "--model", tmp_path / "nope", *more)
+    result = run(command, "--model", tmp_path / "nope", *more)
     assert result.code == 1
     assert "nope" in one_line(result.err)
 
@@ -284,13 +278,6 @@ def test_drawing_without_matplotlib(run: Run, tmp_path: Path, monkeypatch: pytes
         result = run(*command)
         assert result.code == 2
         assert "pip install" in one_line(result.err)
-
-
-def test_a_file_that_is_no_comparison(tmp_path: Path) -> None:
-    for text in ("{", "[]", '{"about": 1}'):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(ConfigError, match="no comparison"):
-            compare._finished(tmp_path / "x.json", {})
 
 
 def test_bench_has_one_meaning_of_json(run: Run) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from ivtp.evaluation import compare
+from recipes.micro import bench as asking
 from recipes.micro import choose_plus
+from recipes.micro.bench import Bench
 from recipes.micro.choose_plus import ABLATED, CHOICES, DEFAULT, Variant, rows
 from tests.recipes.test_evaluate import folder  # noqa: F401
 
@@ -19,11 +20,11 @@ PROMPTS = 8
 
 
 @pytest.fixture(scope="module")
-def bench(folder: Path) -> compare.Bench:  # noqa: F811
-    return compare.Bench(str(folder), 12, 12, "float32", "validation")
+def bench(folder: Path) -> Bench:  # noqa: F811
+    return Bench(str(folder), 12, 12, "float32", "validation")
 
 
-def kept(bench: compare.Bench, variant: Variant) -> tuple[list[Any], list[Any], torch.Tensor]:
+def kept(bench: Bench, variant: Variant) -> tuple[list[Any], list[Any], torch.Tensor]:
     """Patches that leave the encoder, those that stay, and the last logits."""
     with bench.attach(variant.method, KEEP, "original", **variant.asked(KEEP)) as pruner, torch.no_grad():
         logits = bench.model(**bench.inputs(bench.examples[:PROMPTS]), logits_to_keep=1).logits
@@ -31,14 +32,14 @@ def kept(bench: compare.Bench, variant: Variant) -> tuple[list[Any], list[Any], 
 
 
 @pytest.mark.parametrize("variant", [*CHOICES, ABLATED[-1]], ids=lambda variant: variant.name)
-def test_variants_keep_what_was_asked_and_differ(bench: compare.Bench, variant: Variant) -> None:
+def test_variants_keep_what_was_asked_and_differ(bench: Bench, variant: Variant) -> None:
     default, own = kept(bench, DEFAULT), kept(bench, variant)
     assert [len(set(row)) for row in own[1]] == [KEEP] * PROMPTS
     if variant is not DEFAULT:
         assert own[0] != default[0] or own[1] != default[1] or not torch.equal(own[2], default[2])
 
 
-def test_dropping_keeps_the_same_patches_of_the_first_group(bench: compare.Bench) -> None:
+def test_dropping_keeps_the_same_patches_of_the_first_group(bench: Bench) -> None:
     found = []
     for kind in (choose_plus.IvtpPlus, choose_plus.Dropping):
         with bench.attach(kind, KEEP, "original") as pruner, torch.no_grad():
@@ -49,8 +50,8 @@ def test_dropping_keeps_the_same_patches_of_the_first_group(bench: compare.Bench
     assert (found[1].sources < 0).any()
 
 
-def test_a_row_is_compared_with_the_default(bench: compare.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "LONGEST_ANSWER", 1)
+def test_a_row_is_compared_with_the_default(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "LONGEST_ANSWER", 1)
     first, again, other = rows(bench, (DEFAULT, DEFAULT, ABLATED[1]), KEEP)
     assert (again["to the default"], again["to the default low"], again["to the default high"]) == (0, 0, 0)
     assert first["accuracy"] == again["accuracy"]

@@ -9,13 +9,13 @@ from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
 from ivtp.errors import ConfigError
-from ivtp.evaluation.scoring import Table, accuracy_row, exact, mean_interval, sample_items, wilson
 from ivtp.micro import world
 from ivtp.micro.model import assemble, build_decoder, build_processor, save_asset
 from ivtp.micro.tokenizer import build_tokenizer
 from recipes.micro import evaluate
 from recipes.micro.corpus import corpus
 from recipes.micro.projector import Projector
+from recipes.micro.scoring import Table, accuracy_row, exact, mean_interval, sample_items, wilson
 from tests.micro.test_model import tiny_clip
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ivtp.evaluation.units import by_format, collect
 from ivtp.generate import ask, prompt_for
 from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.world.photo import take_photo
 from recipes.micro import gates
+from recipes.micro.units import by_format, collect
 from tests.recipes.test_evaluate import folder, lvlm  # noqa: F401
 
 QUESTIONS = ["is there a dog?", "describe the image in detail please.", "图中有什么物体？"]

@@ -17,7 +17,6 @@ from ivtp.cli.ask import ask, save_picture
 from ivtp.cli.batch import batch
 from ivtp.cli.bench import bench
 from ivtp.cli.chat import chat
-from ivtp.cli.compare import compare
 from ivtp.cli.console import err, out, parts, print_flops, print_json
 from ivtp.cli.door import FLAG, run
 from ivtp.cli.eval import evaluate
@@ -175,6 +174,5 @@ def demo(
 
 app.command()(methods)
 app.command()(bench)
-app.command()(compare)
 app.command("eval")(evaluate)
 app.command("reproduce")(reproduce)

@@ -21,7 +21,7 @@ from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, need_matplotlib
 
-Name = Literal["table1", "figure3"]
+Name = Literal["table1", "figure3", "ablations"]
 
 
 @given.spoken

@@ -27,9 +27,9 @@ from ivtp.errors import ConfigError
 from ivtp.evaluation import metrics
 from ivtp.evaluation.answers import cache_folder
 from ivtp.evaluation.benchmarks import Column
-from ivtp.evaluation.units import CROWDS, crowd_of
 from ivtp.micro.formats import format_class, list_formats
 from ivtp.micro.formats.base import LETTERS, Example
+from ivtp.micro.world.crowds import CROWDS, crowd_of
 
 ITEMS = 250
 """Of each task, MME's in pairs, MMBench's each in every turn of its options."""

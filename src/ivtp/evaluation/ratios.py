@@ -17,6 +17,13 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 Sample = Mapping[str, Any]
 RESAMPLES = 1000
+"""Bootstrap draws."""
+
+
+def percentiles(draws: Sequence[float]) -> tuple[float, float]:
+    """The bounds of the middle 95% of bootstrap draws."""
+    ordered = sorted(draws)
+    return ordered[round(0.025 * len(ordered))], ordered[round(0.975 * len(ordered)) - 1]
 
 
 @dataclass(frozen=True)

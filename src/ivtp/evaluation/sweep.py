@@ -25,7 +25,7 @@ from loguru import logger
 from ivtp.errors import ConfigError
 from ivtp.evaluation.ratios import Array, Ratios, ratios
 from ivtp.evaluation.run import Asked, Row, columns, evaluate, mean_costs
-from ivtp.evaluation.units import CROWDS
+from ivtp.micro.world.crowds import CROWDS
 
 TOLERANCE = 0.1
 """Points by which a figure of lmms-eval's may differ from its ratios: it rounds LLaVA-Bench's."""

@@ -12,13 +12,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ivtp.evaluation.ratios import Array
+from ivtp.config import PruneConfig
+from ivtp.cost.flops import flops
+from ivtp.errors import LoadError
+from ivtp.evaluation.ratios import Array, percentiles
 from ivtp.evaluation.run import Asked, Row, count_questions
-from ivtp.evaluation.scoring import percentiles
 from ivtp.evaluation.sweep import Measured, OnAnswers, Run, sweep
-from ivtp.evaluation.units import CROWDS, crowd_name
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import whole, write_text
+from ivtp.micro.world.crowds import CROWDS, crowd_name
 
 Report = Callable[[int, str], AbstractContextManager[OnAnswers]]
 """Opens a progress bar over so many questions, or other steps, that are called so; it is told of each more."""
@@ -50,12 +52,25 @@ class Result:
 
 
 def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, Measured]:
-    """Every run on the request's tasks, the full model first."""
+    """Every run on the request's tasks, the full model first.
+
+    Raises `ConfigError` for a run that cannot be before any has begun.
+    """
+    for run in runs:
+        _check(request.asked.model, run)
     wanted = list(dict.fromkeys([FULL, *runs]))
     total = len(wanted) * count_questions(request.asked)
     with report(total, "questions") as on_answers:
         found = dict(sweep(request.asked, wanted, request.workers, on_answers))
     return {run: found[run] for run in wanted}
+
+
+def _check(model: str, run: Run) -> None:
+    """What cannot be is known from a model's sizes, where they are on this machine."""
+    try:
+        flops(model, method=run.method, keep=run.keep, text_tokens=64, **run.options)
+    except LoadError:
+        PruneConfig.of(method=run.method, keep=run.keep, **run.options)
 
 
 def row(run: Run, found: Measured, against: Iterable[tuple[str, Measured]] = ()) -> Row:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ivtp.errors import ConfigError
-from ivtp.evaluation.scoring import RESAMPLES, interval
+from ivtp.evaluation.ratios import RESAMPLES
 from ivtp.micro.formats import format_class, list_formats
 from ivtp.micro.formats.base import Example, Format
-from ivtp.micro.world.photo import Photo
-
-CROWDS = ((1, 3), (4, 7), (8, 12))
-"""Photos by their number of objects: simple, middling and crowded ones."""
+from ivtp.micro.world.crowds import CROWDS, crowd_name, crowd_of
+from recipes.micro.scoring import interval
 
 
 @dataclass(frozen=True)
@@ -24,16 +22,6 @@ class Unit:
 
     form: Format
     examples: tuple[Example, ...]
-
-
-def crowd_of(photo: Photo) -> int:
-    """Index of the photo's number of objects among CROWDS."""
-    return sum(len(photo.scene.objects) > last for _, last in CROWDS[:-1])
-
-
-def crowd_name(crowd: int) -> str:
-    """How tables call one of CROWDS: ``8-12 objects``."""
-    return "{}-{} objects".format(*CROWDS[crowd])
 
 
 def collect(split: str, questions: int, seed: int = 0, *, even: bool = False) -> list[list[Unit]]:

@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from ivtp.evaluation.units import CROWDS, Unit, by_crowd, by_format, collect, crowd_name, crowd_of
+from ivtp.micro.world.crowds import CROWDS, crowd_name, crowd_of
+from recipes.micro.units import Unit, by_crowd, by_format, collect
 
 
 def drawn(questions: int, *, even: bool) -> list[Unit]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ivtp.errors import ConfigError
+from ivtp.evaluation.ratios import RESAMPLES, percentiles
 from ivtp.files.outputs import write_text
 from ivtp.micro import world
 from ivtp.micro.world.photo import Photo, take_photo
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,6 @@ def mean_interval(groups: list[list[bool]], *, seed: int = 0) -> tuple[float, fl
 
     draws = [mean([rng.choices(group, k=len(group)) for group in groups]) for _ in range(RESAMPLES)]
     return mean(groups), *percentiles(draws)
-
-
-def percentiles(draws: Sequence[float]) -> tuple[float, float]:
-    """The bounds of the middle 95% of bootstrap draws."""
-    ordered = sorted(draws)
-    return ordered[round(0.025 * len(ordered))], ordered[round(0.975 * len(ordered)) - 1]
 
 
 def interval(label: str, value: float, draws: Sequence[float]) -> dict[str, float]:
