@@ -160,10 +160,11 @@ CHOICES = (
 def named(names: Iterable[str], variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
     """The default and the variants of these names. Raises `ConfigError` for one that there is not."""
     known = {variant.name: variant for variant in variants}
-    for name in names:
+    asked = list(dict.fromkeys((DEFAULT.name, *names)))
+    for name in asked:
         if name not in known:
             raise ConfigError(f"--only: there is no row {name!r}; use one of {', '.join(known)}")
-    return tuple(dict.fromkeys((DEFAULT, *(known[name] for name in names))))
+    return tuple(known[name] for name in asked)
 
 
 def rows(bench: Bench, variants: Iterable[Variant], keep: int) -> Iterator[dict[str, Any]]:

@@ -116,7 +116,8 @@ class WordTokens:
         weights = (logits * tap.scale).softmax(dim=3)
         attended = weights[..., :-1] @ tap.value[:, :, :-1] + weights[..., -1:] * value
         self.hidden = self.hidden + attention.o_proj(attended.transpose(1, 2).flatten(2))
-        return weights.mean(dim=1)
+        averaged: Tensor = weights.mean(dim=1)
+        return averaged
 
 
 class Guided(IvtpPlus):
