@@ -24,7 +24,8 @@ class IvtpPlus(GroupWise):
     section 3), but once a group, in raster order and without a bias on attention. CLS does not choose: it looks at a
     few of many objects. Decoder: a token's importance in the rollout from the pseudo CLS token (IVTP, Eq. 2-7), times
     1 - its cosine with the most similar more important one, of the keys of the group's last layer; the highest stay.
-    More than `keep` by 1/18 of all patches, and at least 1/9 of them, leave the encoder; one ratio in each stage.
+    More than `keep` by 1/18 of all patches, and at least 1/9 of them, leave the encoder, but no more than four times
+    `keep` and 64; one ratio in each stage.
     """
 
     info = MethodInfo(
@@ -79,8 +80,11 @@ class IvtpPlus(GroupWise):
 
 
 def between(patches: int, keep: int) -> int:
-    """Tokens of an image that leave the encoder where `keep` remain at the end; of 576 patches 96 for 64, 64 for 16."""
-    return min(patches, max(keep + patches // 18, patches // 9))
+    """Tokens of an image that leave the encoder where `keep` remain at the end; of 576 patches 96 for 64, 64 for 16.
+
+    Of an image in tiles these shares are dearer than IVTP's where few remain: four for each that remains are enough.
+    """
+    return min(patches, max(keep + patches // 18, patches // 9), max(4 * keep, 64))
 
 
 METHOD = IvtpPlus
