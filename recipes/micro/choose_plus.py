@@ -26,13 +26,17 @@ from ivtp.core.merge import mean_by_size, sizes
 from ivtp.core.schedule import groups, uniform_ratio
 from ivtp.core.select import highest
 from ivtp.cost.flops import flops
+from ivtp.errors import ConfigError
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import check_output, write_text
 from ivtp.methods.base import Merged, Plan, Window
 from ivtp.methods.groups import GroupWise
 from ivtp.methods.ivtp_plus import IvtpPlus, between
 from ivtp.micro import world
+from ivtp.plug import Pruner
+from recipes.micro import plus_guides
 from recipes.micro.bench import Bench
+from recipes.micro.plus_guides import Guided, HighestOfWords, MeanOfWords, PeakedWords
 from recipes.micro.scoring import Table, interval, write_json
 from recipes.micro.units import Unit, by_format, gap
 
@@ -109,6 +113,12 @@ class Variant:
         schedule = {} if self.between is None else {"schedule": (self.between(keep), keep)}
         return {**self.options, **schedule}
 
+    def attach(self, bench: Bench, keep: int) -> Pruner | None:
+        """Its pruner, at original positions."""
+        if isinstance(self.method, type) and issubclass(self.method, Guided):
+            return plus_guides.attach(bench.model, bench.processor, self.method, keep, **self.asked(keep))
+        return bench.attach(self.method, keep, "original", **self.asked(keep))
+
 
 def own(keep: int) -> int:
     """What IVTP+ hands on."""
@@ -139,14 +149,29 @@ CHOICES = (
     Variant("importance ** 0.5 in the encoder", Weighed),
     *(Variant(f"{more} more between the stages", between=partial(operator.add, more)) for more in (16, 24, 64, 80)),
     *(Variant(f"guide={guide}", options={"guide": guide}) for guide in ("text", "weighted")),
+    Variant("relevant words by entropy", PeakedWords, {"guide": "weighted"}),
+    Variant("all words by entropy", PeakedWords, {"guide": "weighted", "threshold": -1.0}),
+    Variant("a pseudo CLS token a word, the highest", HighestOfWords),
+    Variant("a pseudo CLS token a word, their mean", MeanOfWords),
+    Variant("groups of 2 layers", options={"group_layers": 2}),
 )
+
+
+def named(names: Iterable[str], variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+    """The default and the variants of these names. Raises `ConfigError` for one that there is not."""
+    known = {variant.name: variant for variant in variants}
+    asked = list(dict.fromkeys((DEFAULT.name, *names)))
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"--only: there is no row {name!r}; use one of {', '.join(known)}")
+    return tuple(known[name] for name in asked)
 
 
 def rows(bench: Bench, variants: Iterable[Variant], keep: int) -> Iterator[dict[str, Any]]:
     """A row for each variant at `keep` tokens, the default first."""
     reference: Scored | None = None
     for variant in variants:
-        scored = bench.score(bench.attach(variant.method, keep, "original", **variant.asked(keep)))
+        scored = bench.score(variant.attach(bench, keep))
         reference = reference or scored
         mean = by_format(scored, "accuracy")["mean"]
         cost = flops(bench.model, method=variant.method, keep=keep, text_tokens=PROMPT, **variant.asked(keep))
@@ -167,6 +192,7 @@ def main(
     keep: Annotated[list[int] | None, typer.Option(min=1, max=world.GRID**2, help="tokens that stay (repeat)")] = None,
     questions: Annotated[int, typer.Option(min=1, help="questions in all, in equal numbers of every format")] = 520,
     ablate: Annotated[bool, typer.Option("--ablate", help="one ingredient off in each row, on the test split")] = False,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="rows beside the default (repeat)")] = None,
     batch: Annotated[int, typer.Option(min=1, help="questions at once")] = 12,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 1,
     output: Annotated[Path | None, typer.Option(help="JSON file for all numbers")] = None,
@@ -178,6 +204,7 @@ def main(
     torch.manual_seed(0)
     quiet()
     split, variants = ("test", ABLATED) if ablate else ("validation", CHOICES)
+    variants = named(only, variants) if only else variants
     bench = Bench("micro", questions, batch, "float32", split)
     about: dict[str, Any] = {"split": split, "questions": len(bench.examples), "torch": torch.__version__}
     about |= {"dtype": "float32", "machine": f"{processor_name()}, {threads} CPU threads"}

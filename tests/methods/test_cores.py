@@ -32,12 +32,12 @@ from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.fsr import focus_and_scan, priority, refined
 from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
 from ivtp.methods.holov import HoloV, crops_of, holistic_scores, quotas, within_quotas
-from ivtp.methods.ivtp_plus import IvtpPlus, merge_redundant
+from ivtp.methods.ivtp_plus import IvtpPlus
 from ivtp.methods.mmtok import covering_shares
 from ivtp.methods.prumerge_plus import with_samples
 from ivtp.methods.sparsevlm import raters, recycling
 from ivtp.methods.spatial import local_similarity
-from ivtp.methods.tome import ToMe, match
+from ivtp.methods.tome import ToMe
 from ivtp.methods.tops import preservation_set
 from ivtp.methods.visionzip import contextual_count, merge_contextual
 from ivtp.methods.vispruner import important_and_distinct
@@ -634,32 +634,6 @@ def test_evit_of_equal_attention_keeps_the_lower_index() -> None:
     assert gone.tolist() == [[4, 5, 6, 7, 8]] * 2
 
 
-@SOME
-@given(seed=seeds, batch=batches, length=lengths, data=st.data())
-def test_tome_matches_the_most_similar_pairs(seed: int, batch: int, length: int, data: st.DataObject) -> None:
-    metric = normal(seed, batch, length, 4)
-    cls = data.draw(st.integers(0, 1))
-    removed = data.draw(st.integers(0, (length - cls) // 2))
-    gaps: list[float] = []
-    expected = [naive.match(sample, removed, gaps, cls) for sample in plain(metric)]
-    assume(clear(gaps))
-    into, stay = match(metric, removed, cls)
-    assert into.tolist() == [e[0] for e in expected]
-    assert stay.tolist() == [e[1] for e in expected]
-    for b in range(batch):
-        alone = match(metric[b : b + 1], removed, cls)
-        assert torch.equal(alone[0][0], into[b])
-        assert torch.equal(alone[1][0], stay[b])
-
-
-def test_tome_never_merges_cls() -> None:
-    metric = normal(0, 1, 9, 4)
-    metric[0, 3] = metric[0, 0]
-    into, _ = match(metric, 4, 1)
-    assert into[0, 0] == 0
-    assert (into[0, 1:] != 0).all()
-
-
 def test_tome_protects_no_patch_of_a_tower_without_cls() -> None:
     """Patch 0 is the twin of patch 3: with a CLS token in its column it would stay."""
     size = dataclasses.replace(geometry(8), vision_cls=0)
@@ -718,41 +692,6 @@ def test_tome_merges_by_size(
 
 
 # --- IVTP+ ---------------------------------------------------------------------------------------------------------
-
-
-@SOME
-@given(seed=seeds, batch=batches, length=st.integers(1, 40), data=st.data())
-def test_what_is_redundant_merges(seed: int, batch: int, length: int, data: st.DataObject) -> None:
-    """Also by more than half, and among padding, which leaves first and takes nothing in."""
-    metric = normal(seed, batch, length, 4)
-    keep = data.draw(st.integers(1, length))
-    padding = torch.tensor(
-        data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch))
-    )
-    gaps: list[float] = []
-    expected = [
-        naive.merge_redundant(sample, keep, hidden, gaps)
-        for sample, hidden in zip(plain(metric), padding.tolist(), strict=True)
-    ]
-    assume(clear(gaps))
-    goes, distinct = merge_redundant(metric, keep, padding)
-    assert goes.tolist() == expected
-    itself = torch.arange(length)
-    for b in range(batch):
-        assert int((goes[b] == itself).sum()) == keep
-        assert torch.equal(merge_redundant(metric[b : b + 1], keep, padding[b : b + 1])[0][0], goes[b])
-        stay = goes[b] == itself
-        if (stay & padding[b]).any():
-            assert stay[~padding[b]].all(), "padding leaves first"
-        assert (goes[b][padding[b] & ~stay] == -1).all()
-        assert not padding[b][goes[b][~padding[b] & ~stay]].any(), "nothing goes into padding"
-    if not padding.any():
-        assert torch.equal(goes, merge_redundant(metric, keep)[0])
-        if keep < length <= 2 * keep:  # one round
-            for b in range(batch):
-                cosines = naive.cosines(plain(metric[b]))
-                other = [max(row[1 - i % 2 :: 2]) for i, row in enumerate(cosines)]
-                near(distinct[b], [1 - best for best in other])
 
 
 @SOME

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
+from ivtp.errors import ConfigError
+from ivtp.generate import complete
+from ivtp.guide.clip import ClipText
+from ivtp.methods.base import GuideOptions
+from ivtp.methods.ivtp_plus import IvtpPlus
 from recipes.micro import bench as asking
 from recipes.micro import choose_plus
 from recipes.micro.bench import Bench
-from recipes.micro.choose_plus import ABLATED, CHOICES, DEFAULT, Variant, rows
+from recipes.micro.choose_plus import ABLATED, CHOICES, DEFAULT, Variant, named, rows
+from recipes.micro.plus_guides import HighestOfWords, MeanOfWords, Peaked
 from tests.recipes.test_evaluate import folder  # noqa: F401
 
 KEEP = 16
@@ -26,7 +33,7 @@ def bench(folder: Path) -> Bench:  # noqa: F811
 
 def kept(bench: Bench, variant: Variant) -> tuple[list[Any], list[Any], torch.Tensor]:
     """Patches that leave the encoder, those that stay, and the last logits."""
-    with bench.attach(variant.method, KEEP, "original", **variant.asked(KEEP)) as pruner, torch.no_grad():
+    with variant.attach(bench, KEEP) as pruner, torch.no_grad():
         logits = bench.model(**bench.inputs(bench.examples[:PROMPTS]), logits_to_keep=1).logits
     return pruner.trace.kept("vision").tolist(), pruner.trace.kept().tolist(), logits
 
@@ -48,6 +55,42 @@ def test_dropping_keeps_the_same_patches_of_the_first_group(bench: Bench) -> Non
     assert torch.equal(found[0].kept, found[1].kept)
     assert (found[0].sources >= 0).all()
     assert (found[1].sources < 0).any()
+
+
+def test_a_row_is_compared_with_the_default(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "LONGEST_ANSWER", 1)
+
+
+def test_a_pseudo_cls_token_for_one_word_is_that_of_all(bench: Bench) -> None:
+    """Without a relevant word one token stands in for it: the words' way through the layers is the model's."""
+    found = []
+    for kind in (IvtpPlus, HighestOfWords, MeanOfWords):
+        variant = Variant("", kind, {"threshold": 1.0})
+        with variant.attach(bench, KEEP) as pruner:
+            complete(bench.model, bench.processor, bench.inputs(bench.examples[:PROMPTS]), 1)
+        assert all(pruner.trace.fallback)
+        found.append([stage.scores for stage in pruner.trace.stages if stage.where == "llm"])
+    for scores in found[1:]:
+        torch.testing.assert_close(scores, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_word_like_one_patch_weighs_more_than_a_word_like_all() -> None:
+    projection = nn.Linear(3, 3, bias=False)
+    nn.init.eye_(projection.weight)
+    clip = ClipText(nn.Identity(), projection, projection, None, 77)
+    image, one, all_alike, another = torch.eye(3)[:1], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]
+    maker = Peaked(GuideOptions(threshold=0.2), cast(Any, None), None, clip, [torch.eye(3)])
+    weights = maker.rate(torch.tensor([one, all_alike, another]), image).flatten()
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=1e-5)
+
+
+def test_only_names_rows_beside_the_default() -> None:
+    assert named(["no suppression"], CHOICES)[0] is DEFAULT
+    assert [row.name for row in named(["no suppression", "default", "no suppression"], CHOICES)][1:] == [
+        "no suppression"
+    ]
+    with pytest.raises(ConfigError, match="'suppression'; use one of default, dropped"):
+        named(["suppression"], CHOICES)
 
 
 def test_a_row_is_compared_with_the_default(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ivtp.core.select import on_device, others, put, take
+from ivtp.core.select import highest, on_device, others, put, take
 
 
 def nearest_grid(tokens: int, rows: int, columns: int) -> tuple[int, int]:
@@ -46,6 +46,54 @@ def pool_grid(patches: Tensor, side: tuple[int, int], grid: tuple[int, int]) -> 
     representatives = on_device(centres, patches.device)
     covering = representatives[on_device(cover, patches.device)]
     return pooled, representatives, covering.index_copy(0, representatives, representatives)
+
+
+def rounds(tokens: int, keep: int) -> list[int]:
+    """Tokens before and behind each round of merging, none of which takes more than half of them; mostly one round."""
+    counts = [tokens]
+    while counts[-1] > keep:
+        counts.append(max(keep, (counts[-1] + 1) // 2))
+    return counts
+
+
+def match_halves(
+    metric: Tensor, keep: int, *, protected: int = 0, padding: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which of the tokens (B, T) each goes into, its own index where it is one of the `keep` that stay.
+
+    Bipartite soft matching (ToMe, Bolya et al., ICLR 2023, section 3): the tokens are split in turn, and those of the
+    first half that are most similar to one of the second, by the cosine of their `metric` (B, T, d), go into that one;
+    in `rounds` where more than half go. Of equally similar ones the lower index goes first. The first `protected`, CLS
+    (1) or none (0), stay. `padding` (B, T) bool leaves before all others, the last first, into nothing (-1), and takes
+    nothing in. Beside it how distinct each token was before the last round (B, T): 1 - its highest cosine with one of
+    the other half, float32.
+    """
+    batch, tokens, _ = metric.shape
+    unit = nn.functional.normalize(metric.float(), dim=-1)
+    columns = goes = torch.arange(tokens, device=metric.device).expand(batch, -1)
+    distinct = torch.zeros(batch, tokens, device=metric.device, dtype=torch.float32)
+    left = columns if padding is None else padding.to(torch.uint8).argsort(dim=1, stable=True)  # behind all others
+    for count in rounds(tokens, keep)[1:]:
+        first, second = left[:, ::2], left[:, 1::2]
+        cosine = take(unit, first) @ take(unit, second).transpose(1, 2)
+        if padding is not None:
+            hidden = padding.gather(1, left)
+            cosine = cosine.masked_fill(hidden[:, ::2].unsqueeze(2) | hidden[:, 1::2].unsqueeze(1), -1.0)
+        best, partner = cosine.max(dim=2)
+        distinct = distinct.scatter(1, first, 1 - best).scatter(1, second, 1 - cosine.amax(dim=1))
+        alike = torch.full(left.shape, float("-inf"), device=left.device, dtype=torch.float32)
+        alike[:, ::2] = best
+        alike[:, :protected] = float("-inf")
+        target = left.clone()
+        target[:, ::2] = second.gather(1, partner)
+        if padding is not None:
+            last_first = 2.0 + torch.arange(left.shape[1], device=left.device)  # above all cosines
+            alike, target = torch.where(hidden, last_first, alike), target.masked_fill(hidden, -1)
+        stay = others(highest(alike, left.shape[1] - count), left.shape[1])
+        target = target.scatter(1, stay, left.gather(1, stay))
+        goes = torch.where(goes < 0, -1, columns.scatter(1, left, target).gather(1, goes.clamp_min(0)))
+        left = left.gather(1, stay)
+    return goes, distinct
 
 
 def follow(sources: Tensor, patch: Tensor, into: Tensor) -> Tensor:

@@ -91,12 +91,17 @@ class GuideMaker:
         spans = widened(spans, instruction.text)  # CLIP composes letters and points to their first character
         clip_words, own_words = rel.overlapping(words, spans), rel.overlapping(words, instruction.spans)
         with torch.autocast(tokens.device.type, enabled=False):
-            by_token = rel.relevance(tokens, self.clip.image(pooled)).to(embeddings.device)
+            by_token = self.rate(tokens, pooled).to(embeddings.device)
         weights = _weights(rel.spread(by_token, clip_words, own_words, len(instruction.columns)), self.options)
         token, empty = rel.pseudo_cls(embeddings[on_device(instruction.columns, embeddings.device)], weights, visual)
         scores = rel.spread(by_token, clip_words, [(i, i) for i in range(len(words))], len(words)).nan_to_num()
         joined = _joined(own_words, weights, len(words))
         return Guide(token, empty, tuple(instruction.text[a:b] for a, b in words), scores, joined, len(spans))
+
+    def rate(self, tokens: Tensor, pooled: Tensor) -> Tensor:
+        """Relevance (n, m), float32, of CLIP's text tokens (n, P) to each image, of `pooled` (m, D_vision) (Eq. 5)."""
+        assert self.clip is not None
+        return rel.relevance(tokens, self.clip.image(pooled))
 
     def sentence(self, instruction: Instruction) -> tuple[Tensor, int]:
         """CLIP's embedding (P,) of what a prompt asks, and how many tokens CLIP read."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.core.diversity import nearest_better
-from ivtp.core.merge import mean_by_size, sizes
+from ivtp.core.merge import match_halves, mean_by_size, rounds, sizes
 from ivtp.core.schedule import groups
-from ivtp.core.select import highest, take
+from ivtp.core.select import take
 from ivtp.methods.base import ChoiceCost, Cut, Merged, MethodInfo, Plan, Window
 from ivtp.methods.groups import GroupWise
 
@@ -24,7 +24,8 @@ class IvtpPlus(GroupWise):
     section 3), but once a group, in raster order and without a bias on attention. CLS does not choose: it looks at a
     few of many objects. Decoder: a token's importance in the rollout from the pseudo CLS token (IVTP, Eq. 2-7), times
     1 - its cosine with the most similar more important one, of the keys of the group's last layer; the highest stay.
-    More than `keep` by 1/18 of all patches, and at least 1/9 of them, leave the encoder; one ratio in each stage.
+    More than `keep` by 1/18 of all patches, and at least 1/9 of them, leave the encoder, but no more than four times
+    `keep` and 64; one ratio in each stage.
     """
 
     info = MethodInfo(
@@ -71,7 +72,7 @@ class IvtpPlus(GroupWise):
         assert window.sources is not None
         first, key = self.geometry.vision_cls, window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
         padding = None if window.padding is None else window.padding[:, first:]
-        goes, distinct = merge_redundant(key[:, first:], window.cut.keep, padding)
+        goes, distinct = match_halves(key[:, first:], window.cut.keep, padding=padding)
         columns = torch.arange(first, device=goes.device).expand(len(goes), -1)
         into = torch.cat([columns, torch.where(goes < 0, -1, goes + first)], dim=1)
         hidden = mean_by_size(window.hidden, into, sizes(window.sources, window.patch))
@@ -79,50 +80,11 @@ class IvtpPlus(GroupWise):
 
 
 def between(patches: int, keep: int) -> int:
-    """Tokens of an image that leave the encoder where `keep` remain at the end; of 576 patches 96 for 64, 64 for 16."""
-    return min(patches, max(keep + patches // 18, patches // 9))
+    """Tokens of an image that leave the encoder where `keep` remain at the end; of 576 patches 96 for 64, 64 for 16.
 
-
-def rounds(tokens: int, keep: int) -> list[int]:
-    """Tokens before and behind each round of merging, none of which takes more than half of them; mostly one round."""
-    counts = [tokens]
-    while counts[-1] > keep:
-        counts.append(max(keep, (counts[-1] + 1) // 2))
-    return counts
-
-
-def merge_redundant(metric: Tensor, keep: int, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Which of the tokens (B, N) each goes into, its own index where it is one of the `keep` that stay.
-
-    The tokens are split in turn, and those of the first half that are most similar to one of the second, by the cosine
-    of their `metric` (B, N, d), go into that one: ToMe's bipartite matching, in the order of the tokens. `padding`
-    (B, N) bool leaves first, into nothing (-1), and takes nothing in. Beside it how distinct each token was before the
-    last round (B, N): 1 - its highest cosine with one of the other half.
+    Of an image in tiles these shares are dearer than IVTP's where few remain: four for each that remains are enough.
     """
-    batch, tokens, _ = metric.shape
-    unit = nn.functional.normalize(metric.float(), dim=-1)
-    columns = goes = torch.arange(tokens, device=metric.device).expand(batch, -1)
-    distinct = torch.zeros(batch, tokens, device=metric.device, dtype=torch.float32)
-    left = columns if padding is None else padding.to(torch.uint8).argsort(dim=1, stable=True)  # behind all others
-    for count in rounds(tokens, keep)[1:]:
-        first, second = left[:, ::2], left[:, 1::2]
-        cosine = take(unit, first) @ take(unit, second).transpose(1, 2)
-        if padding is not None:
-            hidden = padding.gather(1, left)
-            cosine = cosine.masked_fill(hidden[:, ::2].unsqueeze(2) | hidden[:, 1::2].unsqueeze(1), -1.0)
-        best, partner = cosine.max(dim=2)
-        distinct = distinct.scatter(1, first, 1 - best).scatter(1, second, 1 - cosine.amax(dim=1))
-        loss = torch.full(left.shape, float("inf"), device=left.device, dtype=torch.float32)
-        loss[:, ::2] = 1 - best
-        target = left.clone()
-        target[:, ::2] = second.gather(1, partner)
-        if padding is not None:
-            loss, target = loss.masked_fill(hidden, float("-inf")), target.masked_fill(hidden, -1)
-        stay = highest(loss, count).sort(dim=1).values
-        target = target.scatter(1, stay, left.gather(1, stay))
-        goes = torch.where(goes < 0, -1, columns.scatter(1, left, target).gather(1, goes.clamp_min(0)))
-        left = left.gather(1, stay)
-    return goes, distinct
+    return min(patches, max(keep + patches // 18, patches // 9), max(4 * keep, 64))
 
 
 METHOD = IvtpPlus

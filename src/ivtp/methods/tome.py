@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
-from ivtp.core.merge import mean_by_size, sizes
+from ivtp.core.merge import match_halves, mean_by_size, sizes
 from ivtp.core.schedule import halving
 from ivtp.errors import ConfigError
 from ivtp.methods.base import ChoiceCost, Cut, Merged, Method, MethodInfo, Plan, Window
@@ -48,34 +47,16 @@ class ToMe(Method):
 
     def merge(self, window: Window) -> Merged:
         """Merged tokens at the columns of the tokens that the others went into, in ToMe's order."""
-        first = self.geometry.vision_cls
         assert window.sources is not None
-        removed = window.hidden.shape[1] - first - window.cut.keep
+        first, tokens = self.geometry.vision_cls, window.hidden.shape[1]
+        keep = first + window.cut.keep
         metric = window.taps[-1].key.float().mean(dim=1)  # (B, T, d)
-        into, order = match(metric, removed, first)
+        into, _ = match_halves(metric, keep, protected=first)
         hidden = mean_by_size(window.hidden, into, sizes(window.sources, window.patch))
+        order = torch.arange(tokens, device=into.device).expand_as(into)
+        if keep < tokens:  # the first half, ascending, then the second
+            order = (order % 2 + 2 * (into != order)).argsort(dim=1, stable=True)[:, :keep]
         return Merged(hidden, into, order[:, first:])
-
-
-def match(metric: Tensor, removed: int, protected: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching of tokens by `metric` (B, T, d); the first `protected`, CLS (1) or none (0), never merge.
-
-    Returns the column (B, T) that every token goes into, its own where it stays, and the columns that stay, in
-    ToMe's order (B, T - removed): those of the first half, ascending, then the second half; as they were where none
-    is removed.
-    """
-    batch, tokens, _ = metric.shape
-    unit = nn.functional.normalize(metric.float(), dim=-1)
-    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, ceil(T/2), floor(T/2))
-    columns = torch.arange(tokens, device=metric.device).expand(batch, -1)
-    if removed == 0:
-        return columns, columns
-    best, partner = scores.max(dim=2)
-    best[:, :protected] = float("-inf")
-    ranked = best.argsort(dim=1, descending=True, stable=True)
-    merged, stay = ranked[:, :removed], ranked[:, removed:].sort(dim=1).values
-    into = columns.scatter(1, 2 * merged, 2 * partner.gather(1, merged) + 1)
-    return into, torch.cat([2 * stay, columns[:, 1::2]], dim=1)
 
 
 METHOD = ToMe
