@@ -57,10 +57,6 @@ def test_dropping_keeps_the_same_patches_of_the_first_group(bench: Bench) -> Non
     assert (found[1].sources < 0).any()
 
 
-def test_a_row_is_compared_with_the_default(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "LONGEST_ANSWER", 1)
-
-
 def test_a_pseudo_cls_token_for_one_word_is_that_of_all(bench: Bench) -> None:
     """Without a relevant word one token stands in for it: the words' way through the layers is the model's."""
     found = []
