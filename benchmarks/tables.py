@@ -38,7 +38,8 @@ def blocks() -> dict[Path, dict[str, str]]:
     """Every page with what it holds between its marks."""
     docs = ROOT / "docs"
     return {
-        ROOT / "README.md": {"families": families(), "methods": methods(), "results": results()},
+        ROOT / "README.md": {"families": families(), "methods": named_methods(), "results": results()},
+        docs / "methods.md": {"methods": methods()},
         docs / "results.md": {"compared": compared(), "gates": gates()},
         docs / "configuration.md": {"fields": fields(), "options": options()},
         docs / "add_host.md": {"host": members(Host), "towers": members(Tower, VisionTower, TextTower)},
@@ -58,6 +59,11 @@ def families() -> str:
             raise ValueError(f"hosts/{name}.py: the docstring of its class has no paragraph `Refuses: ...`")
         rows.append((f"`{name}`", taken.rstrip("."), one_line(refused[1]).rstrip(".")))
     return table(("family", "what is taken", "what is refused, in one line"), rows)
+
+
+def named_methods() -> str:
+    """Every method by its name."""
+    return " · ".join(f"`{name}`" for name in list_methods())
 
 
 def methods() -> str:
