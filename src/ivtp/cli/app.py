@@ -76,7 +76,10 @@ def flops(
     model: Annotated[
         str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, micro, a folder, or a downloaded hub id.")
     ] = "llava-1.5-7b",
-    method: given.Method = "ivtp",
+    method: Annotated[str | None, typer.Option(help="A method that `ivtp methods` lists; default: ivtp.")] = None,
+    compressor: Annotated[
+        str | None, typer.Option(help="A trained projector, for example cabstractor, instead of a method.")
+    ] = None,
     keep: given.Keep = "64",
     text_tokens: Annotated[
         int, typer.Option("--text", help="Tokens of the prompt, with one placeholder for each image.")
@@ -89,9 +92,9 @@ def flops(
     option: given.Options = None,
     as_json: given.Json = False,
 ) -> None:
-    """What a prefill costs with all tokens and with a method, part by part.
+    """What a prefill costs with all tokens and with a method or a compressor, part by part.
 
-    JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
+    JSON keys: model, method (or the compressor), keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
     batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector, llm, head, pruning,
     total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative where it costs
     more), notes (what must be known of the count).
@@ -99,17 +102,20 @@ def flops(
     from ivtp.cost.flops import flops as count
 
     options = given.parse_options(option, context)
-    name = method_name(method)
+    name = None if method is None else method_name(method)
     size = given.parse_size(image_size)
     asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
-        full = count(model, method="none", **asked)
-        pruned = count(model, method=name, keep=given.parse_keep(keep), **asked, **options)
+        plain = {"method": "none"} if compressor is None else {"compressor": "mlp", "keep": "100%"}
+        full = count(model, **plain, **asked)
+        pruned = count(
+            model, method=name, compressor=compressor, keep=given.parse_keep(keep), **asked, **options
+        )
     if not as_json:
         print_flops(full, pruned, batch=batch, images=images)
         return
     saving = 1 - pruned.total / full.total
-    result = {"model": full.model, "method": name, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
+    result = {"model": full.model, "method": pruned.method, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
     both = {"full": parts(full), "pruned": parts(pruned)}
     print_json({**result, **both, "saving": saving, "notes": list(pruned.notes)})
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
 
+from ivtp.compressors.base import Compressor
 from ivtp.errors import InputError, LoadError, UnsupportedModelError
 from ivtp.files.sidecar import SIDECAR
 from ivtp.hosts.base import Host, openai_clip
-from ivtp.plan import Geometry
+from ivtp.plan import Compressed, Geometry
 from ivtp.towers.clip import ClipTower
 from ivtp.towers.llama import LlamaTower
 
@@ -44,6 +46,9 @@ class ClipLlamaHost(Host):
         self.vision = ClipTower(inner.model.vision_tower)
         self.text = LlamaTower(inner.model.language_model)
         self._projector = inner.model.multi_modal_projector
+        compressor = next((part for part in self._projector.modules() if isinstance(part, Compressor)), None)
+        if compressor is not None:
+            self.size = dataclasses.replace(self.size, compressed=Compressed(compressor.name, compressor.tokens))
         self.image_token = inner.config.image_token_id
 
     def project(self, features: Tensor) -> Tensor:
