@@ -94,10 +94,10 @@ def flops(
 ) -> None:
     """What a prefill costs with all tokens and with a method or a compressor, part by part.
 
-    JSON keys: model, method (or the compressor), keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
-    batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector, llm, head, pruning,
-    total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative where it costs
-    more), notes (what must be known of the count).
+    JSON keys: model, method (or the compressor), keep, equivalent (mean tokens entering and leaving the decoder's
+    layers), text_tokens, batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector,
+    llm, head, pruning, total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative
+    where it costs more), notes (what must be known of the count).
     """
     from ivtp.cost.flops import flops as count
 
@@ -106,17 +106,15 @@ def flops(
     size = given.parse_size(image_size)
     asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
-        plain = {"method": "none"} if compressor is None else {"compressor": "mlp", "keep": "100%"}
+        plain: dict[str, Any] = {"method": "none"} if compressor is None else {"compressor": "mlp", "keep": "100%"}
         full = count(model, **plain, **asked)
-        pruned = count(
-            model, method=name, compressor=compressor, keep=given.parse_keep(keep), **asked, **options
-        )
+        pruned = count(model, method=name, compressor=compressor, keep=given.parse_keep(keep), **asked, **options)
     if not as_json:
         print_flops(full, pruned, batch=batch, images=images)
         return
     saving = 1 - pruned.total / full.total
-    result = {"model": full.model, "method": pruned.method, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
-    both = {"full": parts(full), "pruned": parts(pruned)}
+    result = {"model": full.model, "method": pruned.method, "keep": pruned.keep, "equivalent": pruned.equivalent}
+    both = {**asked, "full": parts(full), "pruned": parts(pruned)}
     print_json({**result, **both, "saving": saving, "notes": list(pruned.notes)})
 
 

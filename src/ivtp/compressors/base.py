@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Compressor(nn.Module):
         self.tokens = tokens
 
     @classmethod
-    def seeded(cls, geometry: Geometry, tokens: int, seed: int) -> Self:
+    def seeded(cls, geometry: Geometry, tokens: int, seed: int) -> Compressor:
         """One whose random weights follow from `seed`; the global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -125,8 +125,8 @@ LAYERS, WIDTH, HEAD = 12, 768, 64
 """BERT-base, of which BLIP-2's Q-Former is made."""
 
 
-def q_former_sizes(geometry: Geometry) -> dict[str, Any]:
-    """Of a Q-Former's transformers config: those of BERT-base, but no wider than the encoder that it reads."""
+def q_former_sizes(geometry: Geometry) -> dict[str, int]:
+    """For a Q-Former's transformers config: those of BERT-base, but no wider than the encoder that it reads."""
     width = min(WIDTH, geometry.vision_hidden)
     heads = max(1, width // HEAD)
     while width % heads:

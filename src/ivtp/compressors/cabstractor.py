@@ -58,14 +58,14 @@ class CAbstractor(Compressor):
 
     def forward(self, features: Tensor, question: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
         """Tokens in raster order."""
-        image = features.transpose(1, 2).unflatten(2, self.side)  # (I, D, rows, columns)
+        image = features.transpose(1, 2).reshape(features.shape[0], -1, *self.side)  # (I, D, rows, columns)
         pooled = self.far(self.pool(self.near(image)))
         projected: Tensor = self.projector(pooled.flatten(2).transpose(1, 2))
         return projected
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck (arXiv 1512.03385) with squeeze-and-excitation (arXiv 1709.01507): (I, D, r, c) to the same."""
+    """ResNet's bottleneck (arXiv 1512.03385) with squeeze-and-excitation (arXiv 1709.01507), over (I, D, r, c)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from ivtp.plan import Geometry
 
 
 class Mlp(Compressor):
-    """Two linear layers with GELU over each patch. It makes nothing shorter: the row that the others are compared to."""
+    """Two linear layers with GELU over each patch. It makes nothing shorter: what the others are compared to."""
 
     name = "mlp"
     info = CompressorInfo(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.compressors.base import Compressor
+from ivtp.errors import LoadError, UnsupportedModelError
 from ivtp.files.sidecar import COMPRESSOR, MICRO, local_folder, read_json, recommended, sidecar
 from ivtp.hosts.base import Visual, openai_clip
 from ivtp.plan import Compressed, Geometry

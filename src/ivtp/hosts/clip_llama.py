@@ -22,7 +22,8 @@ class ClipLlamaHost(Host):
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
-        vision = ClipTower.sizes(config.vision_config)
+        vision: dict[str, Any] = ClipTower.sizes(config.vision_config)
+        text: dict[str, Any] = LlamaTower.sizes(config.text_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
         if not isinstance(feature, int) or config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
@@ -33,7 +34,7 @@ class ClipLlamaHost(Host):
             name=str(getattr(config, "name_or_path", "") or "llava"),
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
             **vision,
-            **LlamaTower.sizes(config.text_config),
+            **text,
         )
 
     def __init__(self, model: nn.Module) -> None:

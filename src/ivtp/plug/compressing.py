@@ -240,7 +240,8 @@ def read_compression(model: nn.Module, processor: Any, folder: Path) -> None:
         compression.compressor.load_state_dict(weights)
     except RuntimeError as error:
         compression.detach()
-        raise ValueError(f"{COMPRESSOR_WEIGHTS} does not fit its compressor {named.name}: {short_reason(error)}") from None
+        reason = short_reason(error)
+        raise ValueError(f"{COMPRESSOR_WEIGHTS} does not fit its compressor {named.name}: {reason}") from None
 
 
 def write_compression(compression: Compression | None, folder: Path, beside: dict[str, Any]) -> None:
