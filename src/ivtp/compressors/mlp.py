@@ -14,7 +14,7 @@ class Mlp(Compressor):
 
     name = "mlp"
     info = CompressorInfo(
-        title="LLaVA-1.5's MLP", year=2023, paper="https://arxiv.org/abs/2310.03744", counts="as many as patches"
+        title="LLaVA-1.5's MLP", year=2023, paper="https://arxiv.org/abs/2310.03744", counts="one a patch"
     )
 
     def __init__(self, geometry: Geometry, tokens: int) -> None:

@@ -18,7 +18,10 @@ class QFormer(Compressor):
 
     name = "qformer"
     info = CompressorInfo(
-        title="BLIP-2's Q-Former", year=2023, paper="https://arxiv.org/abs/2301.12597", counts="any number up to that"
+        title="BLIP-2's Q-Former",
+        year=2023,
+        paper="https://arxiv.org/abs/2301.12597",
+        counts="any number, up to one a patch",
     )
 
     def __init__(self, geometry: Geometry, tokens: int) -> None:
