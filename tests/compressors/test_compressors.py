@@ -203,6 +203,20 @@ def test_only_the_question_is_read(tiny: Tiny, name: str) -> None:
     assert texts == [QUESTIONS[1], QUESTIONS[1], QUESTIONS[3]]
 
 
+@pytest.mark.parametrize("name", READING)
+def test_a_static_cache_asks_the_same(tiny: Tiny, name: str) -> None:
+    """Its masks are made for all of its slots before the prefill, and do not say where padding is."""
+    compressed = Compressed(tiny, name)
+    inputs, asked = compressed.inputs(*samples(tiny, "batch")), []
+    compressed.compression.compressor.register_forward_hook(
+        lambda module, args, kwargs, output: asked.append(kwargs["question"][kwargs["asked"]]), with_kwargs=True
+    )
+    options = {"max_new_tokens": 3, "do_sample": False}
+    dynamic = compressed.model.generate(**inputs, **options)
+    assert torch.equal(compressed.model.generate(**inputs, **options, cache_implementation="static"), dynamic)
+    assert torch.equal(*asked)
+
+
 # ---- saved and loaded -----------------------------------------------------------------------------------------------
 
 

@@ -116,7 +116,13 @@ def test_what_cannot_be_counted_is_one_line() -> None:
         flops(NEXT.tiny()[0].config, compressor="qformer", keep=9)
 
 
-def test_the_command_line_counts_it() -> None:
+def test_the_command_line_counts_it(tiny: Tiny, tmp_path: Path) -> None:
+    model, processor = tiny.model(), copy.deepcopy(tiny.processor)
+    with ivtp.compress(model, processor, "qformer", tokens=9):
+        ivtp.save(model, processor, tmp_path)
+    run = CliRunner().invoke(app, ["flops", "--model", str(tmp_path), "--text", "20", "--json"])
+    found = json.loads(run.stdout)
+    assert (found["method"], found["full"]["projector"]) == ("qformer", flops(model, method="none").projector)
     run = CliRunner().invoke(app, ["flops", "--compressor", "llamavid", "--keep", "64", "--json"])
     assert run.exit_code == 0
     found = json.loads(run.stdout)

@@ -28,7 +28,7 @@ from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, check_output
 from ivtp.images import load_image
-from ivtp.registry import method_name
+from ivtp.registry import method_name, names_in
 
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
@@ -106,9 +106,11 @@ def flops(
     size = given.parse_size(image_size)
     asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
-        plain: dict[str, Any] = {"method": "none"} if compressor is None else {"compressor": "mlp", "keep": "100%"}
-        full = count(model, **plain, **asked)
         pruned = count(model, method=name, compressor=compressor, keep=given.parse_keep(keep), **asked, **options)
+        if pruned.method in names_in("compressors"):  # in the checkpoint, too
+            full = count(model, compressor="mlp", keep="100%", **asked)
+        else:
+            full = count(model, method="none", **asked)
     if not as_json:
         print_flops(full, pruned, batch=batch, images=images)
         return

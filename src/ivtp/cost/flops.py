@@ -109,7 +109,7 @@ def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
     visual = known.visual((size[0], size[1]))
     if visual is None:
-        return (one, (one,)), 0, (f"this model reads images of every size as {one} tokens",)
+        return (one, (one,)), 0, (f"this model reads images of every size as {known.geometry.num_patches} patches",)
     return (visual.patches, visual.visible), len(visual.token) - visual.patches, ()
 
 

@@ -160,12 +160,13 @@ class Compression:
 
         return forward
 
-    def _questions(self, ids: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _questions(self, ids: Tensor | None, mask: Any) -> tuple[Tensor, Tensor]:
         """Of each image of a batch (B, T) the token ids of its prompt's question (I, L), and what is no padding."""
         assert self._reader is not None
         if ids is None:
             raise InputError(f"{self.name} reads the question; pass input_ids instead of inputs_embeds")
-        valid = torch.ones_like(ids) if mask is None else mask
+        told = isinstance(mask, Tensor) and mask.shape == ids.shape
+        valid = mask if told else torch.ones_like(ids)  # of padding at its ends the reader knows that nobody typed it
         found: list[list[int]] = []
         for row, real in zip(ids.tolist(), valid.tolist(), strict=True):
             columns = [c for c, token in enumerate(row) if real[c] and token != self.host.image_token]
