@@ -16,12 +16,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.blocks import rewrite, table
-from ivtp import list_hosts, list_methods
+from ivtp import flops, list_compressors, list_hosts, list_methods
 from ivtp.config import PruneConfig
+from ivtp.cost.sizes import sizes
 from ivtp.hosts.base import Host
 from ivtp.micro.world.crowds import crowd_name
-from ivtp.registry import host_class, method_class
+from ivtp.registry import compressor_class, host_class, method_class
 from ivtp.towers.base import TextTower, Tower, VisionTower
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,9 @@ IN_README = ("none", "ivtp+", "ivtp", "topk", "random")
 """And the best RIVALS others."""
 RIVALS = 3
 IN_README_AT = (16, 64)
+COSTED = "llava-1.5-7b"
+PUBLISHED = {"cabstractor": "8.1", "llamavid": "8.2", "resampler": "8.1"}
+"""TFLOPs of `COSTED` with 64 tokens of an image and 512 of prompt, in the IVTP paper."""
 Row = dict[str, Any]
 
 
@@ -42,6 +48,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         docs / "methods.md": {"methods": methods()},
         docs / "results.md": {"compared": compared(), "gates": gates()},
         docs / "configuration.md": {"fields": fields(), "options": options()},
+        docs / "compressors.md": {"compressors": compressors()},
         docs / "add_host.md": {"host": members(Host), "towers": members(Tower, VisionTower, TextTower)},
     }
 
@@ -73,13 +80,35 @@ def methods() -> str:
     for name in list_methods():
         kind = method_class(name)
         info = kind.info
-        line = inspect.getdoc(inspect.getmodule(kind)).partition("\n")[0].rstrip(".")
-        line = re.sub(r" \([^()]*(?:arXiv|doi)[^()]*\)$", "", line)
+        line = what_it_is(kind)
         if info.trainable:
             line += " (untrained here)"
         paper = f"[{info.year}]({info.paper})" if info.paper.startswith("http") else "–"
         rows.append((f"`{name}`", line, stages[info.stage], "yes" if info.guided else "–", paper))
     return table(("method", "what it is", "cuts in", "reads the question", "paper"), rows)
+
+
+def compressors() -> str:
+    """A row for each trained projector: its file's first line, its `CompressorInfo`, and what it costs."""
+    geometry, rows = sizes(COSTED).geometry, []
+    for name in list_compressors():
+        kind = compressor_class(name)
+        info = kind.info
+        tokens = 64 if name != "mlp" else geometry.num_patches
+        with torch.device("meta"):
+            parameters = sum(weight.numel() for weight in kind(geometry, tokens).parameters())
+        total = flops(COSTED, compressor=name, keep=tokens, text_tokens=512).total
+        cells = (f"{parameters / 1e6:.0f} M", f"{total / 1e12:.3f}", PUBLISHED.get(name, "–"))
+        question = "yes" if info.reads_question else "–"
+        rows.append((f"`{name}`", what_it_is(kind), info.counts, question, *cells, f"[{info.year}]({info.paper})"))
+    header = ("compressor", "what it is", "tokens", "reads the question", "parameters", "TFLOPs", "published", "paper")
+    return table(header, rows)
+
+
+def what_it_is(kind: type[Any]) -> str:
+    """The first line of a class's file, without the paper that it names."""
+    line = inspect.getdoc(inspect.getmodule(kind)).partition("\n")[0].rstrip(".")
+    return re.sub(r" \([^()]*(?:arXiv|doi)[^()]*\)$", "", line)
 
 
 def results() -> str:

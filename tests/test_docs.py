@@ -25,7 +25,9 @@ def test_examples_of_the_methods_page() -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize(("page", "printing"), [("quickstart", 2), ("configuration", 1), ("trace", 2)])
+@pytest.mark.parametrize(
+    ("page", "printing"), [("quickstart", 2), ("configuration", 1), ("trace", 2), ("compressors", 1)]
+)
 def test_a_pages_code_runs_and_prints_what_it_says(
     page: str, printing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ivtp.cost.prefill import FlopsReport
     from ivtp.errors import IvtpError
     from ivtp.generate import Answer, ask, asking, load, prompt_for, save
-    from ivtp.plug import Pruner, attach, detach, pruner_of
-    from ivtp.registry import list_hosts, list_methods
+    from ivtp.plug import Compression, Pruner, attach, compress, compression_of, detach, pruner_of
+    from ivtp.registry import list_compressors, list_hosts, list_methods
     from ivtp.trace import PruneTrace, StageTrace, Word
     from ivtp.visualize import draw
 
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Compression",
     "FlopsReport",
     "IvtpError",
     "PruneConfig",
@@ -30,9 +31,12 @@ __all__ = [
     "ask",
     "asking",
     "attach",
+    "compress",
+    "compression_of",
     "detach",
     "draw",
     "flops",
+    "list_compressors",
     "list_hosts",
     "list_methods",
     "load",
@@ -48,8 +52,8 @@ _HOMES = {
     "cost.flops": ("flops",),
     "cost.prefill": ("FlopsReport",),
     "generate": ("Answer", "ask", "asking", "load", "prompt_for", "save"),
-    "plug": ("Pruner", "attach", "detach", "pruner_of"),
-    "registry": ("list_hosts", "list_methods"),
+    "plug": ("Compression", "Pruner", "attach", "compress", "compression_of", "detach", "pruner_of"),
+    "registry": ("list_compressors", "list_hosts", "list_methods"),
     "trace": ("PruneTrace", "StageTrace", "Word"),
     "visualize": ("draw",),
 }

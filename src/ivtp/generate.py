@@ -7,7 +7,7 @@ import numbers
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,11 @@ from torch import nn
 from ivtp.config import PruneConfig, check_none
 from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputError, short_reason
 from ivtp.files.checkpoint import check_finite, check_weights, read_checkpoint
-from ivtp.files.sidecar import MICRO, SIDECAR, local_folder, sidecar
+from ivtp.files.sidecar import MICRO, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
 from ivtp.images import is_sequence, load_image
-from ivtp.plug import Pruner, attach, check_unpruned, exclusive, find_host
+from ivtp.plug import Pruner, attach, check_unpruned, compression_of, exclusive, find_host
+from ivtp.plug.compressing import read_compression, write_compression
 from ivtp.prompt.chat import ChatTemplate, check_template, image_token_of
 from ivtp.prompt.question import check_question
 from ivtp.registry import host_class, list_hosts, method_name
@@ -95,6 +96,9 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
         check_weights(model, report)
         model = model.to(device).eval()
         check_finite(model.named_parameters())
+        folder = local_folder(path)
+        if folder is not None:
+            read_compression(model, processor, folder)
         return model, processor
 
     path = MICRO if str(name) == "micro" else name
@@ -108,16 +112,19 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
     """Write a checkpoint that `load` and `ivtp ask --model` take as it is: model, processor and what lies beside them.
 
     transformers' own `save_pretrained` writes neither `ivtp.json`, with the recommended options, nor the folder of the
-    CLIP text side that it names; they are copied from where the model was loaded. Raises `OutputError`.
+    CLIP text side that it names; they are copied from where the model was loaded. A compressor has a file of its own
+    beside the checkpoint, which is the stock one, with the projector that the compressor stands in for. Raises
+    `OutputError`.
     """
     any_model: Any = model
     source, target = local_folder(getattr(model, "name_or_path", None)), Path(folder)
-    beside = sidecar(source)
+    beside, compression = sidecar(source), compression_of(model)
     try:
-        any_model.save_pretrained(target)
-        processor.save_pretrained(target)
+        with compression.aside() if compression else nullcontext():
+            any_model.save_pretrained(target)
+            processor.save_pretrained(target)
+        write_compression(compression, target, beside)
         if source is not None and beside and source.resolve() != target.resolve():
-            shutil.copyfile(source / SIDECAR, target / SIDECAR)
             if KEY in beside:
                 shutil.copyfile(source / str(beside[KEY]), target / str(beside[KEY]))
             if beside.get("clip"):
@@ -164,7 +171,7 @@ def ask(
     image: Any,
     question: str,
     *,
-    method: str | type[Any] = "ivtp",
+    method: str | type[Any] | None = None,
     keep: int | str = 64,
     max_new_tokens: int = 64,
     clip: Any = None,
@@ -173,10 +180,11 @@ def ask(
     """Answer `question` about `image`, greedily.
 
     `image` is what `ivtp.images.load_image` takes (a path, bytes, a PIL image, an array, ...), or a list of them, which
-    stand before the question in this order. `method="none"` answers with all tokens. `config` are further fields of
-    `PruneConfig` or options of the method. The model is left as it was; threads that ask one model wait for each other.
-    Many questions are asked faster through `asking`. Raises `ImageError`, `ConfigError`, `InputError` for a question
-    that is empty or no text, and what `prompt_for` and `attach` raise.
+    stand before the question in this order. `method="none"` answers with all tokens; None is "ivtp", or "none" for a
+    model with a compressor. `config` are further fields of `PruneConfig` or options of the method. The model is left as
+    it was; threads that ask one model wait for each other. Many questions are asked faster through `asking`. Raises
+    `ImageError`, `ConfigError`, `InputError` for a question that is empty or no text, and what `prompt_for` and
+    `attach` raise.
     """
     check_question(question)
     _check_asking(processor, max_new_tokens)
@@ -193,7 +201,7 @@ def asking(
     model: nn.Module,
     processor: Any,
     *,
-    method: str | type[Any] = "ivtp",
+    method: str | type[Any] | None = None,
     keep: int | str = 64,
     max_new_tokens: int = 64,
     clip: Any = None,
@@ -204,6 +212,8 @@ def asking(
     Other threads that ask or run the model meanwhile wait until the block ends, which leaves the model as it was.
     """
     host = find_host(model)
+    if method is None:
+        method = "none" if host.size.compressed else "ivtp"
     _check_asking(processor, max_new_tokens)
     with exclusive(host.model), ExitStack() as stack:
         if isinstance(method, str) and method_name(method) == "none":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from ivtp.errors import LoadError
 from ivtp.trace import TokensPerLayer, Where
 
 Place = Literal["inside", "behind", "projected"]
@@ -23,6 +24,24 @@ PLACES: dict[Place, str] = {
     "behind": "behind an encoder layer",
     "projected": "behind the projector",
 }
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressor that stands in for a model's projector: its name, and how many tokens it gives of an image."""
+
+    name: str
+    tokens: int
+
+    @classmethod
+    def of(cls, named: Any) -> Compressed | None:
+        """What a checkpoint's `ivtp.json` says of it; None: nothing. Raises `LoadError` for something else."""
+        if named is None:
+            return None
+        match named:
+            case {"name": str(name), "tokens": int(tokens)}:
+                return cls(name, tokens)
+        raise LoadError(f'the compressor of ivtp.json is {named!r}, not like {{"name": "qformer", "tokens": 64}}')
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,13 @@ class Geometry:
     text_mlp_matrices: int
     """Weight matrices of one feed-forward block: 3 when gated, else 2."""
     vocab_size: int
+    compressed: Compressed | None = None
+    """None: the family's own projector, which gives a token for each patch."""
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens of one image that enter an unpruned decoder."""
+        return self.compressed.tokens if self.compressed else self.num_patches
 
 
 @dataclass(frozen=True)

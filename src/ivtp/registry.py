@@ -1,4 +1,4 @@
-"""Names to classes: a file in `methods/` or `hosts/` registers itself by existing, a package by its entry points.
+"""Names to classes: a file in `methods/`, `hosts/` or `compressors/` registers itself by existing.
 
 A package adds a pruning method or a model family under `[project.entry-points."ivtp.methods"]` or `"ivtp.hosts"`.
 """
@@ -85,6 +85,11 @@ def list_hosts() -> list[str]:
     return list(names_in("hosts"))
 
 
+def list_compressors() -> list[str]:
+    """Names of the trained projectors that can stand in for a LLaVA's own, in alphabetical order."""
+    return list(names_in("compressors"))
+
+
 def method_name(name: str) -> str:
     """How the registry spells `name`, whatever its case: tables and papers write IVTP or FastV."""
     text = str(name).strip()
@@ -121,6 +126,11 @@ def method_class(name: str | type[Any]) -> Any:
 def host_class(name: str) -> Any:
     """The `Host` subclass called `name`. Raises `ConfigError` with the nearest names."""
     return load_named("hosts", name, "HOST")
+
+
+def compressor_class(name: str) -> Any:
+    """The `Compressor` subclass called `name`, whatever its case. Raises `ConfigError` with the nearest names."""
+    return load_named("compressors", str(name).strip().lower(), "COMPRESSOR")
 
 
 def method_classes() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, check_output
 from ivtp.images import load_image
-from ivtp.registry import method_name
+from ivtp.registry import method_name, names_in
 
 app = typer.Typer(
     help="Instruction-guided visual token pruning for vision-language models.",
@@ -76,7 +76,10 @@ def flops(
     model: Annotated[
         str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, micro, a folder, or a downloaded hub id.")
     ] = "llava-1.5-7b",
-    method: given.Method = "ivtp",
+    method: Annotated[str | None, typer.Option(help="A method that `ivtp methods` lists; default: ivtp.")] = None,
+    compressor: Annotated[
+        str | None, typer.Option(help="A trained projector, for example cabstractor, instead of a method.")
+    ] = None,
     keep: given.Keep = "64",
     text_tokens: Annotated[
         int, typer.Option("--text", help="Tokens of the prompt, with one placeholder for each image.")
@@ -89,28 +92,31 @@ def flops(
     option: given.Options = None,
     as_json: given.Json = False,
 ) -> None:
-    """What a prefill costs with all tokens and with a method, part by part.
+    """What a prefill costs with all tokens and with a method or a compressor, part by part.
 
-    JSON keys: model, method, keep, equivalent (mean tokens entering and leaving the decoder's layers), text_tokens,
-    batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector, llm, head, pruning,
-    total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative where it costs
-    more), notes (what must be known of the count).
+    JSON keys: model, method (or the compressor), keep, equivalent (mean tokens entering and leaving the decoder's
+    layers), text_tokens, batch, images, image_size (width, height; null: one tile), full and pruned (vision, projector,
+    llm, head, pruning, total; in FLOPs, a multiply-accumulate counted as 2), saving (share of the full cost, negative
+    where it costs more), notes (what must be known of the count).
     """
     from ivtp.cost.flops import flops as count
 
     options = given.parse_options(option, context)
-    name = method_name(method)
+    name = None if method is None else method_name(method)
     size = given.parse_size(image_size)
     asked: dict[str, Any] = {"text_tokens": text_tokens, "batch": batch, "images": images, "image_size": size}
     with err.status("counting"):
-        full = count(model, method="none", **asked)
-        pruned = count(model, method=name, keep=given.parse_keep(keep), **asked, **options)
+        pruned = count(model, method=name, compressor=compressor, keep=given.parse_keep(keep), **asked, **options)
+        if pruned.method in names_in("compressors"):  # in the checkpoint, too
+            full = count(model, compressor="mlp", keep="100%", **asked)
+        else:
+            full = count(model, method="none", **asked)
     if not as_json:
         print_flops(full, pruned, batch=batch, images=images)
         return
     saving = 1 - pruned.total / full.total
-    result = {"model": full.model, "method": name, "keep": pruned.keep, "equivalent": pruned.equivalent, **asked}
-    both = {"full": parts(full), "pruned": parts(pruned)}
+    result = {"model": full.model, "method": pruned.method, "keep": pruned.keep, "equivalent": pruned.equivalent}
+    both = {**asked, "full": parts(full), "pruned": parts(pruned)}
     print_json({**result, **both, "saving": saving, "notes": list(pruned.notes)})
 
 

@@ -10,15 +10,16 @@ from ivtp.cost.prefill import FlopsReport, Image, count_prompt
 from ivtp.cost.sizes import Relevance, Sizes, sizes
 from ivtp.errors import ConfigError
 from ivtp.methods.base import Method
-from ivtp.plan import Geometry
-from ivtp.registry import method_class, method_name
+from ivtp.plan import Compressed, Geometry
+from ivtp.registry import compressor_class, method_class, method_name
 
 
 def flops(
     model: Any,
     *,
-    method: str | type[Any] = "ivtp",
+    method: str | type[Any] | None = None,
     keep: int | str = 64,
+    compressor: str | None = None,
     text_tokens: int = 512,
     batch: int = 1,
     images: int = 1,
@@ -26,13 +27,15 @@ def flops(
     instruction_tokens: int | None = None,
     **config: Any,
 ) -> FlopsReport:
-    """What a prefill with `method` costs on `model`; `method="none"` is the untouched model.
+    """What a prefill with `method` costs on `model`; None is "ivtp", and "none" the untouched model.
 
+    `compressor`, one of `ivtp.list_compressors()`, stands in for the projector and gives `keep` tokens of each image;
+    so does one that is in the model, or named beside the checkpoint. Nothing prunes behind it, and None is "none" then.
     `model`: a name (`llava-1.5-7b`, `llava-1.5-13b`, `micro`), a folder or hub id whose `config.json` is on
     this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
     counts it, with one placeholder for each image, whose place the visual tokens take. `image_size`: (width, height)
-    in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`:
-    CLIP tokens of the user's turn; None takes the whole text, but at most one CLIP context. `config`: fields of
+    in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`: of the user's turn,
+    as CLIP or a compressor counts them; None takes the whole text, but at most one CLIP context. `config`: fields of
     `PruneConfig` and options of the method. Raises `ConfigError` for a value out of range,
     `UnsupportedModelError` for a family without a host, `LoadError` for a model that is not there.
     """
@@ -41,7 +44,8 @@ def flops(
             raise ConfigError(f"{name}={value!r} is not a count; use a whole number from {low} up")
     if text_tokens < images:
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
-    known = sizes(model)
+    known = _with_compressor(sizes(model), compressor, keep)
+    method = _method_or_none(known, method)
     (patches, visible), separators, note = _image(known, image_size)
     largest = dataclasses.replace(known.geometry, num_patches=patches)
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
@@ -54,20 +58,50 @@ def flops(
         text_tokens=text_tokens + images * (separators - 1),
         batch=batch,
         relevance=clip,
-        instruction_tokens=instruction_tokens or 0,
-        name=method if isinstance(method, str) else method.__name__,
+        instruction_tokens=instruction_tokens,
+        name=known.geometry.compressed.name if known.geometry.compressed else _name(method),
     )
     return dataclasses.replace(report, text_tokens=text_tokens, notes=(*(chosen.notes if chosen else ()), *note))
 
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     """The `text_tokens` of a prompt whose ids have `columns` columns, one for each patch of its images."""
-    return columns - images * (geometry.num_patches - 1)
+    return columns - images * (geometry.visual_tokens - 1)
+
+
+def _with_compressor(known: Sizes, compressor: str | None, keep: int | str) -> Sizes:
+    """The sizes with what stands in for the projector. Raises `ConfigError` for what cannot."""
+    compressed = known.geometry.compressed
+    if compressor is not None:
+        tokens = PruneConfig(keep=keep).tokens(known.geometry.num_patches)
+        compressed = Compressed(compressor_class(compressor).name, tokens)
+    if compressed is None:
+        return known
+    if not known.compressible:
+        raise ConfigError(f"no compressor can stand in for the projector of {known.geometry.name}; use a LLaVA-1.5")
+    compressor_class(compressed.name).check(known.geometry, compressed.tokens)
+    return dataclasses.replace(known, geometry=dataclasses.replace(known.geometry, compressed=compressed))
+
+
+def _method_or_none(known: Sizes, method: str | type[Any] | None) -> str | type[Any]:
+    """What prunes; nothing behind a compressor."""
+    compressed = known.geometry.compressed
+    if method is None:
+        return "none" if compressed else "ivtp"
+    if compressed and not (isinstance(method, str) and method_name(method) == "none"):
+        raise ConfigError(
+            f'method {_name(method)!r} prunes nothing behind a compressor ({compressed.name}); use method="none"'
+        )
+    return method
+
+
+def _name(method: str | type[Any]) -> str:
+    return method if isinstance(method, str) else method.__name__
 
 
 def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
     """An image of `size`, the separators among its tokens, and what to know of that count."""
-    one = known.geometry.num_patches
+    one = known.geometry.visual_tokens
     if size is None:
         note = ("counted is an image of one tile; this family reads one in as many as its size asks for: name it too",)
         return (one, (one,)), 0, note if known.tiled else ()
@@ -75,7 +109,7 @@ def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
     visual = known.visual((size[0], size[1]))
     if visual is None:
-        return (one, (one,)), 0, (f"this model reads images of every size as {one} patches",)
+        return (one, (one,)), 0, (f"this model reads images of every size as {known.geometry.num_patches} patches",)
     return (visual.patches, visual.visible), len(visual.token) - visual.patches, ()
 
 

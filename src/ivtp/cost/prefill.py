@@ -27,6 +27,7 @@ from ivtp.cost.layers import (
 from ivtp.cost.sizes import Relevance
 from ivtp.methods.base import Method
 from ivtp.plan import Cut, Geometry, Plan, Rows
+from ivtp.registry import compressor_class
 from ivtp.trace import TokensPerLayer
 
 Image = tuple[int, tuple[int, ...]]
@@ -67,15 +68,18 @@ def count_prompt(
     text_tokens: int,
     batch: int = 1,
     relevance: Relevance | None = None,
-    instruction_tokens: int = 0,
+    instruction_tokens: int | None = None,
     encoded: bool = False,
     name: str = "none",
 ) -> FlopsReport:
     """The cost of `batch` prompts, each of `text_tokens` tokens that are no patches, and of `images`.
 
     `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
-    decoder alone, for prompts whose images are encoded already.
+    decoder alone, for prompts whose images are encoded already. Of `instruction_tokens`, which CLIP or a compressor
+    reads, None is the whole text, but at most one CLIP context.
     """
+    if instruction_tokens is None:
+        instruction_tokens = min(text_tokens, Relevance.context - 2)
     kinds = [_Kind.of(geometry, method, image, count) for image, count in Counter(images).items()]
     plan = method.plan if method else Plan()
     layers = range(geometry.text_layers)
@@ -97,7 +101,6 @@ def count_prompt(
         pruning += len(images) * projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
     if relevance is not None and images:
         pruning += _relevance(geometry, relevance, instruction_tokens, kinds)
-    projected = sum(k.count * k.tiles * k.tile.projector for k in kinds)
     largest = max(kinds, key=lambda k: k.seen.final).seen if kinds else plan.tokens_per_layer(geometry)
     return FlopsReport(
         model=geometry.name,
@@ -105,7 +108,7 @@ def count_prompt(
         keep=largest.final,
         text_tokens=text_tokens,
         vision=0.0 if encoded else batch * sum(k.count * k.tiles * _vision(geometry, k) for k in kinds),
-        projector=0.0 if encoded else batch * projected * projector(geometry),
+        projector=0.0 if encoded else batch * _projected(geometry, kinds, instruction_tokens),
         llm=batch * sum(text_layer(geometry, a, m) for a, m in decoder),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
@@ -145,6 +148,15 @@ def _vision(g: Geometry, kind: _Kind) -> float:
     """The encoder over one tile."""
     layers = zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
     return patch_embedding(g) + sum(vision_layer(g, a + g.vision_cls, m + g.vision_cls) for a, m in layers)
+
+
+def _projected(g: Geometry, kinds: list[_Kind], question: int) -> float:
+    """The projector over what leaves the encoder, or the compressor in its place."""
+    if g.compressed is None:
+        return sum(k.count * k.tiles * k.tile.projector for k in kinds) * projector(g)
+    kind = compressor_class(g.compressed.name)
+    each: float = kind.flops(g, g.compressed.tokens, question)
+    return sum(k.count for k in kinds) * each
 
 
 def _guide(g: Geometry, layers: list[tuple[int, int]]) -> float:

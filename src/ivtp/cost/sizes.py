@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from ivtp.compressors.base import Compressor
 from ivtp.errors import LoadError, UnsupportedModelError
-from ivtp.files.sidecar import MICRO, local_folder, read_json, recommended, sidecar
+from ivtp.files.sidecar import COMPRESSOR, MICRO, local_folder, read_json, recommended, sidecar
 from ivtp.hosts.base import Visual, openai_clip
-from ivtp.plan import Geometry
+from ivtp.plan import Compressed, Geometry
 from ivtp.registry import host_classes
 
 
@@ -55,6 +58,8 @@ class Sizes:
     """Whether the family reads an image in tiles, as many as its size asks for."""
     visual: Callable[[tuple[int, int]], Visual | None] = lambda size: None
     """What an image of a size (width, height) is to the family; None where all are alike."""
+    compressible: bool = True
+    """Whether a compressor may stand in for the family's projector."""
 
 
 def sizes(model: Any) -> Sizes:
@@ -79,6 +84,7 @@ def sizes(model: Any) -> Sizes:
         geometry = dataclasses.replace(geometry, name=name or str(model))
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
+    geometry = dataclasses.replace(geometry, compressed=_compressed(model, beside))
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None
     return Sizes(
         geometry,
@@ -86,7 +92,16 @@ def sizes(model: Any) -> Sizes:
         recommended(beside),
         tiled=host.pads,
         visual=functools.partial(host.visual, config),
+        compressible=host.compressible,
     )
+
+
+def _compressed(model: Any, beside: Mapping[str, Any]) -> Compressed | None:
+    """The compressor that is in a model, or lies beside a checkpoint."""
+    if not isinstance(model, nn.Module):
+        return Compressed.of(beside.get(COMPRESSOR)) if isinstance(model, str | Path) else None
+    found = (Compressed(part.name, part.tokens) for part in model.modules() if isinstance(part, Compressor))
+    return next(found, None)
 
 
 def model_config(model: str | Path) -> Any:

@@ -14,6 +14,10 @@ MICRO = Path(__file__).parents[1] / "micro" / "assets"
 
 
 SIDECAR = "ivtp.json"
+COMPRESSOR = "compressor"
+"""In `ivtp.json`: the name and the tokens of the compressor that takes the projector's place."""
+COMPRESSOR_WEIGHTS = "compressor.safetensors"
+"""Beside it: the compressor's weights."""
 
 
 def local_folder(name: object) -> Path | None:
@@ -32,7 +36,7 @@ def sidecar(folder: Path | None) -> dict[str, Any]:
 
 def recommended(sidecar: Mapping[str, Any]) -> dict[str, Any]:
     """The options that a checkpoint recommends in its `ivtp.json`; methods take those that they know."""
-    return {name: value for name, value in sidecar.items() if name != "clip"}
+    return {name: value for name, value in sidecar.items() if name not in ("clip", COMPRESSOR)}
 
 
 def read_json(file: Path) -> dict[str, Any]:

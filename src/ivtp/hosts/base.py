@@ -64,6 +64,8 @@ class Host:
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
+    compressible: ClassVar[bool] = False
+    """Whether a compressor may stand in for its projector: any number of tokens of an image may take its slots."""
     cuts: ClassVar[frozenset[Place]] = frozenset({"inside", "behind", "projected"})
     """Where tokens may leave its encoder: in a layer or behind one, and behind the projector."""
     gives: ClassVar[frozenset[str]] = frozenset({"cls", "grid", "text_side"})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
 
+from ivtp.compressors.base import Compressor
 from ivtp.errors import InputError, LoadError, UnsupportedModelError
 from ivtp.files.sidecar import SIDECAR
 from ivtp.hosts.base import Host, openai_clip
-from ivtp.plan import Geometry
+from ivtp.plan import Compressed, Geometry
 from ivtp.towers.clip import ClipTower
 from ivtp.towers.llama import LlamaTower
 
@@ -20,7 +22,8 @@ class ClipLlamaHost(Host):
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
-        vision = ClipTower.sizes(config.vision_config)
+        vision: dict[str, Any] = ClipTower.sizes(config.vision_config)
+        text: dict[str, Any] = LlamaTower.sizes(config.text_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
         if not isinstance(feature, int) or config.vision_feature_select_strategy != "default":
             raise UnsupportedModelError(
@@ -31,7 +34,7 @@ class ClipLlamaHost(Host):
             name=str(getattr(config, "name_or_path", "") or "llava"),
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
             **vision,
-            **LlamaTower.sizes(config.text_config),
+            **text,
         )
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,6 +47,9 @@ class ClipLlamaHost(Host):
         self.vision = ClipTower(inner.model.vision_tower)
         self.text = LlamaTower(inner.model.language_model)
         self._projector = inner.model.multi_modal_projector
+        compressor = next((part for part in self._projector.modules() if isinstance(part, Compressor)), None)
+        if compressor is not None:
+            self.size = dataclasses.replace(self.size, compressed=Compressed(compressor.name, compressor.tokens))
         self.image_token = inner.config.image_token_id
 
     def project(self, features: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ class LlavaHost(ClipLlamaHost):
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
     stock = tuple(_STOCK)
+    compressible = True
 
     @classmethod
     def matches(cls, config: Any) -> bool:
@@ -86,10 +87,11 @@ class LlavaHost(ClipLlamaHost):
         return model, processor
 
     def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
-        """All alike: one tile, whose patches fill the slots in raster order."""
-        patches = torch.arange(self.size.num_patches)
+        """All alike: one tile, whose patches fill the slots in raster order; a compressor's tokens have no places."""
+        tokens = torch.arange(self.size.visual_tokens)
         side = math.isqrt(self.size.num_patches)
-        return [Visual(((side, side),), patches, patches[None])] * int(inputs["pixel_values"].shape[0])
+        grid = (1, len(tokens)) if self.size.compressed else (side, side)
+        return [Visual((grid,), tokens, tokens[None])] * int(inputs["pixel_values"].shape[0])
 
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """Each image as it is."""

@@ -17,7 +17,7 @@ from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
 from ivtp.plan import NEEDS, PLACES
 from ivtp.plug.calls import Equipment
-from ivtp.plug.pruner import Pruner, check_unpruned
+from ivtp.plug.pruner import Pruner, check_uncompressed, check_unpruned
 from ivtp.prompt.instruction import InstructionReader
 from ivtp.stock import execution_device, floating_dtype
 
@@ -43,6 +43,7 @@ def attach(
     """
     host = find_host(model)
     check_unpruned(host)
+    check_uncompressed(host)
     if config is None:
         config = PruneConfig.of(**options)
     elif not isinstance(config, PruneConfig):

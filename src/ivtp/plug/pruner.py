@@ -288,6 +288,15 @@ def check_unpruned(host: Host) -> None:
         raise AttachError("a pruner is attached to this model already; call its detach() first")
 
 
+def check_uncompressed(host: Host) -> None:
+    """Raise `AttachError` where a compressor stands in for the projector: behind it there are no patches to prune."""
+    if host.size.compressed is not None:
+        raise AttachError(
+            f"the compressor {host.size.compressed.name} of this model gives {host.size.compressed.tokens} tokens of "
+            'an image, which nothing prunes further; use method="none", or take it out with its detach()'
+        )
+
+
 def pruner_of(model: nn.Module) -> Pruner | None:
     """The pruner that is attached to `model`, also where it is wrapped (by PEFT, say); None without one."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
