@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import numbers
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,19 +112,30 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
     CLIP text side that it names; they are copied from where the model was loaded. Raises `OutputError`.
     """
     any_model: Any = model
-    source, target = local_folder(getattr(model, "name_or_path", None)), Path(folder)
-    beside = sidecar(source)
     try:
-        any_model.save_pretrained(target)
-        processor.save_pretrained(target)
-        if source is not None and beside and source.resolve() != target.resolve():
-            shutil.copyfile(source / SIDECAR, target / SIDECAR)
+        any_model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
+    save_beside(local_folder(getattr(model, "name_or_path", None)), Path(folder))
+
+
+def save_beside(source: Path | None, target: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Copy what lies beside a checkpoint's weights from the folder `source`, with `more` added to its `ivtp.json`.
+
+    Raises `OutputError`.
+    """
+    beside = {**sidecar(source), **(more or {})}
+    try:
+        if beside and (more or (source is not None and source.resolve() != target.resolve())):
+            (target / SIDECAR).write_text(json.dumps(beside, indent=2) + "\n", encoding="utf-8")
+        if source is not None and source.resolve() != target.resolve():
             if KEY in beside:
                 shutil.copyfile(source / str(beside[KEY]), target / str(beside[KEY]))
             if beside.get("clip"):
                 shutil.copytree(source / str(beside["clip"]), target / str(beside["clip"]), dirs_exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
+        raise OutputError(f"{target} could not be written ({short_reason(error)}); name another folder") from None
 
 
 def check_device(device: str) -> str:

@@ -14,6 +14,8 @@ MICRO = Path(__file__).parents[1] / "micro" / "assets"
 
 
 SIDECAR = "ivtp.json"
+TRAINED = "trained"
+"""In it: with which method, `keep` and options the checkpoint was trained, by `ivtp train`."""
 
 
 def local_folder(name: object) -> Path | None:
