@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +18,13 @@ app = typer.Typer(
     help="Train a model in LLaVA-1.5's two stages, with any method attached meanwhile.", no_args_is_help=True
 )
 
-Data = Annotated[Path, typer.Option(metavar="FILE", help="Conversations, as LLaVA's JSON lists have them.")]
+Data = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Conversations, as LLaVA's JSON lists have them; needed to train.")
+]
 Images = Annotated[Path | None, typer.Option(metavar="DIR", help="Where the images of the data lie.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder for checkpoints and the trained model.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and the model; needed to train.")
+]
 Method = Annotated[str, typer.Option(help="A method that prunes meanwhile; none keeps every token.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Steps, in place of one epoch.")]
 Batch = Annotated[
@@ -47,6 +50,11 @@ Set = Annotated[
 ]
 Resume = Annotated[bool, given.flag("--resume", help="Go on with the last checkpoint in --out.")]
 SkipBad = Annotated[bool, given.flag("--skip-bad", help="Leave bad records out instead of refusing the data.")]
+Plan = Annotated[bool, given.flag("--plan", help="Print steps, tokens, FLOPs, memory and hours, and train nothing.")]
+Devices = Annotated[int | None, typer.Option(min=1, help="Devices that --plan counts with; default: those here.")]
+Tflops = Annotated[
+    float, typer.Option(min=0.001, help="TFLOP/s of a device that --plan counts with: 125 is 40% of an A100.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of the order of records, and of adapters.")]
 
 
@@ -54,7 +62,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the order of records, and of 
 @given.spoken
 def check(
     context: typer.Context,
-    data: Data,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="Conversations, as LLaVA's JSON lists have them.")],
     images: Images = None,
     stage: Annotated[str, typer.Option(help="pretrain or finetune; the former takes no record without image.")] = (
         "finetune"
@@ -80,8 +88,8 @@ def check(
 @given.spoken
 def pretrain(
     context: typer.Context,
-    data: Data,
-    out_: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and the model.")],
+    data: Data = None,
+    out_: Out = None,
     images: Images = None,
     model: given.Model = "micro",
     method: Method = "none",
@@ -100,6 +108,9 @@ def pretrain(
     seed: Seed = 42,
     resume: Resume = False,
     skip_bad: SkipBad = False,
+    plan: Plan = False,
+    devices: Devices = None,
+    tflops: Tflops = 125.0,
 ) -> None:
     """Teach the projector to caption: image and caption alone, learning rate 1e-3, 256 records a step, one epoch.
 
@@ -112,8 +123,8 @@ def pretrain(
 @given.spoken
 def finetune(
     context: typer.Context,
-    data: Data,
-    out_: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for checkpoints and the model.")],
+    data: Data = None,
+    out_: Out = None,
     images: Images = None,
     model: given.Model = "micro",
     method: Method = "none",
@@ -133,6 +144,9 @@ def finetune(
     seed: Seed = 42,
     resume: Resume = False,
     skip_bad: SkipBad = False,
+    plan: Plan = False,
+    devices: Devices = None,
+    tflops: Tflops = 125.0,
 ) -> None:
     """Teach projector and decoder to answer: whole conversations, learning rate 2e-5, 128 records a step, one epoch.
 
@@ -145,7 +159,11 @@ def _train(stage: str, context: typer.Context) -> None:
     values: dict[str, Any] = dict(context.params)
     options = given.parse_options(values["option"], context)
     name = given.check_asked(values["method"], values["keep"], options)
-    check_folder(values["out_"], "--out")
+    if not values["plan"]:
+        for flag, value in (("--data FILE", values["data"]), ("--out DIR", values["out_"])):
+            if value is None:
+                raise ConfigError(f"{flag} is missing; name it, or see what training would cost with --plan")
+        check_folder(values["out_"], "--out")
     arguments = _fields(values["set_"])
     err.quiet = int(os.environ.get("RANK", "0")) > 0  # one process speaks for all
     quiet()
@@ -154,6 +172,8 @@ def _train(stage: str, context: typer.Context) -> None:
     from ivtp.training import run
     from ivtp.training.stages import STAGES
 
+    same = ("clip", "max_steps", "batch", "per_device", "max_length", "engine", "checkpointing", "seed", "resume")
+    gpu = torch.cuda.is_available()
     asked = run.Asked(
         stage=STAGES[stage],
         data=values["data"],
@@ -164,21 +184,56 @@ def _train(stage: str, context: typer.Context) -> None:
         keep=given.parse_keep(values["keep"]),
         options=options,
         arguments=arguments,
-        bf16=torch.cuda.is_available() if values["bf16"] is None else values["bf16"],
+        bf16=(gpu or values["plan"]) if values["bf16"] is None else values["bf16"],
         report_to=tuple(values["report_to"] or ()),
-        **{
-            key: values[key]
-            for key in (
-                *("clip", "max_steps", "batch", "per_device", "max_length", "engine", "checkpointing", "seed"),
-                *("resume", "skip_bad"),
-            )
-        },
+        skip_bad=values["skip_bad"],
+        **{key: values[key] for key in same},
     )
+    if values["plan"]:
+        _print_plan(asked, values["devices"] or max(1, torch.cuda.device_count()), values["tflops"])
+        return
     done = run.train(asked)
     if done is not None:
         left = f", {done.left_out} bad ones left out" if done.left_out else ""
-        out.print(f"{done.steps} steps on {done.records} records{left}, mean loss {done.loss:.4f}", markup=False)
+        out.print(f"{done.steps} steps on {done.records} records{left}, last loss {done.loss:.4f}", markup=False)
         out.print(str(done.folder), markup=False, soft_wrap=True)
+
+
+def _print_plan(asked: Any, devices: int, tflops: float) -> None:
+    from rich.table import Table
+
+    from ivtp.training.plan import estimate
+    from ivtp.training.records import read_records, refuse
+
+    records: list[Any] = []
+    if asked.data is not None:
+        with err.status("checking"):
+            records, bad = read_records(asked.data, asked.images, needs_image=asked.stage.plain)
+        if not asked.skip_bad or not records:
+            refuse(bad, asked.data)
+    with err.status("counting"):
+        found = estimate(asked, records, devices=devices, sustained=tflops)
+    saved = f" ({100 * (found.record_flops / found.full_record_flops - 1):+.1f}% against all tokens)"
+    share = f"{found.per_device} at once on each of {found.devices} device(s)"
+    lines = {
+        "records": f"{found.records}, {found.with_images} with images",
+        "steps": f"{found.steps} of {found.batch} records, {share}",
+        "tokens of a record": f"{found.text_tokens:.0f} of text, {found.columns:.0f} in all, {found.longest} at most",
+        "visual tokens": f"{found.equivalent:.1f} enter a layer of the decoder on average",
+        "parameters": ", ".join(f"{name} {size / 1e6:.1f} M" for name, size in found.parameters.items()),
+        "learned": f"{found.learned / 1e6:.1f} M",
+        "FLOPs of a record": f"{found.record_flops / 1e12:.3g} TFLOPs" + (saved if asked.method != "none" else ""),
+        "FLOPs in all": f"{found.total_flops / 1e18:.3g} EFLOPs",
+        **{f"memory: {name}": f"{size / 2**30:.1f} GiB" for name, size in found.memory.items()},
+        "memory of a device": f"{sum(found.memory.values()) / 2**30:.1f} GiB, and what kernels and fragments take",
+        "time": f"{found.hours:.1f} hours at {found.sustained:g} TFLOP/s a device",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, text in lines.items():
+        table.add_row(name, text)
+    out.print(table)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 def _fields(pairs: list[str] | None) -> dict[str, Any]:

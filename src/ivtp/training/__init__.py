@@ -1,1 +1,1 @@
-"""LLaVA-1.5's two stages of training, on any host with a projector and with any method attached, by transformers' Trainer."""
+"""LLaVA-1.5's two stages on any host with a projector, with any method attached, by transformers' `Trainer`."""

@@ -1,4 +1,4 @@
-"""Training data as LLaVA publishes it: a JSON list of conversations beside a folder of images, read whole and checked."""
+"""Training data as LLaVA publishes it: a JSON list of conversations beside a folder of images, checked when read."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _record(name: str, entry: Any, folder: Path) -> Record:
     for number, (turn, following) in enumerate(zip(turns, [*turns[1:], None], strict=True), start=1):
         wanted = "user" if number % 2 else "assistant"
         if turn.role != wanted:
-            raise ValueError(f"two turns of the same side follow each other (turn {number}); questions and answers take turns")
+            raise ValueError(f"turn {number} is of the same side as the one before; questions and answers take turns")
         if turn.role == "user" and following is None:
             raise ValueError(f"its turn {number} has no answer; add one or leave the turn out")
     if not turns:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -66,6 +68,7 @@ class Done:
 
     steps: int
     loss: float
+    """Of the last step that was logged."""
     records: int
     left_out: int
     folder: Path
@@ -77,30 +80,34 @@ def train(asked: Asked) -> Done | None:
     Raises `ConfigError` for bad data or options, before anything is computed; `LoadError`; `OutputError`.
     """
     resumed = _check_folder(asked)
+    batches(asked, _processes())
     records, bad = read_records(asked.data, asked.images, needs_image=asked.stage.plain)
     if not asked.skip_bad or not records:
         refuse(bad, asked.data)
     model, processor = load(asked.model, dtype=torch.float32)
-    arguments = training_arguments(asked, records)
-    _remember(asked, arguments)
-    model = _prepare(asked, model.to(arguments.device))
-    host = find_host(model)
-    encoder = Encoder(processor, host.media, plain=asked.stage.plain, max_length=asked.max_length)
+    if resumed is not None and asked.engine == "ddp" and not asked.stage.lora:
+        # transformers' trainer looks for the file's names in the model, finds none where they differ, and says nothing
+        model.load_state_dict(load(resumed, dtype=torch.float32)[0].state_dict())
+    model = _prepare(asked, model.to(_device()))
+    encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
+    # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
+        _remember(asked)
         trainer = StageTrainer(
             model,
-            arguments,
+            training_arguments(asked, mixed=any(not record.images for record in records)),
             train_dataset=Conversations(records),
             data_collator=encoder,
             processing_class=processor,
         )
         trainer.stage = asked.stage
-        result = trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         told = _told(asked, pruner, len(records), trainer.state.global_step)
     _save(asked, trainer, processor, told)
     if not trainer.is_world_process_zero():
         return None
-    return Done(trainer.state.global_step, result.training_loss, len(records), len(bad), asked.out)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Done(trainer.state.global_step, losses[-1] if losses else math.nan, len(records), len(bad), asked.out)
 
 
 class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are untyped here
@@ -129,15 +136,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; with adapters the projector learns at another rate."""
-        if self.stage.projector_lr is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+        if self.stage.projector_lr is None:
+            return super().create_optimizer(model)  # type: ignore[no-any-return]
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
         adapters = [p for name, p in named if "lora_" in name]
         others = [p for name, p in named if "lora_" not in name]
         groups = [{"params": adapters}, {"params": others, "lr": self.stage.projector_lr}]
-        self.optimizer = kind(groups, **options)
-        return self.optimizer
+        made: torch.optim.Optimizer = kind(groups, **options)
+        self.optimizer: Any = made
+        return made
 
 
 def length_of(record: Record) -> int:
@@ -145,15 +153,29 @@ def length_of(record: Record) -> int:
     return sum(len(turn.text.split()) for turn in record.turns)
 
 
-def training_arguments(asked: Asked, records: list[Record]) -> TrainingArguments:
-    """The stage's hyper-parameters as transformers' own. Raises `ConfigError` for what they refuse."""
+def batches(asked: Asked, devices: int) -> tuple[int, int, int]:
+    """Records of a step, records that a device reads at once, and how often it does in a step. Raises `ConfigError`."""
+    batch = asked.batch or asked.stage.batch
+    per_device = asked.per_device or min(asked.stage.per_device, max(1, batch // devices))
+    if batch % (per_device * devices):
+        raise ConfigError(
+            f"a batch of {batch} is no multiple of {per_device} records on each of {devices} device(s); "
+            "choose --batch and --per-device so that it is"
+        )
+    return batch, per_device, batch // (per_device * devices)
+
+
+def training_arguments(asked: Asked, *, mixed: bool) -> TrainingArguments:
+    """The stage's hyper-parameters as transformers' own; `mixed`: some records have no image.
+
+    Raises `ConfigError` for what transformers refuses.
+    """
     accelerated = torch.accelerator.is_available()
-    batch, per_device = asked.batch or asked.stage.batch, asked.per_device or min(
-        asked.stage.per_device, asked.batch or asked.stage.batch
-    )
+    _, per_device, accumulation = batches(asked, _processes())
     values: dict[str, Any] = {
         "output_dir": str(asked.out),
         "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
         "num_train_epochs": 1,
         "max_steps": asked.max_steps or -1,
         "learning_rate": asked.stage.learning_rate,
@@ -171,7 +193,7 @@ def training_arguments(asked: Asked, records: list[Record]) -> TrainingArguments
         "remove_unused_columns": False,
         "dataloader_num_workers": 4 if accelerated else 0,
         "dataloader_pin_memory": accelerated,
-        "ddp_find_unused_parameters": any(not record.images for record in records),
+        "ddp_find_unused_parameters": mixed,  # the projector, where no rank has an image
         "use_cpu": not accelerated,
         "disable_tqdm": False,
         **engine_arguments(asked.engine),
@@ -182,17 +204,20 @@ def training_arguments(asked: Asked, records: list[Record]) -> TrainingArguments
         if name not in known:
             raise ConfigError(f"--set {name}=... is no field of transformers' TrainingArguments; see its documentation")
     try:
-        made = TrainingArguments(**values)
+        return TrainingArguments(**values)
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"transformers refuses these arguments of training ({short_reason(error)})") from None
-    together = per_device * made.world_size
-    if batch % together:
-        raise ConfigError(
-            f"a batch of {batch} is no multiple of {per_device} records on each of {made.world_size} device(s); "
-            "choose --batch and --per-device so that it is"
-        )
-    made.gradient_accumulation_steps = batch // together
-    return made
+
+
+def _device() -> torch.device:
+    """Of this process."""
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if kind is None else torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _processes() -> int:
+    """As torchrun tells them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 _CHECKPOINTING = next(
@@ -282,13 +307,15 @@ def _check_folder(asked: Asked) -> Path | None:
 
 def _as_json(asked: Asked) -> dict[str, Any]:
     """As it is after a way through JSON."""
-    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)} | {"stage": asked.stage.name}
-    found: dict[str, Any] = json.loads(json.dumps(values, default=lambda v: dict(v) if isinstance(v, Mapping) else str(v)))
+    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
+    values |= {"stage": asked.stage.name, "processes": _processes()}
+    values |= {name: dict(values[name]) for name in ("options", "arguments")}
+    found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
 
 
-def _remember(asked: Asked, arguments: TrainingArguments) -> None:
-    if arguments.process_index == 0:
+def _remember(asked: Asked) -> None:
+    if os.environ.get("RANK", "0") == "0":
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
             (asked.out / ASKED).write_text(json.dumps(_as_json(asked), indent=2) + "\n", encoding="utf-8")
@@ -310,6 +337,7 @@ def _save(asked: Asked, trainer: StageTrainer, processor: Any, told: dict[str, A
         trainer.save_model(str(out))
     if trainer.is_world_process_zero():
         processor.save_pretrained(out)
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle: no part of a stock checkpoint
         save_beside(_source(asked.model), out, {TRAINED: told})
 
 

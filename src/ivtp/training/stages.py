@@ -76,7 +76,8 @@ def set_trainable(model: nn.Module, parts: dict[str, list[str]], learns: frozens
 
 def modules_of(model: nn.Module, names: list[str]) -> list[str]:
     """The outermost modules all of whose parameters are among `names`."""
-    wanted, found = set(names), []
+    wanted = set(names)
+    found: list[str] = []
     for name, module in model.named_modules():
         own = {f"{name}.{inner}" if name else inner for inner, _ in module.named_parameters()}
         if own and own <= wanted and not any(name.startswith(f"{outer}.") for outer in found):
