@@ -106,14 +106,14 @@ def _record(name: str, entry: Any, folder: Path) -> Record:
     turns = list(_turns(entry.get("conversations")))
     while turns and turns[0].role == "assistant":
         turns.pop(0)
+    if not turns:
+        raise ValueError('its "conversations" hold no question; use turns of "human" and "gpt"')
     for number, (turn, following) in enumerate(zip(turns, [*turns[1:], None], strict=True), start=1):
         wanted = "user" if number % 2 else "assistant"
         if turn.role != wanted:
             raise ValueError(f"turn {number} is of the same side as the one before; questions and answers take turns")
         if turn.role == "user" and following is None:
             raise ValueError(f"its turn {number} has no answer; add one or leave the turn out")
-    if not turns:
-        raise ValueError('its "conversations" hold no question; use turns of "human" and "gpt"')
     shown = sum(turn.images for turn in turns)
     if shown != len(names):
         raise ValueError(f"its turns show {shown} {MARK} and it has {len(names)} image(s); use one {MARK} for each")
