@@ -45,8 +45,8 @@ class Counted:
     """With a slot for every patch."""
     report: FlopsReport
     """Its forward pass, as it is trained."""
-    full: float
-    """FLOPs of its forward pass with all tokens."""
+    full: FlopsReport
+    """Its forward pass with all tokens."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def estimate(asked: Asked, records: Sequence[Record], *, devices: int, sustained
     longest = max(counted, key=lambda c: c.columns)
     steps = asked.max_steps or math.ceil(number / batch)
     each = _mean([_training(c.report, asked) for c in counted])
-    full = _mean([_training(c.report, asked, full=c.full) for c in counted])
+    full = _mean([_training(c.full, asked) for c in counted])
     seconds = each * steps * batch / (devices * sustained * 1e12)
     memory = _memory(asked, known.geometry, sum(parameters.values()), learned, adapters, longest, per_device, devices)
     return Estimate(
@@ -170,7 +170,7 @@ def _counted(asked: Asked, text: int, images: int, file: Path | None) -> Counted
     known = sizes(asked.model)
     if not images:
         report = count_prompt(known.geometry, None, [], text_tokens=min(text, asked.max_length))
-        return Counted(text, min(text, asked.max_length), report, report.total)
+        return Counted(text, min(text, asked.max_length), report, report)
     size = None
     if known.tiled and file is not None:
         with Image.open(file) as image:
@@ -183,7 +183,7 @@ def _counted(asked: Asked, text: int, images: int, file: Path | None) -> Counted
     pruned = full
     if asked.method != "none":
         pruned = flops(asked.model, method=asked.method, keep=asked.keep, **given, **asked.options)
-    return Counted(text, text - images + slots, pruned, full.total)
+    return Counted(text, text - images + slots, pruned, full)
 
 
 def _encoder(asked: Asked) -> Encoder | None:
@@ -196,17 +196,16 @@ def _encoder(asked: Asked) -> Encoder | None:
         return None
 
 
-def _training(report: FlopsReport, asked: Asked, full: float | None = None) -> float:
+def _training(report: FlopsReport, asked: Asked) -> float:
     """FLOPs of forward and backward pass.
 
     The tower runs forward alone. What gradients pass through costs as much again, and what learns a third time;
-    recomputed layers of the decoder run forward once more. `full`: scaled to a forward pass of so many FLOPs.
+    recomputed layers of the decoder run forward once more. Adapters, a few percent of their layers, are not counted.
     """
     learns = asked.stage.learns if asked.stage.lora is None else asked.stage.learns - {"language"}
     language = 3.0 if "language" in learns else 2.0
     cost = report.vision + report.pruning + 3.0 * report.projector
-    cost += (language + asked.checkpointing) * report.llm + language * report.head
-    return cost if full is None else cost * full / report.total
+    return cost + (language + asked.checkpointing) * report.llm + language * report.head
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ def training_arguments(asked: Asked, *, mixed: bool) -> TrainingArguments:
         "warmup_steps": 0.03,
         "weight_decay": 0.0,
         "bf16": asked.bf16,
-        _CHECKPOINTING: asked.checkpointing,
-        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: asked.checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         "logging_steps": 1,
         "save_steps": 500,
         "save_total_limit": 1,
@@ -220,7 +220,7 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-_CHECKPOINTING = next(
+CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in {f.name for f in dataclasses.fields(TrainingArguments)}
