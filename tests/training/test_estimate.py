@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from ivtp.plug import find_host
 from ivtp.training.encode import Conversations, Encoder
 from ivtp.training.plan import estimate
 from ivtp.training.run import Asked
-from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, Stage, parts_of
+from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, STAGES, Stage, parts_of
 
 
 def test_parameters_are_the_models(asked: Asked, mix: Any) -> None:
@@ -73,3 +75,17 @@ def test_the_order_of_the_published_hours() -> None:
     for stage, published in ((PRETRAIN, 5.5), (FINETUNE, 20.0)):
         run = Asked(stage, *(None,) * 2, "llava-1.5-13b", None, bf16=True, engine="zero3")
         assert 0.5 < estimate(run, [], devices=8).hours / published < 2
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+ROWS = re.findall(r"^\| (.*) \|$", PAGE.read_text(encoding="utf-8").partition("plans:begin")[2], flags=re.MULTILINE)[2:]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_page_says_what_a_plan_says(row: str) -> None:
+    stage, model, engine, method, devices, memory, hours, flops = row.split(" | ")
+    run = Asked(STAGES[stage], *(None,) * 2, model, None, method=method, engine=engine, bf16=True)
+    found = estimate(dataclasses.replace(run, per_device=4 if devices == "32" else None), [], devices=int(devices))
+    assert f"{sum(found.memory.values()) / 2**30:.0f}" == memory
+    assert f"{found.hours:.1f}" == hours
+    assert f"{found.record_flops / 1e12:.1f}" == flops

@@ -226,6 +226,7 @@ def _print_plan(asked: Any, devices: int, tflops: float) -> None:
         "FLOPs in all": f"{found.total_flops / 1e18:.3g} EFLOPs",
         **{f"memory: {name}": f"{size / 2**30:.1f} GiB" for name, size in found.memory.items()},
         "memory of a device": f"{sum(found.memory.values()) / 2**30:.1f} GiB, and what kernels and fragments take",
+        "memory while loading": f"{found.loading / 2**30:.1f} GiB",
         "time": f"{found.hours:.1f} hours at {found.sustained:g} TFLOP/s a device",
     }
     table = Table(show_header=False, box=None, pad_edge=False)

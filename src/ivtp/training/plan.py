@@ -73,6 +73,8 @@ class Estimate:
     full_record_flops: float
     """The same with all tokens."""
     memory: dict[str, float]
+    loading: float
+    """Bytes of the whole model, which each device holds before an engine shares it out."""
     hours: float
     sustained: float
     notes: tuple[str, ...]
@@ -119,6 +121,7 @@ def estimate(asked: Asked, records: Sequence[Record], *, devices: int, sustained
         record_flops=each,
         full_record_flops=full,
         memory=memory,
+        loading=4.0 * learned + (2 if asked.bf16 else 4) * (sum(parameters.values()) + adapters - learned),
         hours=seconds / 3600,
         sustained=sustained,
         notes=tuple(notes),
