@@ -6,7 +6,7 @@ import dataclasses
 import numbers
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,20 +117,31 @@ def save(model: nn.Module, processor: Any, folder: str | Path) -> None:
     `OutputError`.
     """
     any_model: Any = model
-    source, target = local_folder(getattr(model, "name_or_path", None)), Path(folder)
-    beside, compression = sidecar(source), compression_of(model)
+    compression = compression_of(model)
     try:
         with compression.aside() if compression else nullcontext():
-            any_model.save_pretrained(target)
-            processor.save_pretrained(target)
-        write_compression(compression, target, beside)
+            any_model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
+    save_beside(model, local_folder(getattr(model, "name_or_path", None)), Path(folder))
+
+
+def save_beside(model: nn.Module, source: Path | None, target: Path, more: Mapping[str, Any] | None = None) -> None:
+    """Write what lies beside a checkpoint's weights: a compressor's, and what lay beside those of the folder `source`.
+
+    `more` is added to its `ivtp.json`. Raises `OutputError`.
+    """
+    beside = {**sidecar(source), **(more or {})}
+    try:
+        write_compression(compression_of(model), target, beside)
         if source is not None and beside and source.resolve() != target.resolve():
             if KEY in beside:
                 shutil.copyfile(source / str(beside[KEY]), target / str(beside[KEY]))
             if beside.get("clip"):
                 shutil.copytree(source / str(beside["clip"]), target / str(beside["clip"]), dirs_exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} could not be written ({short_reason(error)}); name another folder") from None
+        raise OutputError(f"{target} could not be written ({short_reason(error)}); name another folder") from None
 
 
 def check_device(device: str) -> str:

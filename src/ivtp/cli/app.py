@@ -24,6 +24,7 @@ from ivtp.cli.methods import methods
 from ivtp.cli.models import Asked, square_of, threshold_of
 from ivtp.cli.reproduce import reproduce
 from ivtp.cli.side import panels, print_side_by_side, side_by_side
+from ivtp.cli.train import app as train
 from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, check_output
@@ -182,3 +183,4 @@ app.command()(methods)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command("reproduce")(reproduce)
+app.add_typer(train, name="train")

@@ -86,11 +86,12 @@ def parse_options(given: list[str] | None, context: typer.Context, **flagged: An
             raise ConfigError(f"{asked} sets what the command has a flag for; use {flags[name]} {shlex.quote(text)}")
         if name in RESERVED:
             raise ConfigError(f"{asked}: {name} is no option of PruneConfig or of a method; leave it out")
-        options[name] = _value(text)
+        options[name] = parse_value(text)
     return options
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """What a text says where it is JSON, `1,2` as a tuple, or the text itself."""
     listed = text if text.startswith("[") else f"[{text.removesuffix(',')}]" if "," in text else text
     try:
         value = json.loads(listed)

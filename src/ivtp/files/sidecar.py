@@ -18,6 +18,8 @@ COMPRESSOR = "compressor"
 """In `ivtp.json`: the name and the tokens of the compressor that takes the projector's place."""
 COMPRESSOR_WEIGHTS = "compressor.safetensors"
 """Beside it: the compressor's weights."""
+TRAINED = "trained"
+"""In `ivtp.json`: with which method, `keep` and options the checkpoint was trained, by `ivtp train`."""
 
 
 def local_folder(name: object) -> Path | None:

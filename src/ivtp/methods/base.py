@@ -13,6 +13,7 @@ from torch import Tensor
 from ivtp.config import PruneConfig
 from ivtp.core.schedule import linear, quarters
 from ivtp.errors import ConfigError
+from ivtp.files.sidecar import TRAINED
 from ivtp.methods.window import Merged, Window
 from ivtp.plan import ChoiceCost, Cut, Geometry, Place, Plan
 
@@ -132,8 +133,11 @@ class Method:
 
     @classmethod
     def filled(cls, config: PruneConfig, geometry: Geometry, told: Mapping[str, Any]) -> PruneConfig:
-        """What was not said, as it is recommended for a model, see `recommended_options`."""
-        return dataclasses.replace(config, options={**cls.recommended_options(geometry, told), **config.options})
+        """What was not said, as it is recommended for a model, see `recommended_options`, or as it was trained."""
+        trained = told.get(TRAINED, {})
+        learned = trained.get("options", {}) if trained.get("method") == config.method else {}
+        options = {**cls.recommended_options(geometry, told), **learned, **config.options}
+        return dataclasses.replace(config, options=options)
 
     @property
     def guide_options(self) -> GuideOptions | None:

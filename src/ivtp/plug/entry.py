@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ivtp import registry
 from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
+from ivtp.files.sidecar import TRAINED
 from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
@@ -45,7 +47,7 @@ def attach(
     check_unpruned(host)
     check_uncompressed(host)
     if config is None:
-        config = PruneConfig.of(**options)
+        config = PruneConfig.of(**{**_trained(host, options), **options})
     elif not isinstance(config, PruneConfig):
         raise ConfigError(f"config={config!r} is no PruneConfig; name options, as in attach(model, method='topk')")
     elif options:
@@ -53,6 +55,15 @@ def attach(
     pruner = Pruner(host, functools.partial(equip, host, processor, clip), config)
     pruner.install()
     return pruner
+
+
+def _trained(host: Host, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The method and `keep` that the checkpoint was trained with, unless `options` name another method."""
+    told = host.recommended().get(TRAINED, {})
+    method = told.get("method", "none")
+    if method == "none" or options.get("method", method) != method:
+        return {}
+    return {name: told[name] for name in ("method", "keep") if name in told}
 
 
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
