@@ -110,7 +110,8 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self.on_answers = on_answers
         self.answers = None
         if cache is not None:
-            run = {"model": pretrained, "weights": weights_of(self.model), "dtype": str(self.model.dtype), "clip": clip}
+            run: dict[str, Any] = {"model": pretrained, "weights": weights_of(self.model), "clip": clip}
+            run["dtype"] = str(self.model.dtype)
             if self.pruner is not None:
                 run |= {"config": dataclasses.asdict(self.pruner.config), "code": source_of(type(self.pruner.method))}
             self.answers = Answers(Path(cache), run, self.rank)

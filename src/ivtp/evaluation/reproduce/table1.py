@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ivtp.evaluation.asked import Row, Run
 from ivtp.evaluation.reproduce import base
-from ivtp.evaluation.run import Row
-from ivtp.evaluation.sweep import Measured, Run
+from ivtp.evaluation.sweep import Measured
 from ivtp.registry import list_methods, method_class
 
 KEEPS = (64,)
@@ -28,7 +28,9 @@ def rows(found: dict[Run, Measured]) -> list[Row]:
             if ivtp is not None and run.method != "ivtp":
                 against.append(("to ivtp", ivtp))
             made.append(base.row(run, measured, against))
-    return sorted(made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"]))
+    return sorted(
+        made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"])
+    )
 
 
 def label(row: Row) -> str:
