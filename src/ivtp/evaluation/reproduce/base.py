@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ivtp.evaluation.asked import Asked, Row, Run
@@ -137,6 +138,7 @@ def write(folder: Path, name: str, result: Result) -> list[Path]:
     if result.figure is not None:
         for suffix in (".png", ".svg"):
             files.append(folder / f"{name}{suffix}")
-            with whole(files[-1], "--output") as partial:
+            # ids in an SVG are random otherwise, and the same figure would be another file
+            with whole(files[-1], "--output") as partial, rc_context({"svg.hashsalt": name}):
                 result.figure.savefig(partial, dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
     return files

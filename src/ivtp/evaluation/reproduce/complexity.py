@@ -106,7 +106,7 @@ def page(rows: Sequence[Row], beside: Sequence[Row]) -> str:
     if beside:
         parts += [f"## {MODELS[0]}, {KEEP} visual tokens, {TEXT} text tokens", compared(beside)]
         parts.append(
-            "Savings here are of the printed totals, as the paper's are, below of the exact ones; – is not counted here."
+            "Savings here are of the printed totals, as the paper's are, below of exact ones; – is not counted here."
         )
     short = [row for row in rows if row["method"] == "ivtp" and row["varied"] == "text"]
     parts += [short_prompts(model, own) for model, own in groups(short, "model").items()]
