@@ -26,7 +26,8 @@ from lmms_eval.tasks import TaskManager
 import ivtp
 from ivtp.cli.app import app
 from ivtp.errors import ConfigError, InputError
-from ivtp.evaluation import lmms, run
+from ivtp.evaluation import lmms
+from ivtp.evaluation.asked import Asked
 from ivtp.evaluation.benchmarks import PAPER12
 from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel
 from ivtp.generate import save
@@ -291,12 +292,12 @@ def test_two_processes_find_what_one_finds(at: Path, tmp_path: Path) -> None:
 
 
 def test_runs_of_the_same_are_told_apart_by_what_changes_figures() -> None:
-    asked = run.Asked("m", ("pope",), keep=8)
-    assert run.Asked("m", ("pope",), keep=8, batch_size=9, device="cuda").name == asked.name
+    asked = Asked("m", ("pope",), keep=8)
+    assert Asked("m", ("pope",), keep=8, batch_size=9, device="cuda").name == asked.name
     others = [
-        run.Asked("m", ("pope",), keep=9),
-        run.Asked("m", ("pope",), keep=8, limit=3),
-        run.Asked("m", ("mme",), keep=8),
-        run.Asked("m", ("pope",), keep=8, options={"guide": "text"}),
+        Asked("m", ("pope",), keep=9),
+        Asked("m", ("pope",), keep=8, limit=3),
+        Asked("m", ("mme",), keep=8),
+        Asked("m", ("pope",), keep=8, options={"guide": "text"}),
     ]
     assert len({asked.name, *(other.name for other in others)}) == 5

@@ -60,7 +60,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     def in_turn(asked: Asked, runs: Sequence[sweep.Run], workers: int, told: sweep.OnAnswers) -> Iterator[Any]:
         yield from ((run, sweep.measured(run.asked(asked), told)) for run in runs)
 
-    monkeypatch.setattr(base, "sweep", in_turn)
+    monkeypatch.setattr(sweep, "sweep", in_turn)
 
 
 def words(model: Path, place: Path, *more: str) -> list[str]:

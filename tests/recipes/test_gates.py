@@ -17,6 +17,7 @@ from ivtp.micro import world
 from ivtp.micro.answering import answer_about
 from ivtp.micro.world.photo import take_photo
 from recipes.micro import gates
+from recipes.micro.published import like_published
 from recipes.micro.units import by_format, collect
 from tests.recipes.test_evaluate import folder, lvlm  # noqa: F401
 
@@ -101,3 +102,14 @@ def test_the_command_measures_all_gates(
 def test_speed_is_measured_in_the_dtype_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setattr(gates, "ask", partial(ask, max_new_tokens=1))
     assert [row["dtype"] for row in gates.speed(str(folder), "bfloat16").rows] == ["torch.bfloat16"]
+
+
+def test_the_gate_compares_what_both_have(tmp_path: Path) -> None:
+    ours = [("none", 576, 0.9), ("fastv", 64, 0.45), ("scope", 64, 0.81), ("ivtp", 64, 0.8), ("topk", 16, 0.1)]
+    compared = tmp_path / "compared.json"
+    rows = [{"method": method, "keep": keep, "accuracy": accuracy} for method, keep, accuracy in ours]
+    compared.write_text(json.dumps({"tables": [{"rows": rows}]}))
+    correlation, figures = like_published(compared)
+    assert correlation.rows[0]["methods"] == 2
+    assert correlation.rows[0]["Spearman"] == pytest.approx(1)
+    assert [(row["method"], row["here"]) for row in figures.rows] == [("scope", 0.9), ("fastv", 0.5)]

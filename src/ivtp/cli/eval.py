@@ -52,9 +52,10 @@ def evaluate(
     quiet()
     from ivtp.evaluation import run
     from ivtp.evaluation.answers import cache_folder
+    from ivtp.evaluation.asked import Asked
 
     named, folders = named_tasks(tasks, limit)
-    asked = run.Asked(
+    asked = Asked(
         model,
         named,
         name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shlex
 import sys
@@ -21,14 +20,21 @@ from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, need_matplotlib
 
-Name = Literal["table1", "figure3", "ablations"]
+Name = Literal["table1", "figure3", "ablations", "complexity", "published"]
+COUNTED = ("complexity",)
+"""Those that load no model and ask no question."""
 
 
 @given.spoken
 def reproduce(
     context: typer.Context,
     name: Annotated[Name, typer.Argument(help="Which.", show_default=False)],
-    model: given.Model = "micro",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="micro (the default), a folder, or a hub id; for complexity sizes: both of LLaVA-1.5."
+        ),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="paper12, micro12, or names. Default: micro12 of micro, else paper12.")
     ] = None,
@@ -52,36 +58,44 @@ def reproduce(
     """A table or figure of the paper: all methods on the twelve benchmarks, with paired 95% intervals.
 
     Every answer is kept as it comes: the same command goes on where a killed one stopped, and an answer that another
-    table needs, too, is not asked again.
+    table needs, too, is not asked again. complexity is counted from sizes: it needs neither a model nor lmms-eval.
     """
-    from ivtp.registry import method_class
+    from ivtp.registry import load_named, method_class, method_name
 
-    for one in method or []:
+    methods = tuple(method_name(one) for one in method or [])
+    for one in methods:
         method_class(one)
     check_folder(output, "--output")
-    if importlib.util.find_spec("lmms_eval") is None:
+    if name in COUNTED:
+        _refuse_unread(context, name)
+    elif importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
     need_matplotlib("ivtp reproduce")
     quiet()
     from ivtp.evaluation.answers import cache_folder
+    from ivtp.evaluation.asked import Asked
     from ivtp.evaluation.reproduce import base
-    from ivtp.evaluation.run import Asked
 
-    named, folders = named_tasks(tasks or ("micro12" if model == "micro" else "paper12"), limit)
-    asked = Asked(
-        model,
-        named,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        clip=clip,
-        include_path=folders,
-        cache=str(cache or cache_folder() / "answers"),
-    )
-    request = base.Request(asked, tuple(method or ()), tuple(keep or ()), workers)
-    with interruptible(lambda: f"answers so far are kept in {asked.cache}; the same command goes on behind them"):
-        result = importlib.import_module(f"ivtp.evaluation.reproduce.{name}").make(request, _bar)
+    asked, left = Asked(model or "", ()), "nothing was written"
+    if name not in COUNTED:
+        model = model or "micro"
+        cache = cache or cache_folder() / "answers"
+        left = f"answers so far are kept in {cache}; the same command goes on behind them"
+        named, folders = named_tasks(tasks or ("micro12" if model == "micro" else "paper12"), limit)
+        asked = Asked(
+            model,
+            named,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            clip=clip,
+            include_path=folders,
+            cache=str(cache),
+        )
+    request = base.Request(asked, methods, tuple(keep or ()), workers)
+    with interruptible(lambda: left):
+        result: base.Result = load_named("evaluation.reproduce", name, "make")(request, _bar)
     result = replace(result, about=base.about(request, shlex.join(["ivtp", *sys.argv[1:]])) | result.about)
     files = base.write(output, name, result)
     from rich.markdown import Markdown
@@ -89,6 +103,17 @@ def reproduce(
     out.print(Markdown(f"# {result.title}\n\n{result.markdown}"))
     for file in files:
         err.print(f"written: {file}", markup=False, soft_wrap=True)
+
+
+def _refuse_unread(context: typer.Context, name: str) -> None:
+    """What a table that is counted makes no use of would else be left out in silence."""
+    read = ("name", "model", "method", "output")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name not in read and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"{parameter.opts[0]} has no use in {name}, which is counted and not measured; leave it out"
+            )
 
 
 @contextmanager

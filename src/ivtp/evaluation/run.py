@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,11 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager, get_task_dict
 
 from ivtp.errors import ConfigError, InputError
+from ivtp.evaluation.asked import Asked, Row
 from ivtp.evaluation.benchmarks import PAPER12, Column
 from ivtp.evaluation.lmms import IvtpModel
 from ivtp.evaluation.micro12 import MICRO12
 from ivtp.files.outputs import write_text
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is to be measured; two runs of the same may be compared."""
-
-    model: str
-    tasks: tuple[str, ...]
-    method: str = "ivtp"
-    keep: int | str = 64
-    limit: int | None = None
-    options: Mapping[str, Any] | None = None
-    batch_size: int = 1
-    device: str = "cpu"
-    dtype: str = "auto"
-    clip: str | None = None
-    include_path: tuple[str, ...] = ()
-    """Folders with further tasks."""
-    cache: str | None = None
-    """Folder of answers that are kept from run to run."""
-
-    @property
-    def name(self) -> str:
-        """Of its files: the same for the same run, whatever batches and device it ran on."""
-        same = json.dumps([self.model, self.tasks, self.limit, self.dtype, sorted((self.options or {}).items())])
-        digest = hashlib.sha256(same.encode()).hexdigest()[:8]
-        return f"{Path(self.model).name}-{self.method}{'' if self.method == 'none' else f'-{self.keep}'}-{digest}"
-
-    @property
-    def full(self) -> Asked:
-        """The same of the untouched model."""
-        return replace(self, method="none", options=None, clip=None)
 
 
 def columns(tasks: Sequence[str]) -> tuple[Column, ...]:

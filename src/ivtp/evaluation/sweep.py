@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,30 +23,14 @@ from lmms_eval.api import task
 from loguru import logger
 
 from ivtp.errors import ConfigError
+from ivtp.evaluation.asked import Asked, Row, Run
 from ivtp.evaluation.ratios import Array, Ratios, ratios
-from ivtp.evaluation.run import Asked, Row, columns, evaluate, mean_costs
+from ivtp.evaluation.run import columns, evaluate, mean_costs
 from ivtp.micro.world.crowds import CROWDS
 
 TOLERANCE = 0.1
 """Points by which a figure of lmms-eval's may differ from its ratios: it rounds LLaVA-Bench's."""
 OnAnswers = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What differs between the rows of a table."""
-
-    method: str
-    keep: int | str = 64
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    name: str = ""
-    """Of its row; empty: the method's."""
-
-    def asked(self, of: Asked) -> Asked:
-        """Of the same model and tasks."""
-        if self.method == "none":
-            return of.full
-        return replace(of, method=self.method, keep=self.keep, options={**(of.options or {}), **self.options})
 
 
 @dataclass(frozen=True)

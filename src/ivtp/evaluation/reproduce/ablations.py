@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ivtp.cost.sizes import Sizes, sizes
+from ivtp.evaluation.asked import Row, Run
 from ivtp.evaluation.reproduce import base
-from ivtp.evaluation.run import Row
-from ivtp.evaluation.sweep import Run
 
 KEEPS = (64, 16)
 STAGES = {"both": "both stages", "vision": "stage 1 alone", "llm": "stage 2 alone"}

@@ -8,21 +8,24 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ivtp.config import PruneConfig
 from ivtp.cost.flops import flops
 from ivtp.errors import LoadError
+from ivtp.evaluation.asked import Asked, Row, Run
 from ivtp.evaluation.ratios import Array, percentiles
-from ivtp.evaluation.run import Asked, Row, count_questions
-from ivtp.evaluation.sweep import Measured, OnAnswers, Run, sweep
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import whole, write_text
 from ivtp.micro.world.crowds import CROWDS, crowd_name
 
-Report = Callable[[int, str], AbstractContextManager[OnAnswers]]
+if TYPE_CHECKING:
+    from ivtp.evaluation.sweep import Measured
+
+Report = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 """Opens a progress bar over so many questions, or other steps, that are called so; it is told of each more."""
 FULL = Run("none")
 
@@ -32,7 +35,8 @@ class Request:
     """What every table is made with."""
 
     asked: Asked
-    """Model, tasks and limit; its method and keep are those of each row."""
+    """Model, tasks and limit; its method and keep are those of each row. A table that is counted and not measured has
+    no tasks, and takes models of its own where none (an empty name) is asked for."""
     methods: tuple[str, ...] = ()
     """Empty: all that the model's family takes."""
     keeps: tuple[int, ...] = ()
@@ -56,6 +60,9 @@ def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, 
 
     Raises `ConfigError` for a run that cannot be before any has begun.
     """
+    from ivtp.evaluation.run import count_questions  # lmms-eval comes with these: not all tables need it
+    from ivtp.evaluation.sweep import sweep
+
     for run in runs:
         _check(request.asked.model, run)
     wanted = list(dict.fromkeys([FULL, *runs]))
@@ -124,11 +131,15 @@ def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def about(request: Request, command: str) -> dict[str, Any]:
-    """What was measured, where, and by which command."""
+    """By which command; and what was measured, where, if anything was."""
     asked = request.asked
-    found = {"command": command, "model": asked.model, "tasks": list(asked.tasks), "limit": asked.limit}
-    found |= {"dtype": asked.dtype, "machine": f"{processor_name()}, {asked.device}"}
-    return found | {name: version(name) for name in ("ivtp", "lmms_eval", "torch", "transformers")}
+    found: dict[str, Any] = {"command": command}
+    packages = ["ivtp", "torch", "transformers"]
+    if asked.tasks:
+        found |= {"model": asked.model, "tasks": list(asked.tasks), "limit": asked.limit}
+        found |= {"dtype": asked.dtype, "machine": f"{processor_name()}, {asked.device}"}
+        packages.insert(1, "lmms_eval")
+    return found | {name: version(name) for name in packages}
 
 
 def write(folder: Path, name: str, result: Result) -> list[Path]:
@@ -142,6 +153,7 @@ def write(folder: Path, name: str, result: Result) -> list[Path]:
     if result.figure is not None:
         for suffix in (".png", ".svg"):
             files.append(folder / f"{name}{suffix}")
-            with whole(files[-1], "--output") as partial:
+            # ids in an SVG are random otherwise, and the same figure would be another file
+            with whole(files[-1], "--output") as partial, rc_context({"svg.hashsalt": name}):
                 result.figure.savefig(partial, dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
     return files

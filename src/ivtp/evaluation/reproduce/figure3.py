@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ivtp.evaluation.asked import Row
 from ivtp.evaluation.reproduce import base, table1
-from ivtp.evaluation.run import Row
 
 KEEPS = (16, 32, 64, 128, 256, 512)
 COLOURED = ("ivtp", "ivtp+", "topk", "random")

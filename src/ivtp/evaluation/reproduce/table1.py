@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ivtp.evaluation.asked import Row, Run
 from ivtp.evaluation.reproduce import base
-from ivtp.evaluation.run import Row
-from ivtp.evaluation.sweep import Measured, Run
+from ivtp.evaluation.sweep import Measured
 from ivtp.registry import list_methods, method_class
 
 KEEPS = (64,)
