@@ -132,6 +132,12 @@ metric_list:
   aggregation: mean
   higher_is_better: true
 """
+_NO_SUBMISSION = """metric_list:
+- metric: exact_match
+  aggregation: mean
+  higher_is_better: true
+"""
+"""The real TextVQA also writes a file for its server."""
 
 
 def _column(title: str, metric: str, to_percent: float = 100.0) -> Column:
@@ -144,7 +150,7 @@ TASKS = {
     "gqa": Task(_column("GQA", "exact_match"), "gqa/gqa.yaml", _plain, "process_docs: !function micro12.as_they_are\n"),
     "vizwiz": Task(_column("VizWiz", "exact_match"), "vizwiz_vqa/vizwiz_vqa_val.yaml", _vqa),
     "scienceqa": Task(_column("ScienceQA", "exact_match"), "scienceqa/scienceqa_img.yaml", _scienceqa),
-    "textvqa": Task(_column("TextVQA", "exact_match"), "textvqa/textvqa_val.yaml", _vqa),
+    "textvqa": Task(_column("TextVQA", "exact_match"), "textvqa/textvqa_val.yaml", _vqa, _NO_SUBMISSION),
     "pope": Task(_column("POPE", "pope_f1_score"), "pope/pope.yaml", _plain),
     # five of its tasks, 200 points each
     "mme": Task(_column("MME", "mme_perception_score", 1 / 10), "mme/mme.yaml", _plain),
