@@ -34,11 +34,7 @@ def test_ours_is_the_papers_table_to_the_digit() -> None:
     assert list(rows) == list(PAPER)
     for name, row in rows.items():
         assert (row["published"], round(row["published saving"], 1)) == PAPER[name]
-        if row["tflops"] is not None:
-            assert (round(row["tflops"], 1), round(row["tflops saving"], 1)) == PAPER[name]
-    assert [name for name, row in rows.items() if row["tflops"] is None] == [
-        *("Honeybee (C-Abstractor)", "LLaMA-VID", "Qwen-VL (resampler)")
-    ]
+        assert (round(row["tflops"], 1), round(row["tflops saving"], 1)) == PAPER[name]
 
 
 @pytest.mark.parametrize("model", complexity.MODELS)
