@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from ivtp.errors import ConfigError
 from ivtp.plug import find_host
 from ivtp.training.plan import estimate
 from ivtp.training.run import Asked, last_checkpoint, train
-from ivtp.training.stages import LORA, PRETRAIN, parts_of
+from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, Stage, parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
@@ -191,6 +192,21 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(asked: Asked, tm
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert changed(weights(asked.model), weights(killed))
+
+
+@pytest.mark.parametrize("stage", [FINETUNE, LORA], ids=lambda stage: stage.name)
+def test_a_run_goes_on_from_any_checkpoint(asked: Asked, tmp_path: Path, stage: Stage) -> None:
+    """With mixed precision, accumulated batches, and the dropout of adapters."""
+    arguments = {**asked.arguments, "save_steps": 2, "save_total_limit": 2}
+    same = {"stage": stage, "method": "fastv", "keep": 8, "max_steps": 4, "per_device": 1, "bf16": True}
+    run = dataclasses.replace(asked, arguments=arguments, **same)
+    train(run)
+    halved = dataclasses.replace(run, out=tmp_path / "halved", resume=True)
+    shutil.copytree(run.out, halved.out, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors"))
+    shutil.copytree(run.out / "checkpoint-2", halved.out / "checkpoint-2", dirs_exist_ok=True)
+    train(halved)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run.out, halved.out))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.slow
