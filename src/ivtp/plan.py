@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,11 @@ class Geometry:
     text_mlp_matrices: int
     """Weight matrices of one feed-forward block: 3 when gated, else 2."""
     vocab_size: int
+
+    @property
+    def square(self) -> int:
+        """Side in pixels of what the encoder sees at once."""
+        return math.isqrt(self.num_patches) * self.patch_size
 
 
 @dataclass(frozen=True)
