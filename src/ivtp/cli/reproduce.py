@@ -21,7 +21,7 @@ from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, need_matplotlib
 
-Name = Literal["table1", "figure3"]
+Name = Literal["table1", "figure3", "gallery"]
 
 
 @given.spoken
@@ -32,11 +32,20 @@ def reproduce(
     tasks: Annotated[
         str | None, typer.Option(help="paper12, micro12, or names. Default: micro12 of micro, else paper12.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; repeatable. Default: all; of gallery three.")
+    ] = None,
     keep: Annotated[
         list[int] | None, typer.Option("--keep", "-k", min=1, help="Visual tokens that stay; repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, or images; default: all.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An image for gallery; repeatable. Default: of micro."),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What is asked about each --image; repeatable.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; on GPUs each has its own.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
     device: given.Device = "cpu",
@@ -58,8 +67,9 @@ def reproduce(
 
     for one in method or []:
         method_class(one)
+    _check_own(name, image, question)
     check_folder(output, "--output")
-    if importlib.util.find_spec("lmms_eval") is None:
+    if name != "gallery" and importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
     need_matplotlib("ivtp reproduce")
     quiet()
@@ -67,7 +77,8 @@ def reproduce(
     from ivtp.evaluation.reproduce import base
     from ivtp.evaluation.run import Asked
 
-    named, folders = named_tasks(tasks or ("micro12" if model == "micro" else "paper12"), limit)
+    default = "micro12" if model == "micro" else "paper12"
+    named, folders = ((), ()) if name == "gallery" else named_tasks(tasks or default, limit)
     asked = Asked(
         model,
         named,
@@ -79,7 +90,8 @@ def reproduce(
         include_path=folders,
         cache=str(cache or cache_folder() / "answers"),
     )
-    request = base.Request(asked, tuple(method or ()), tuple(keep or ()), workers)
+    own = tuple(image or ()), tuple(question or ())
+    request = base.Request(asked, tuple(method or ()), tuple(keep or ()), workers, *own)
     with interruptible(lambda: f"answers so far are kept in {asked.cache}; the same command goes on behind them"):
         result = importlib.import_module(f"ivtp.evaluation.reproduce.{name}").make(request, _bar)
     result = replace(result, about=base.about(request, shlex.join(["ivtp", *sys.argv[1:]])) | result.about)
@@ -89,6 +101,14 @@ def reproduce(
     out.print(Markdown(f"# {result.title}\n\n{result.markdown}"))
     for file in files:
         err.print(f"written: {file}", markup=False, soft_wrap=True)
+
+
+def _check_own(name: str, images: list[str] | None, questions: list[str] | None) -> None:
+    """Images and questions of the user's are the gallery's, and go together."""
+    if (images or questions) and name != "gallery":
+        raise ConfigError(f"--image and --question are for the gallery; {name} is of tasks: leave them out")
+    if bool(images) != bool(questions):
+        raise ConfigError("each --question is asked about each --image; give at least one of both, or neither")
 
 
 @contextmanager

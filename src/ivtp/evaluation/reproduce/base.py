@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,6 +36,9 @@ class Request:
     keeps: tuple[int, ...] = ()
     """Empty: the paper's."""
     workers: int = 1
+    images: tuple[str, ...] = ()
+    """Files of the gallery's own images, and what is asked about each."""
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Result:
     markdown: str
     about: dict[str, Any] = field(default_factory=dict)
     figure: Figure | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files, by suffix."""
 
 
 def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, Measured]:
@@ -102,7 +107,7 @@ def shown_difference(found: Row, name: str) -> str:
     return f"none ({span})" if low <= 0 <= high else f"{found[name]:+.1f} ({span})"
 
 
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     """A GitHub table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
@@ -117,7 +122,7 @@ def about(request: Request, command: str) -> dict[str, Any]:
 
 
 def write(folder: Path, name: str, result: Result) -> list[Path]:
-    """JSON, Markdown and, of a figure, PNG and SVG."""
+    """JSON, Markdown and, of a figure, PNG and SVG; and its further files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.json", folder / f"{name}.md"]
     document = {"about": result.about, "rows": result.rows}
@@ -129,4 +134,8 @@ def write(folder: Path, name: str, result: Result) -> list[Path]:
             files.append(folder / f"{name}{suffix}")
             with whole(files[-1], "--output") as partial:
                 result.figure.savefig(partial, dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
+    for suffix, data in result.files.items():
+        files.append(folder / f"{name}{suffix}")
+        with whole(files[-1], "--output") as partial:
+            partial.write_bytes(data)
     return files

@@ -28,7 +28,9 @@ def rows(found: dict[Run, Measured]) -> list[Row]:
             if ivtp is not None and run.method != "ivtp":
                 against.append(("to ivtp", ivtp))
             made.append(base.row(run, measured, against))
-    return sorted(made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"]))
+    return sorted(
+        made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"])
+    )
 
 
 def label(row: Row) -> str:
