@@ -78,7 +78,7 @@ def make(request: base.Request, report: base.Report) -> base.Result:
     Raises `ConfigError` where another model than the embedded one has no images, and what `load_image`, `load` and
     `asking` raise.
     """
-    model_name, device = request.asked.model, request.asked.device
+    model_name, device = request.asked.model or "micro", request.asked.device
     subjects = own(request.images, request.questions) if request.images else photos(model_name)
     subjects = subjects[: request.asked.limit]
     model, processor = load(model_name, dtype=request.asked.dtype, device=device)
