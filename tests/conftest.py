@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,6 +40,18 @@ def strict_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny() -> Tiny:
     """Weights, processor and CLIP side of the tiny LLaVA; `tiny.model()` copies them."""
     return Tiny()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as the embedded one is built: stock checkpoint, processor, CLIP side, recommendations."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny.model().save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    for part in tiny.clip:
+        part.save_pretrained(folder / "clip")
+    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
+    return folder
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 import shutil
 import time
@@ -57,6 +58,14 @@ class Answer:
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
         return f"Answer({text!r}, {1000 * self.seconds:.0f} ms, {self.trace or 'all visual tokens'!r})"
+
+    @property
+    def record(self) -> PruneTrace:
+        """The trace; without pruning one that keeps every patch."""
+        if self.trace is not None:
+            return self.trace
+        patches = tuple(sum(map(math.prod, grids)) for grids in self.grids)
+        return PruneTrace(max(patches), (len(patches),), patches=(patches,), grids=(self.grids,))
 
     def draw(self, file: str | Path | None = None) -> Image.Image:
         """The pictures with what was kept of them, the question, its words' relevances and the answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +78,11 @@ class Geometry:
     def visual_tokens(self) -> int:
         """Tokens of one image that enter an unpruned decoder."""
         return self.compressed.tokens if self.compressed else self.num_patches
+
+    @property
+    def square(self) -> int:
+        """Side in pixels of what the encoder sees at once."""
+        return math.isqrt(self.num_patches) * self.patch_size
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from terminal import Result, Run
-from tiny import Tiny, image
+from tiny import image
 
 from ivtp.cli import app as cli
 from ivtp.cli import door
@@ -37,18 +36,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def run(call: Callable[..., Result]) -> Run:
     """Runs `ivtp ARGUMENTS` in this process."""
     return functools.partial(call, cli.app)
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as the embedded one is built: stock checkpoint, processor, CLIP side, recommendations."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tiny.model().save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
-    for part in tiny.clip:
-        part.save_pretrained(folder / "clip")
-    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
-    return folder
 
 
 @pytest.fixture

@@ -368,7 +368,7 @@ def test_demo_compares_two_questions(
     assert "chosen to show the difference" in result.out
     asked = [line for line in result.out.splitlines() if "right answer" in line]
     assert len(asked) == len(set(asked)) == 2
-    for title in ("all tokens", "TopK", "IVTP"):
+    for title in ("all tokens ", "TopK ", "IVTP ", "IVTP+ "):
         assert sum(line.startswith(title) for line in result.out.splitlines()) == 2
     assert f"8 of {NUM_PATCHES}" in result.out
     with Image.open(tmp_path / "shown" / "demo.png") as drawn:

@@ -18,8 +18,21 @@ from tiny import NUM_PATCHES, Tiny, samples
 from ivtp.errors import ConfigError
 from ivtp.micro import world
 from ivtp.trace import PruneTrace, StageTrace, Where, Word
-from ivtp.visualize import Fate, Panel, as_seen, draw, draw_comparison, fates, fonts, paint
+from ivtp.visualize import (
+    Fate,
+    Panel,
+    as_seen,
+    count_fates,
+    draw,
+    draw_comparison,
+    draw_patches,
+    fates,
+    fonts,
+    paint,
+    swatches,
+)
 from ivtp.visualize.fonts import drawable, length, write
+from ivtp.visualize.page import RIGHT, WRONG
 from ivtp.visualize.patches import EDGE, OUTLINE, cut_off
 from ivtp.visualize.text import USED, shorten, wrap
 
@@ -285,6 +298,40 @@ def test_a_comparison_grows_with_its_panels_and_questions() -> None:
     assert count(one, USED) > 500
     with pytest.raises(ConfigError):
         draw_comparison(picture, [])
+
+
+def test_a_brief_comparison_has_its_questions_side_by_side_and_neither_words_nor_legends() -> None:
+    rows = [
+        (f"What is {what}?", [Panel("IVTP", two_stages([0, 1, 7], [7], WORDS), "a cat")]) for what in ("it", "that")
+    ]
+    brief, full = (draw_comparison(noise((60, 60)), rows, side=96, brief=short) for short in (True, False))
+    assert brief.height < full.height / 2
+    assert brief.width >= 2 * 96
+    assert not count(brief, USED)
+
+
+@pytest.mark.parametrize(("right", "ink"), [(True, RIGHT), (False, WRONG)])
+def test_an_answer_that_is_known_to_be_right_or_wrong_is_told_by_a_colour_and_a_sign(
+    right: bool, ink: tuple[int, int, int]
+) -> None:
+    def drawn(known: bool | None) -> Image.Image:
+        return draw_comparison(Image.new("RGB", (60, 60)), [("What is it?", [Panel("IVTP", None, "a cat", "", known)])])
+
+    assert count(drawn(right), ink) > 20
+    assert not count(drawn(None), ink)
+    assert not count(drawn(not right), ink)
+
+
+def test_a_picture_without_a_page_has_the_size_that_was_asked_for() -> None:
+    trace = two_stages([0, 1, 7], [7], WORDS)
+    painted = draw_patches(noise((90, 60)), trace, side=GRID * 16)
+    assert painted.size == (GRID * 16, GRID * 16)
+    assert count_fates(trace) == {
+        "kept": 1,
+        "dropped in the decoder (stage 2)": 2,
+        "dropped in the vision encoder (stage 1)": PATCHES - 3,
+    }
+    assert list(count_fates(trace)) == [name for name in swatches() if name in count_fates(trace)]
 
 
 # ---- any script ------------------------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 
 SAMPLES = Path(__file__).parents[1] / "micro" / "samples"
+SIDE = 336
+"""Pixels of a panel of the demo's picture, which shows four of them in a row."""
 
 
 def main() -> None:
@@ -148,10 +150,10 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the picture; created if needed.")] = Path("demo"),
     keep: given.Keep = "64",
 ) -> None:
-    """Ask the embedded model two questions about a shipped image: all tokens, TopK and IVTP side by side.
+    """Ask the embedded model two questions about a shipped image: all tokens, TopK, IVTP and IVTP+ side by side.
 
-    Image and questions were chosen: the first validation scene with two questions that all tokens and IVTP answer and
-    TopK does not. How often that is so in the search is printed below.
+    Image and questions were chosen: the first validation scene with two questions that all tokens, IVTP and IVTP+
+    answer and TopK does not. How often each was right in the search is printed below.
     """
     given.check_asked("ivtp", keep, {})
     check_folder(output, "--output")
@@ -166,14 +168,14 @@ def demo(
     output.mkdir(parents=True, exist_ok=True)
     check_output(file, "--output")
     out.print(f"image: {SAMPLES / entry['image']}", markup=False, soft_wrap=True)
-    columns = {"all tokens": "none", "TopK": "topk", "IVTP": "ivtp"}
+    columns = {"all tokens": "none", "TopK": "topk", "IVTP": "ivtp", "IVTP+": "ivtp+"}
     rows = []
     for question in entry["questions"]:
         sides = side_by_side(asked, model, processor, [photo], question["text"], columns)
         out.print(f"\n{question['text']}  (right answer: {question['answer']})", markup=False)
         print_side_by_side(question["text"], sides, titled=False)
-        rows.append((question["text"], panels(sides)))
-    drawn = draw_comparison(photo, rows, threshold=threshold_of(model, None), square=square_of(model))
+        rows.append((question["text"], panels(sides, question["answer"])))
+    drawn = draw_comparison(photo, rows, threshold=threshold_of(model, None), square=square_of(model), side=SIDE)
     save_picture(drawn, file, "--output")
     out.print(f"\nchosen to show the difference, from {entry['chosen']}", markup=False, soft_wrap=True)
     out.print(f"picture: {file}", markup=False, soft_wrap=True)

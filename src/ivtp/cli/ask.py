@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,11 @@ import typer
 
 from ivtp.cli import arguments as given
 from ivtp.cli.batch import answer_all, is_list
-from ivtp.cli.console import Cost, answer_json, err, print_answer, print_json, print_json_list, terminal_streamer
+from ivtp.cli.console import answer_json, err, print_answer, print_json, print_json_list, terminal_streamer
 from ivtp.cli.door import printable
 from ivtp.cli.models import Asked, read_images, silenced, square_of, threshold_of
 from ivtp.cli.side import panels, print_side_by_side, side_by_side
+from ivtp.cost.answer import Cost
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import PICTURES, check_output, whole
 from ivtp.prompt.question import check_question
@@ -160,15 +160,12 @@ def _compare(
 
 def draw_answer(model: Any, answer: Any, method: str) -> Any:
     """The picture of an answer, with what it cost; one of all tokens is drawn untouched."""
-    from ivtp.trace import PruneTrace
     from ivtp.visualize import draw
 
-    patches = tuple(sum(map(math.prod, grids)) for grids in answer.grids)
     cost = Cost.of(model, answer)
-    every = PruneTrace(max(patches), (len(patches),), patches=(patches,), grids=(answer.grids,))
     return draw(
         list(answer.pictures),
-        answer.trace or every,
+        answer.record,
         question=answer.question,
         answer=answer.text,
         note=f"{method}: {cost.tokens()} visual tokens, {cost.flops()}, {1000 * answer.seconds:.0f} ms",

@@ -13,9 +13,10 @@ import typer
 from rich.progress import track
 
 from ivtp.cli import arguments as given
-from ivtp.cli.console import Cost, err, json_line, print_json_line
+from ivtp.cli.console import err, json_line, print_json_line
 from ivtp.cli.door import interruptible
 from ivtp.cli.models import Asked, silenced
+from ivtp.cost.answer import Cost
 from ivtp.errors import ConfigError, ImageError, InputError, OutputError, short_reason
 from ivtp.files.outputs import check_output, write_text
 from ivtp.images import load_image

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from ivtp.cli import arguments as given
-from ivtp.cli.console import Cost, err, print_answer, terminal_streamer
+from ivtp.cli.console import err, print_answer, terminal_streamer
 from ivtp.cli.door import interruptible, printable
 from ivtp.cli.models import Asked, read_images, silenced
+from ivtp.cost.answer import Cost
 from ivtp.errors import ConfigError, InputError
 
 

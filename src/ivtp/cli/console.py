@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ivtp.cli.door import printable
+from ivtp.cost.answer import Cost, unit_of
 
 if TYPE_CHECKING:
     from ivtp.cost.prefill import FlopsReport
@@ -23,40 +24,6 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 PARTS = ("vision", "projector", "llm", "head", "pruning")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Visual tokens of the prompt and those that are left, FLOPs of the full and of the pruned prefill."""
-
-    patches: int
-    kept: int
-    full: float
-    pruned: float
-
-    @classmethod
-    def of(cls, model: Any, answer: Answer) -> Cost:
-        """What the prefill of an answer cost."""
-        from ivtp.cost.prefill import count_prompt
-        from ivtp.cost.sizes import sizes
-
-        images = [(sum(visible), visible) for visible in answer.tiles]
-        patches = sum(count for count, _ in images)
-        text = answer.prompt_columns - patches
-        full = count_prompt(sizes(model).geometry, None, images, text_tokens=text).total
-        if answer.trace is None:
-            return cls(patches, patches, full, full)
-        return cls(patches, int((answer.trace.kept()[0] >= 0).sum()), full, answer.trace.flops)
-
-    def tokens(self) -> str:
-        """For example "64 of 576"."""
-        return f"{self.kept} of {self.patches}"
-
-    def flops(self) -> str:
-        """For example "3.2 GFLOPs (-48.6%)"."""
-        size, unit = _unit(self.full)
-        saved = "" if self.pruned == self.full else f" ({100 * (self.pruned / self.full - 1):+.1f}%)"
-        return f"{self.pruned / size:.1f} {unit}{saved}"
 
 
 def print_answer(answer: Answer, cost: Cost, *, streamed: bool = False) -> None:
@@ -155,7 +122,7 @@ def parts(report: FlopsReport) -> dict[str, float]:
 
 def print_flops(full: FlopsReport, pruned: FlopsReport, *, batch: int = 1, images: int = 1) -> None:
     """Both costs side by side, with the difference in percent of the printed totals, as papers print it."""
-    size, unit = _unit(full.total)
+    size, unit = unit_of(full.total)
     totals = [round(report.total / size, 1) for report in (full, pruned)]
     table = Table(box=None, pad_edge=False, header_style="bold", show_footer=True, footer_style="bold")
     table.add_column(unit, "total")
@@ -220,8 +187,3 @@ def _write(text: str, escaped: str) -> None:
         text = escaped
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def _unit(flops: float) -> tuple[float, str]:
-    scale = ((1e12, "TFLOPs"), (1e9, "GFLOPs"))
-    return next(((size, unit) for size, unit in scale if flops >= size), (1e6, "MFLOPs"))

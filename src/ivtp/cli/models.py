@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,8 +85,7 @@ def square_of(model: Any) -> int:
     """Side in pixels of what the vision tower sees."""
     from ivtp.cost.sizes import sizes
 
-    geometry = sizes(model).geometry
-    return math.isqrt(geometry.num_patches) * geometry.patch_size
+    return sizes(model).geometry.square
 
 
 def _check_family(folder: Path) -> None:

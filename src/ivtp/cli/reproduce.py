@@ -20,9 +20,12 @@ from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, need_matplotlib
 
-Name = Literal["table1", "figure3", "ablations", "complexity", "published"]
-COUNTED = ("complexity",)
-"""Those that load no model and ask no question."""
+Name = Literal["table1", "figure3", "ablations", "complexity", "gallery", "published"]
+READ: dict[str, tuple[str, ...]] = {
+    "complexity": ("name", "model", "method", "output"),
+    "gallery": ("name", "model", "method", "keep", "limit", "device", "dtype", "clip", "image", "question", "output"),
+}
+"""The options of those that ask no task's questions."""
 
 
 @given.spoken
@@ -38,11 +41,20 @@ def reproduce(
     tasks: Annotated[
         str | None, typer.Option(help="paper12, micro12, or names. Default: micro12 of micro, else paper12.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option(help="A method; repeatable. Default: all.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="A method; repeatable. Default: all; of gallery three.")
+    ] = None,
     keep: Annotated[
         list[int] | None, typer.Option("--keep", "-k", min=1, help="Visual tokens that stay; repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task; default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, or images; default: all.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An image for gallery; repeatable. Default: of micro."),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What is asked about each --image; repeatable.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes; on GPUs each has its own.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
     device: given.Device = "cpu",
@@ -58,7 +70,8 @@ def reproduce(
     """A table or figure of the paper: all methods on the twelve benchmarks, with paired 95% intervals.
 
     Every answer is kept as it comes: the same command goes on where a killed one stopped, and an answer that another
-    table needs, too, is not asked again. complexity is counted from sizes: it needs neither a model nor lmms-eval.
+    table needs, too, is not asked again. complexity is counted from sizes, and gallery draws what methods keep: neither
+    needs lmms-eval.
     """
     from ivtp.registry import load_named, method_class, method_name
 
@@ -66,9 +79,10 @@ def reproduce(
     for one in methods:
         method_class(one)
     check_folder(output, "--output")
-    if name in COUNTED:
-        _refuse_unread(context, name)
-    elif importlib.util.find_spec("lmms_eval") is None:
+    _refuse_unread(context, name)
+    if bool(image) != bool(question):
+        raise ConfigError("each --question is asked about each --image; give at least one of both, or neither")
+    if name not in READ and importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
     need_matplotlib("ivtp reproduce")
     quiet()
@@ -76,8 +90,8 @@ def reproduce(
     from ivtp.evaluation.asked import Asked
     from ivtp.evaluation.reproduce import base
 
-    asked, left = Asked(model or "", ()), "nothing was written"
-    if name not in COUNTED:
+    asked, left = Asked(model or "", (), limit=limit, device=device, dtype=dtype, clip=clip), "nothing was written"
+    if name not in READ:
         model = model or "micro"
         cache = cache or cache_folder() / "answers"
         left = f"answers so far are kept in {cache}; the same command goes on behind them"
@@ -93,7 +107,7 @@ def reproduce(
             include_path=folders,
             cache=str(cache),
         )
-    request = base.Request(asked, methods, tuple(keep or ()), workers)
+    request = base.Request(asked, methods, tuple(keep or ()), workers, tuple(image or ()), tuple(question or ()))
     with interruptible(lambda: left):
         result: base.Result = load_named("evaluation.reproduce", name, "make")(request, _bar)
     result = replace(result, about=base.about(request, shlex.join(["ivtp", *sys.argv[1:]])) | result.about)
@@ -106,14 +120,12 @@ def reproduce(
 
 
 def _refuse_unread(context: typer.Context, name: str) -> None:
-    """What a table that is counted makes no use of would else be left out in silence."""
-    read = ("name", "model", "method", "output")
+    """What a table makes no use of would else be left out in silence."""
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
-        if parameter.name not in read and source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(
-                f"{parameter.opts[0]} has no use in {name}, which is counted and not measured; leave it out"
-            )
+        own = parameter.name not in ("image", "question") if name not in READ else parameter.name in READ[name]
+        if not own and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{parameter.opts[0]} has no use in {name}; leave it out")
 
 
 @contextmanager

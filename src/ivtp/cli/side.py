@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from ivtp.cli.console import Cost, err, out
+from ivtp.cli.console import err, out
+from ivtp.cost.answer import Cost
 
 if TYPE_CHECKING:
     from ivtp.cli.models import Asked
@@ -44,10 +45,15 @@ def print_side_by_side(question: str, sides: Sequence[Side], *, titled: bool) ->
         err.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
-def panels(sides: Sequence[Side]) -> list[Any]:
-    """The panels of `draw_comparison`."""
+def panels(sides: Sequence[Side], right: str | None = None) -> list[Any]:
+    """The panels of `draw_comparison`; `right`: the right answer, where it is known."""
+    from ivtp.micro.formats.base import normalise
     from ivtp.visualize import Panel
 
+    def is_right(answer: Answer) -> bool | None:
+        return None if right is None else normalise(answer.text) == normalise(right)
+
     return [
-        Panel(f"{title}: {cost.tokens()}", answer.trace, answer.text, cost.flops()) for title, answer, cost in sides
+        Panel(f"{title}: {cost.tokens()}", answer.trace, answer.text, cost.flops(), is_right(answer))
+        for title, answer, cost in sides
     ]

@@ -15,7 +15,7 @@ from ivtp.errors import ConfigError
 from ivtp.files.outputs import PICTURES, whole
 from ivtp.images import is_sequence, load_image
 from ivtp.trace import PruneTrace
-from ivtp.visualize.fonts import write
+from ivtp.visualize.fonts import Colour, write
 from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, outline, paint
 from ivtp.visualize.text import INK, MUTED, Bars, shorten, wrap
 
@@ -26,6 +26,9 @@ _MARGIN = 24
 _SIDE = 432
 _PITCH = 22
 """Pixels from line to line of a legend."""
+RIGHT, WRONG = (22, 120, 66), (190, 38, 38)
+_INKS = {None: INK, True: RIGHT, False: WRONG}
+_SIGNS = {None: "", True: " \N{CHECK MARK}", False: " \N{BALLOT X}"}
 _NAMES = {
     Fate.KEPT: "kept",
     Fate.MERGED: "merged into a kept one",
@@ -43,6 +46,8 @@ class Panel:
     """None draws the picture untouched."""
     answer: str = ""
     note: str = ""
+    right: bool | None = None
+    """Whether the answer is right, which its colour and a sign say; None where that is not known."""
 
 
 def draw(
@@ -115,43 +120,72 @@ def draw_comparison(
     *,
     threshold: float | None = None,
     square: int = 336,
+    side: int = _SIDE,
+    brief: bool = False,
 ) -> Image.Image:
     """For each question one row of panels, each with its answer, and behind them the words of its last panel.
 
-    `rows`: pairs of question and panels, every panel about sample 0 of its trace with this one picture.
+    `rows`: pairs of question and panels, every panel about sample 0 of its trace with this one picture. `side`: pixels
+    of a panel. `brief`: the questions beside each other, without legends and words.
     """
     if not rows or not all(panels for _, panels in rows):
         raise ConfigError("a comparison needs at least one question with at least one panel")
-    return stack([_strip(image, square, question, panels, threshold) for question, panels in rows])
+    strips = [_strip(image, question, panels, threshold, (square, side), brief) for question, panels in rows]
+    return stack(strips, across=brief)
 
 
-def stack(pages: Sequence[Image.Image]) -> Image.Image:
-    """Pages one below the other."""
-    whole_page = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
-    top = 0
-    for page in pages:
-        whole_page.paste(page, (0, top))
-        top += page.height
+def draw_patches(image: Image.Image, trace: PruneTrace, *, square: int = 336, side: int = _SIDE) -> Image.Image:
+    """The picture of sample 0 with what became of its patches, `side` pixels wide, and nothing around it."""
+    return _painted(image, fates(trace), square, side)
+
+
+def count_fates(trace: PruneTrace) -> dict[str, int]:
+    """How many patches of sample 0's picture were kept, merged, dropped: those that legends count, by their names."""
+    return {_NAMES[kind]: count for kind, count in _counts(fates(trace)).items()}
+
+
+def swatches() -> dict[str, Image.Image]:
+    """How each fate of a patch is drawn, by the names of `count_fates`."""
+    return {name: _swatch(kind) for kind, name in _NAMES.items()}
+
+
+def said_of_crop(image: Image.Image, trace: PruneTrace) -> str:
+    """What the model did not see of sample 0's image; empty where it saw all of it."""
+    return _said_of(image, fates(trace))
+
+
+def stack(pages: Sequence[Image.Image], *, across: bool = False) -> Image.Image:
+    """Pages one below the other, or beside each other."""
+    widths, heights = [page.width for page in pages], [page.height for page in pages]
+    size = (sum(widths), max(heights)) if across else (max(widths), sum(heights))
+    whole_page = Image.new("RGB", size, "white")
+    for number, page in enumerate(pages):
+        whole_page.paste(page, (sum(widths[:number]), 0) if across else (0, sum(heights[:number])))
     return whole_page
 
 
 def _strip(
-    picture: Image.Image, square: int, question: str, panels: Sequence[Panel], threshold: float | None
+    picture: Image.Image,
+    question: str,
+    panels: Sequence[Panel],
+    threshold: float | None,
+    sizes: tuple[int, int],
+    brief: bool,
 ) -> Image.Image:
     maps = [[] if p.trace is None else fates(p.trace) for p in panels]
     grids = next(filter(None, maps), [])
-    painted = [_painted(picture, own or [np.zeros_like(fate) for fate in grids], square) for own in maps]
+    painted = [_painted(picture, own or [np.zeros_like(fate) for fate in grids], *sizes) for own in maps]
     crop = _said_of(picture, grids)
     side = max(p.width for p in painted)
     last = panels[-1].trace
-    bars = None if last is None else _bars(last, 0, threshold)
+    bars = None if last is None or brief else _bars(last, 0, threshold)
     width = _MARGIN + len(panels) * (side + _MARGIN) + (bars.width + _MARGIN if bars else 0)
     head = wrap(question, 20, width - 2 * _MARGIN, 2)
-    answers = [wrap(p.answer, 20, side, 3) for p in panels]
+    answers = [wrap(f"{p.answer}{_SIGNS[p.right]}", 20, side, 3) for p in panels]
     top = _MARGIN + 28 * len(head) + 32
     below = top + max(p.height for p in painted) + 12 + (_PITCH if crop else 0)
-    legend = _PITCH * max(3, *(len(_counts(own)) for own in maps))
-    height = below + 28 * max(len(a) for a in answers) + 26 + legend + 8
+    note = below + 28 * max(len(a) for a in answers)
+    height = note + 26 + (0 if brief else _PITCH * max(3, *(len(_counts(own)) for own in maps)) + 8)
     page = Image.new("RGB", (width, max(height, top + bars.height if bars else 0)), "white")
     pen = ImageDraw.Draw(page)
     _lines(pen, head, _MARGIN, _MARGIN, 20, 28)
@@ -160,26 +194,26 @@ def _strip(
         write(pen, (left, top - 26), shorten(panel.title, 17, side), MUTED, 17)
         page.paste(picture_of, (left, top))
         write(pen, (left, below - _PITCH), shorten(crop, 14, side), MUTED, 14)
-        _lines(pen, answers[index], left, below, 20, 28)
-        note = below + 28 * max(len(a) for a in answers)
+        _lines(pen, answers[index], left, below, 20, 28, _INKS[panel.right])
         write(pen, (left, note), shorten(panel.note, 14, side), MUTED, 14)
-        _legend(page, own, left, note + 26)
+        if not brief:
+            _legend(page, own, left, note + 26)
     if bars:
         bars.draw(page, _MARGIN + len(panels) * (side + _MARGIN), top)
     return page
 
 
-def _painted(image: Image.Image, maps: Maps, square: int) -> Image.Image:
+def _painted(image: Image.Image, maps: Maps, square: int, side: int = _SIDE) -> Image.Image:
     """The model's crop at reading size; of an image in tiles, uncut, their patches and below those of the whole."""
     if len(maps) < 2:
-        crop = as_seen(image, square).resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+        crop = as_seen(image, square).resize((side, side), Image.Resampling.LANCZOS)
         return paint(crop, maps[0]) if maps else crop
-    once, tiles = (paint(_contained(image, side), fate) for side, fate in zip((_SIDE // 2, _SIDE), maps, strict=True))
+    once, tiles = (paint(_contained(image, own), fate) for own, fate in zip((side // 2, side), maps, strict=True))
     below = tiles.height + _PITCH // 2
-    panel = Image.new("RGB", (max(_SIDE, tiles.width), below + once.height), "white")
+    panel = Image.new("RGB", (max(side, tiles.width), below + once.height), "white")
     panel.paste(tiles, (0, 0))
     panel.paste(once, (0, below))
-    note = wrap("The model reads the picture in tiles, above, and once more as a whole, here.", 14, _SIDE // 2 - 16, 4)
+    note = wrap("The model reads the picture in tiles, above, and once more as a whole, here.", 14, side // 2 - 16, 4)
     _lines(ImageDraw.Draw(panel), note, once.width + 12, below, 14, 18)
     return panel
 
@@ -206,17 +240,24 @@ def _counts(maps: Maps) -> dict[Fate, int]:
 
 
 def _legend(page: Image.Image, maps: Maps, left: int, top: int) -> None:
-    """A swatch, drawn like the patches themselves, and the count of every fate that occurs."""
+    """A swatch and the count of every fate that occurs."""
     pen = ImageDraw.Draw(page)
     for kind, count in _counts(maps).items():
-        swatch = np.array(paint(Image.new("RGB", (16, 16), (225, 225, 225)), np.full((1, 1), kind, np.uint8)))
-        if kind == Fate.KEPT:
-            outline(swatch, np.ones((16, 16), np.bool_))
-        page.paste(Image.fromarray(swatch), (left, top))
+        page.paste(_swatch(kind), (left, top))
         write(pen, (left + 24, top + 8), f"{count} {_NAMES[kind]}", INK, 14, anchor="lm")
         top += _PITCH
 
 
-def _lines(pen: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, size: int, pitch: int) -> None:
+def _swatch(kind: Fate) -> Image.Image:
+    """A patch of that fate, as pictures show it."""
+    swatch = np.array(paint(Image.new("RGB", (16, 16), (225, 225, 225)), np.full((1, 1), kind, np.uint8)))
+    if kind == Fate.KEPT:
+        outline(swatch, np.ones((16, 16), np.bool_))
+    return Image.fromarray(swatch)
+
+
+def _lines(
+    pen: ImageDraw.ImageDraw, lines: Sequence[str], left: int, top: int, size: int, pitch: int, ink: Colour = INK
+) -> None:
     for index, line in enumerate(lines):
-        write(pen, (left, top + index * pitch), line, INK, size)
+        write(pen, (left, top + index * pitch), line, ink, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -42,6 +42,9 @@ class Request:
     keeps: tuple[int, ...] = ()
     """Empty: the paper's."""
     workers: int = 1
+    images: tuple[str, ...] = ()
+    """Files of the gallery's own images, and what is asked about each."""
+    questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Result:
     markdown: str
     about: dict[str, Any] = field(default_factory=dict)
     figure: Figure | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Further files, by suffix."""
 
 
 def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, Measured]:
@@ -124,7 +129,7 @@ def shown_difference(found: Row, name: str) -> str:
     return f"none ({span})" if low <= 0 <= high else f"{found[name]:+.1f} ({span})"
 
 
-def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
     """A GitHub table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
@@ -143,7 +148,7 @@ def about(request: Request, command: str) -> dict[str, Any]:
 
 
 def write(folder: Path, name: str, result: Result) -> list[Path]:
-    """JSON, Markdown and, of a figure, PNG and SVG."""
+    """JSON, Markdown and, of a figure, PNG and SVG; and its further files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{name}.json", folder / f"{name}.md"]
     document = {"about": result.about, "rows": result.rows}
@@ -156,4 +161,8 @@ def write(folder: Path, name: str, result: Result) -> list[Path]:
             # ids in an SVG are random otherwise, and the same figure would be another file
             with whole(files[-1], "--output") as partial, rc_context({"svg.hashsalt": name}):
                 result.figure.savefig(partial, dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
+    for suffix, data in result.files.items():
+        files.append(folder / f"{name}{suffix}")
+        with whole(files[-1], "--output") as partial:
+            partial.write_bytes(data)
     return files

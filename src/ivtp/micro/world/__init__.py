@@ -1,7 +1,7 @@
 """The micro world: synthetic scenes of glyphs, discs, frames and signs, with questions and captions."""
 
 from ivtp.micro.world.captions import canonical_caption, caption
-from ivtp.micro.world.questions import KINDS, Question, ask, questions
+from ivtp.micro.world.questions import KINDS, OPEN_KINDS, Question, ask, questions, two_apart
 from ivtp.micro.world.render import render
 from ivtp.micro.world.samples import write_samples
 from ivtp.micro.world.scene import (
@@ -24,6 +24,7 @@ __all__ = [
     "KINDS",
     "NAMES",
     "NUMBERS",
+    "OPEN_KINDS",
     "PATCH",
     "POSITIONS",
     "SIGN_TEXTS",
@@ -42,5 +43,6 @@ __all__ = [
     "render",
     "sample_scene",
     "split_seed",
+    "two_apart",
     "write_samples",
 ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from ivtp.micro.world.captions import canonical_caption, ordered
 from ivtp.micro.world.geometry import extreme_object, nearest_object, object_towards, relation_holds
@@ -34,6 +34,9 @@ from ivtp.micro.world.vocabulary import (
 POSITION_MARGIN = 14.0  # pixels between a centre and the next cell of the 3x3 grid
 CAPTION_MARGIN = 6.0  # pixels between the centres of neighbours in a listing
 LONGEST_CAPTION = 6  # objects
+
+OPEN_KINDS = ("colour", "neighbour", "position", "extreme", "sign")
+"""Kinds with a short answer that is hard to guess: neither yes or no, nor a count or a letter."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ def questions(scene: Scene, *, seed: int, count: int) -> list[Question]:
         if question is not None:
             found.setdefault(question.text, question)
     return list(found.values())
+
+
+def two_apart(asked: Iterable[Question]) -> tuple[Question, Question] | None:
+    """The first two questions of different kinds about different objects, with different answers."""
+    for first, second in combinations(asked, 2):
+        if first.kind != second.kind and not set(first.objects) & set(second.objects) and first.answer != second.answer:
+            return first, second
+    return None
 
 
 def uniques(scene: Scene, *, signs: bool = True) -> list[int]:
