@@ -138,12 +138,13 @@ class EncoderStage(Stage):
         self.results.append(self._result(window, scores, kept, merged))
         return take(hidden, index)
 
-    def bias(self, cut: Cut) -> Tensor | None:
-        """What to add to the attention logits of a layer whose attention counts merged tokens by their size."""
+    def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first half of the layer of a cut, whose attention may count merged tokens by their size."""
         if not cut.sized:
-            return None
+            return super().attend(cut, hidden, *args, **kwargs)
         assert self._sources is not None
-        return sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
+        bias = sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
+        return self.tower.attend(cut.layer, hidden, *args, bias=bias, **kwargs)
 
     def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         return AttentionTap(query, key, value, scale, causal=False)
