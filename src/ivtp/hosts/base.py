@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -133,6 +133,14 @@ class Host:
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
         raise NotImplementedError
+
+    @property
+    def summary(self) -> Literal["cls", "mean"]:
+        """What stands for an image as a whole: its CLS token or, of a tower without one, the mean of its patches.
+
+        Its attention rates patches in the encoder, and it is the pseudo CLS token where no word is.
+        """
+        return "cls" if "cls" in self.gives else "mean"
 
     @property
     def most_patches(self) -> int:

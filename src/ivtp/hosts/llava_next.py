@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
-from ivtp.hosts.clip_llama import ClipLlamaHost
+from ivtp.hosts.llava_like import LlavaLike
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
 from ivtp.stock import best_tiling
 
 
-class LlavaNextHost(ClipLlamaHost):
+class LlavaNextHost(LlavaLike):
     """`LlavaNextForConditionalGeneration` with a CLIP tower and one feature layer; images of any size.
 
     An image's patches are those of the whole, scaled down, and then those of the tiles in raster order, without

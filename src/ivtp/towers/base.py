@@ -45,11 +45,11 @@ class VisionTower(Tower):
         raise NotImplementedError
 
     def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Run it on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""
+        """Run it on (I, 3, H, W); returns what it pools of its last layer (I, D) and that layer's output (I, T, D)."""
         raise NotImplementedError
 
     def normalise(self, hidden: Tensor) -> Tensor:
-        """The post layer norm of (..., D), as its CLS gets it."""
+        """The post layer norm of (..., D)."""
         raise NotImplementedError
 
 

@@ -1,34 +1,42 @@
-"""What families of a CLIP tower, a token-wise projector and a decoder with Llama's layers share."""
+"""What families of a vision tower, LLaVA's token-wise projector and a decoder with Llama's layers share."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ivtp.errors import InputError, LoadError, UnsupportedModelError
 from ivtp.files.sidecar import SIDECAR
-from ivtp.hosts.base import Host, openai_clip
+from ivtp.hosts.base import Host, Visual, openai_clip
 from ivtp.plan import Geometry
 from ivtp.towers.clip import ClipTower
 from ivtp.towers.llama import LlamaTower
+from ivtp.towers.pre_norm import PreNormTower
 
 
-class ClipLlamaHost(Host):
-    """A CLIP tower of which one feature layer is read, LLaVA's projector, and a decoder with Llama's layers."""
+class LlavaLike(Host):
+    """A tower of which one feature layer is read, LLaVA's projector, and a decoder with Llama's layers."""
+
+    tower: ClassVar[type[PreNormTower]] = ClipTower
+    """The kind of its vision tower."""
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
-        vision = ClipTower.sizes(config.vision_config)
+        vision = cls.tower.sizes(config.vision_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
-        if not isinstance(feature, int) or config.vision_feature_select_strategy != "default":
+        strategy = "default" if vision["vision_cls"] else "full"  # "default" leaves the first token out
+        if not isinstance(feature, int) or config.vision_feature_select_strategy != strategy:
             raise UnsupportedModelError(
                 f"vision_feature_layer={feature!r} with strategy {config.vision_feature_select_strategy!r} is not "
-                'prunable; one feature layer with the strategy "default" is'
+                f'prunable; one feature layer with the strategy "{strategy}" is'
             )
         return Geometry(
-            name=str(getattr(config, "name_or_path", "") or "llava"),
+            name=str(getattr(config, "name_or_path", "") or cls.name),
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
             **vision,
             **LlamaTower.sizes(config.text_config),
@@ -41,10 +49,20 @@ class ClipLlamaHost(Host):
         self.size = self.geometry(inner.config)
         self.multimodal = inner.model
         self.embedding = inner.get_input_embeddings()
-        self.vision = ClipTower(inner.model.vision_tower)
+        self.vision = self.tower(inner.model.vision_tower)
         self.text = LlamaTower(inner.model.language_model)
         self._projector = inner.model.multi_modal_projector
         self.image_token = inner.config.image_token_id
+
+    def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
+        """All alike: one tile, whose patches fill the slots in raster order."""
+        patches = torch.arange(self.size.num_patches)
+        side = math.isqrt(self.size.num_patches)
+        return [Visual(((side, side),), patches, patches[None])] * int(inputs["pixel_values"].shape[0])
+
+    def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Each image as it is."""
+        return list(inputs["pixel_values"].split(1))
 
     def project(self, features: Tensor) -> Tensor:
         """LLaVA's two-layer projector."""
