@@ -230,8 +230,11 @@ def test_a_saved_model_loads_answers_and_is_pruned_as_the_model_was(family: Fami
         model.save_pretrained(tmp_path)
         tokens = generated(model.generate(**inputs, max_new_tokens=5, do_sample=False), inputs)
         kept = pruner.trace.kept()
-    family.processor.save_pretrained(tmp_path)
-    loaded, processor = ivtp.load(tmp_path)
+    if family.has_stock_processor:
+        family.processor.save_pretrained(tmp_path)
+        loaded, processor = ivtp.load(tmp_path)
+    else:
+        loaded, processor = type(model).from_pretrained(tmp_path), family.processor
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, stock, atol=1e-5, rtol=0)
     before, picture = fingerprint(loaded), tiny_images(question, sizes)[0]

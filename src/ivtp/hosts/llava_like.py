@@ -23,6 +23,8 @@ class LlavaLike(Host):
 
     tower: ClassVar[type[PreNormTower]] = ClipTower
     """The kind of its vision tower."""
+    settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    """Arguments of a forward that have to be those of the config."""
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -69,9 +71,9 @@ class LlavaLike(Host):
         return self._projector(features)  # type: ignore[no-any-return]
 
     def check_call(self, inputs: dict[str, Any]) -> None:
-        """The layer and strategy of the vision features are those of the config."""
+        """`settings` are those of the config."""
         inner: Any = self.model
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in self.settings:
             given, configured = inputs.get(name), getattr(inner.config, name)
             if given is not None and given != configured:
                 raise InputError(

@@ -1,0 +1,105 @@
+"""LLaVA-OneVision: a SigLIP tower, and tiles of a single image, whose grid is scaled down where it is large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ivtp.errors import InputError
+from ivtp.hosts.base import Visual
+from ivtp.hosts.llava_like import LlavaLike
+from ivtp.hosts.tiles import TilesHost
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_llama, tiny_siglip, tiny_tokenizer
+from ivtp.towers.siglip import SiglipTower
+
+
+class LlavaOnevisionHost(TilesHost):
+    """`LlavaOnevisionForConditionalGeneration` with a SigLIP tower and one feature layer; images of any size.
+
+    The only image of a prompt is read as a whole and in tiles, as LLaVA-NeXT's; each of several as a whole. A grid of
+    tiles that is larger than `vision_aspect_ratio` admits is scaled down behind the projector: with all tokens kept
+    that is what happens, and where the encoder is cut, the patch nearest to each place stands for it. The mean over
+    all patches, of their attention and of their features, stands for CLS.
+
+    Refuses: what LLaVA refuses, but its strategy has to be "full"; videos; methods that need a CLS token or a text
+    side, or merge in the encoder, but `ivtp+`.
+    """
+
+    name = "llava_onevision"
+    model_class = "LlavaOnevisionForConditionalGeneration"
+    gives = frozenset({"grid"})
+    tower = SiglipTower
+    media = (*TilesHost.media, "batch_num_images")
+    unread = ("pixel_values_videos",)
+    settings = (*LlavaLike.settings, "vision_aspect_ratio")
+
+    @classmethod
+    def matches(cls, config: Any) -> bool:
+        """A LLaVA-OneVision config, whatever its tower and decoder."""
+        return getattr(config, "model_type", None) == "llava_onevision"
+
+    @classmethod
+    def limit(cls, config: Any) -> int | None:
+        """The number in "anyres_max_9"."""
+        return int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+    def shown(self, sizes: list[tuple[int, int]], inputs: dict[str, Any]) -> list[Visual]:
+        """Of a prompt with one image its tiles, of others each image as a whole with a newline behind it."""
+        counts = inputs.get("batch_num_images")
+        of_prompt = [1] * len(sizes) if counts is None else [int(n) for n in counts for _ in range(int(n))]
+        if len(of_prompt) != len(sizes):
+            raise InputError(
+                f"batch_num_images name {len(of_prompt)} images, and there are {len(sizes)} image_sizes; "
+                "pass both as the processor gives them"
+            )
+        side, patches = int(self.size.num_patches**0.5), torch.arange(self.size.num_patches)
+        whole = Visual(((side, side),), torch.cat([patches, torch.tensor([-1])]), patches[None])
+        tiled = super().shown(sizes, inputs)
+        return [one if count == 1 else whole for one, count in zip(tiled, of_prompt, strict=True)]
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
+        """Tiles of 16 patches, of which two are shown, or a few more; 5 encoder and 8 decoder layers."""
+        from transformers import (
+            LlavaOnevisionConfig,
+            LlavaOnevisionForConditionalGeneration,
+            LlavaOnevisionProcessor,
+        )
+        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+            LlavaOnevisionImageProcessorPil,
+        )
+
+        class ForImages(LlavaOnevisionProcessor):  # type: ignore[misc]  # transformers is untyped here
+            """The stock processor without its part for videos, which torchvision alone can make."""
+
+            def __init__(self, image_processor: Any, tokenizer: Any, **settings: Any) -> None:
+                super().__init__(image_processor, tokenizer, None, **settings)
+
+        tokenizer = tiny_tokenizer()
+        tiles = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # (height, width)
+        config = LlavaOnevisionConfig(
+            vision_config=tiny_siglip(num_hidden_layers=5, image_size=32, patch_size=8),
+            text_config=tiny_llama(tokenizer),
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+            image_grid_pinpoints=tiles,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+            tie_word_embeddings=False,
+        )
+        processor = ForImages(
+            LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=tiles),
+            tokenizer,
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio="anyres_max_2",
+            chat_template=CHAT_TEMPLATE,
+        )
+        with torch.random.fork_rng():
+            model = settle(LlavaOnevisionForConditionalGeneration(config), tokenizer, seed)
+        return model, processor
+
+
+HOST = LlavaOnevisionHost
