@@ -74,7 +74,7 @@ app.command()(chat)
 def flops(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="llava-1.5-7b, llava-1.5-13b, micro, a folder, or a downloaded hub id.")
+        str, typer.Option(help="llava-1.5-7b, llava-onevision-qwen2-7b-ov, micro, a folder, or a downloaded hub id.")
     ] = "llava-1.5-7b",
     method: given.Method = "ivtp",
     keep: given.Keep = "64",

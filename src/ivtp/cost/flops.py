@@ -28,8 +28,8 @@ def flops(
 ) -> FlopsReport:
     """What a prefill with `method` costs on `model`; `method="none"` is the untouched model.
 
-    `model`: a name (`llava-1.5-7b`, `llava-1.5-13b`, `micro`), a folder or hub id whose `config.json` is on
-    this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
+    `model`: a name (`llava-1.5-7b`, `llava-onevision-qwen2-7b-ov`, `micro`), a folder or hub id whose `config.json`
+    is on this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
     counts it, with one placeholder for each image, whose place the visual tokens take. `image_size`: (width, height)
     in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`:
     CLIP tokens of the user's turn; None takes the whole text, but at most one CLIP context. `config`: fields of

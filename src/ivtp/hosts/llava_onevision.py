@@ -14,6 +14,25 @@ from ivtp.hosts.tiles import TilesHost
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_llama, tiny_siglip, tiny_tokenizer
 from ivtp.towers.siglip import SiglipTower
 
+_STOCK: dict[str, dict[str, int]] = {
+    "llava-onevision-qwen2-0.5b-ov": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 152000,
+    },
+    "llava-onevision-qwen2-7b-ov": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152128,
+    },
+}
+
 
 class LlavaOnevisionHost(TilesHost):
     """`LlavaOnevisionForConditionalGeneration` with a SigLIP tower and one feature layer; images of any size.
@@ -29,6 +48,7 @@ class LlavaOnevisionHost(TilesHost):
 
     name = "llava_onevision"
     model_class = "LlavaOnevisionForConditionalGeneration"
+    stock = tuple(_STOCK)
     gives = frozenset({"grid"})
     tower = SiglipTower
     media = (*TilesHost.media, "batch_num_images")
@@ -44,6 +64,13 @@ class LlavaOnevisionHost(TilesHost):
     def limit(cls, config: Any) -> int | None:
         """The number in "anyres_max_9"."""
         return int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+
+    @classmethod
+    def stock_config(cls, name: str) -> Any:
+        """LLaVA-OneVision of the given size, with SigLIP-so400m/14 at 384 pixels and a Qwen2."""
+        from transformers import LlavaOnevisionConfig, Qwen2Config
+
+        return LlavaOnevisionConfig(text_config=Qwen2Config(**_STOCK[name]))
 
     def shown(self, sizes: list[tuple[int, int]], inputs: dict[str, Any]) -> list[Visual]:
         """Of a prompt with one image its tiles, of others each image as a whole with a newline behind it."""
