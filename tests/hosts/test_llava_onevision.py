@@ -82,6 +82,20 @@ def test_a_budget_is_that_of_the_whole_image(small: tuple[Any, Any], method: str
     assert 0 <= min(kept) <= max(kept) < pruner.trace.patches[0][0]
 
 
+@pytest.mark.parametrize("method", ["topk", "fastv"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_cost_what_a_prefill_counts(small: tuple[Any, Any], method: str, count: int) -> None:
+    """From their sizes alone: one in tiles, several as wholes."""
+    model, processor = small
+    inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [(200, 60)] * count)])
+    slots = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    text = inputs["input_ids"].shape[1] - slots + count
+    expected = ivtp.flops(model, method=method, keep=5, text_tokens=text, images=count, image_size=(200, 60)).total
+    with torch.no_grad(), ivtp.attach(model, processor, method=method, keep=5) as pruner:
+        model(**inputs)
+    assert pruner.trace.flops == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("images", [True, False])
 def test_a_video_is_refused_in_a_line(small: tuple[Any, Any], images: bool) -> None:
     """It would pass unpruned."""

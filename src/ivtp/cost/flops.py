@@ -42,7 +42,7 @@ def flops(
     if text_tokens < images:
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = sizes(model)
-    (patches, visible), separators, note = _image(known, image_size)
+    (patches, visible), separators, note = _image(known, image_size, images)
     largest = dataclasses.replace(known.geometry, num_patches=patches)
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
@@ -65,15 +65,15 @@ def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     return columns - images * (geometry.num_patches - 1)
 
 
-def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
-    """An image of `size`, the separators among its tokens, and what to know of that count."""
+def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str, ...]]:
+    """An image of `size`, one of so many, the separators among its tokens, and what to know of that count."""
     one = known.geometry.num_patches
     if size is None:
         note = ("counted is an image of one tile; this family reads one in as many as its size asks for: name it too",)
         return (one, (one,)), 0, note if known.tiled else ()
     if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
-    visual = known.visual((size[0], size[1]))
+    visual = known.visual((size[0], size[1]), images)
     if visual is None:
         return (one, (one,)), 0, (f"this model reads images of every size as {one} patches",)
     return (visual.patches, visual.visible), len(visual.token) - visual.patches, ()

@@ -99,8 +99,11 @@ class Host:
         raise NotImplementedError
 
     @classmethod
-    def visual(cls, config: Any, size: tuple[int, int]) -> Visual | None:
-        """An image of `size` (width, height) to a model of `config`; None where images of all sizes are alike."""
+    def visual(cls, config: Any, size: tuple[int, int], images: int = 1) -> Visual | None:
+        """An image of `size` (width, height), one of so many `images` of a prompt, to a model of `config`.
+
+        None where images of all sizes are alike.
+        """
         return None
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -72,19 +73,25 @@ class LlavaOnevisionHost(TilesHost):
 
         return LlavaOnevisionConfig(text_config=Qwen2Config(**_STOCK[name]))
 
-    def shown(self, sizes: list[tuple[int, int]], inputs: dict[str, Any]) -> list[Visual]:
-        """Of a prompt with one image its tiles, of others each image as a whole with a newline behind it."""
+    @classmethod
+    def visual(cls, config: Any, size: tuple[int, int], images: int = 1) -> Visual:
+        """The only image in its tiles, one of several as a whole with a newline behind it."""
+        if images == 1:
+            return super().visual(config, size)
+        patches = SiglipTower.sizes(config.vision_config)["num_patches"]
+        side, every = math.isqrt(patches), torch.arange(patches)
+        return Visual(((side, side),), torch.cat([every, torch.tensor([-1])]), every[None])
+
+    def images_beside(self, count: int, inputs: dict[str, Any]) -> list[int]:
+        """As `batch_num_images` says; without it the stock model takes every image for the only one."""
         counts = inputs.get("batch_num_images")
-        of_prompt = [1] * len(sizes) if counts is None else [int(n) for n in counts for _ in range(int(n))]
-        if len(of_prompt) != len(sizes):
+        beside = [1] * count if counts is None else [n for n in counts.tolist() for _ in range(n)]
+        if len(beside) != count:
             raise InputError(
-                f"batch_num_images name {len(of_prompt)} images, and there are {len(sizes)} image_sizes; "
+                f"batch_num_images name {len(beside)} images, and there are {count} image_sizes; "
                 "pass both as the processor gives them"
             )
-        side, patches = int(self.size.num_patches**0.5), torch.arange(self.size.num_patches)
-        whole = Visual(((side, side),), torch.cat([patches, torch.tensor([-1])]), patches[None])
-        tiled = super().shown(sizes, inputs)
-        return [one if count == 1 else whole for one, count in zip(tiled, of_prompt, strict=True)]
+        return beside
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:

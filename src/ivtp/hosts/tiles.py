@@ -26,7 +26,7 @@ class TilesHost(LlavaLike):
     pads = True
 
     @classmethod
-    def visual(cls, config: Any, size: tuple[int, int]) -> Visual:
+    def visual(cls, config: Any, size: tuple[int, int], images: int = 1) -> Visual:
         """In the tiles whose resolution shows most of the image."""
         return in_tiles((size[1], size[0]), *_tiling(config), cls.limit(config))
 
@@ -50,7 +50,10 @@ class TilesHost(LlavaLike):
         sizes, pixels = inputs.get("image_sizes"), inputs["pixel_values"]
         if sizes is None:
             raise InputError("images of this model need their image_sizes; pass all that the processor gives")
-        found = self.shown([(int(height), int(width)) for height, width in sizes.tolist()], inputs)
+        pixel_sizes = [(int(width), int(height)) for height, width in sizes.tolist()]
+        beside = self.images_beside(len(pixel_sizes), inputs)
+        config: Any = self.model.config
+        found = [self.visual(config, size, count) for size, count in zip(pixel_sizes, beside, strict=True)]
         given = len(pixels) if pixels.dim() == 5 else sum(len(v.tiles) for v in found)
         if given != (len(found) if pixels.dim() == 5 else len(pixels)):
             raise InputError(
@@ -59,10 +62,9 @@ class TilesHost(LlavaLike):
             )
         return found
 
-    def shown(self, sizes: list[tuple[int, int]], inputs: dict[str, Any]) -> list[Visual]:
-        """The images of a call, which have these `sizes` (height, width)."""
-        config: Any = self.model.config
-        return [in_tiles(size, *_tiling(config), self.limit(config)) for size in sizes]
+    def images_beside(self, count: int, inputs: dict[str, Any]) -> list[int]:
+        """How many images the prompt of each of the `count` images of a call has, where that matters; else 1."""
+        return [1] * count
 
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The tiles of each image, without those that fill up a batch."""
