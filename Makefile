@@ -21,7 +21,7 @@ test-all: $(VENV)/.installed-dev lint
 	$(MAKE) smoke
 
 # what a change of torch, transformers or accelerate breaks first, on the lowest and on the newest of them
-COMPAT_TESTS := tests/core tests/methods tests/hosts tests/towers tests/prefill tests/plug tests/test_parity.py tests/test_batching.py tests/test_stock.py \
+COMPAT_TESTS := tests/core tests/methods tests/hosts tests/towers tests/prefill tests/plug tests/test_parity.py tests/test_batching.py tests/stock \
 	tests/test_reference.py tests/test_training.py
 
 compat: $(VENV)/lowest/.installed $(VENV)/newest/.installed

@@ -24,6 +24,7 @@ from ivtp.config import PruneConfig
 from ivtp.cost.sizes import sizes
 from ivtp.hosts.base import Host
 from ivtp.micro.world.crowds import crowd_name
+from ivtp.plan import PLACES
 from ivtp.registry import compressor_class, host_class, method_class
 from ivtp.towers.base import TextTower, Tower, VisionTower
 
@@ -44,8 +45,9 @@ def blocks() -> dict[Path, dict[str, str]]:
     """Every page with what it holds between its marks."""
     docs = ROOT / "docs"
     return {
-        ROOT / "README.md": {"families": families(), "methods": named_methods(), "results": results()},
+        ROOT / "README.md": {"families": named_families(), "methods": named_methods(), "results": results()},
         docs / "methods.md": {"methods": methods()},
+        docs / "families.md": {"families": families()},
         docs / "results.md": {"compared": compared(), "gates": gates()},
         docs / "configuration.md": {"fields": fields(), "options": options()},
         docs / "compressors.md": {"compressors": compressors()},
@@ -53,19 +55,25 @@ def blocks() -> dict[Path, dict[str, str]]:
     }
 
 
+def named_families() -> str:
+    """Every model family by its name and its class."""
+    return " · ".join(f"`{name}` ({host_class(name).model_class})" for name in list_hosts())
+
+
 def families() -> str:
-    """A row for each model family: its class's docstring, which ends with a paragraph `Refuses: ...`."""
+    """A row for each model family: its class's docstring, which ends with a paragraph `Refuses: ...`, and its facts."""
     rows = []
     for name in list_hosts():
-        text = inspect.cleandoc(host_class(name).__doc__)
-        taken, refused = (
-            one_line(text.partition("\n\n")[0]),
-            re.search(r"^Refuses: (.*?)(?=\n\n|\Z)", text, re.M | re.S),
-        )
+        host = host_class(name)
+        text = inspect.cleandoc(host.__doc__)
+        refused = re.search(r"^Refuses: (.*?)(?=\n\n|\Z)", text, re.M | re.S)
         if refused is None:
             raise ValueError(f"hosts/{name}.py: the docstring of its class has no paragraph `Refuses: ...`")
-        rows.append((f"`{name}`", taken.rstrip("."), one_line(refused[1]).rstrip(".")))
-    return table(("family", "what is taken", "what is refused, in one line"), rows)
+        taken = one_line(text.partition("\n\n")[0]).rstrip(".")
+        cuts = ", ".join(text for place, text in PLACES.items() if place in host.cuts)
+        summary = "its own" if "cls" in host.gives else "the mean row"
+        rows.append((f"`{name}`", taken, cuts, summary, one_line(refused[1]).rstrip(".")))
+    return table(("family", "what is taken", "cuts in the encoder", "CLS", "what is refused, in one line"), rows)
 
 
 def named_methods() -> str:

@@ -45,7 +45,7 @@ class Family:
         self.name = name
         self.host = host_class(name)
         self._stock, self.processor = self.host.tiny(seed=1)
-        self._counts: dict[Size, int] = {}
+        self._counts: dict[tuple[Size, ...], list[int]] = {}
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
         """A stock model, in evaluation mode, without any hook."""
@@ -57,6 +57,11 @@ class Family:
         """The arguments of one call, padded on the left."""
         made = self.host.tiny_inputs(self._stock, self.processor, prompts)
         return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in made.items()}
+
+    @property
+    def has_stock_processor(self) -> bool:
+        """False where the stock one needs torchvision, which a part of it stands in for then."""
+        return type(self.processor).__module__.startswith("transformers.")
 
     @cached_property
     def clip(self) -> Any:
@@ -87,13 +92,13 @@ class Family:
         return None
 
     def counts(self, sizes: Sequence[Size]) -> list[int]:
-        """Visual tokens of an image of each size: those that stay of it alone where all stay."""
-        for size in sizes:
-            if size not in self._counts:
-                with torch.no_grad(), self.attach(model := self.model(), "random", keep="100%") as pruner:
-                    model(**self.inputs(("?", (size,))))
-                self._counts[size] = pruner.trace.kept().shape[1]
-        return [self._counts[size] for size in sizes]
+        """Visual tokens of the images of these sizes in one prompt: those that are there where all stay."""
+        asked = tuple(sizes)
+        if asked and asked not in self._counts:
+            with torch.no_grad(), self.attach(model := self.model(), "random", keep="100%") as pruner:
+                model(**self.inputs(("?", asked)))
+            (self._counts[asked],) = map(list, pruner.trace.patches)
+        return self._counts.get(asked, [])
 
     def kept_of_each_image(self, prompt: Prompt, row: Sequence[int]) -> list[list[int]]:
         """`row` of what a trace says was kept, -1 behind its end, image by image; image m counts from those before."""

@@ -1,7 +1,7 @@
 """The method once more, slowly: one sample at a time, full attention matrices in float64, straight from the equations.
 
-Nothing is shared with the library but `PruneConfig`. Left padding does not exist here: each sample runs alone and
-unpadded, so a comparison also checks that padding changes nothing.
+Nothing is shared with the library but `PruneConfig` and the trace that is checked. Left padding does not exist here:
+each sample runs alone and unpadded, so a comparison also checks that padding changes nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from ivtp import PruneConfig
+from ivtp import PruneConfig, PruneTrace
 
 Span = tuple[int, int]
 PAPER = {
@@ -103,19 +104,23 @@ def prompt_of_ids(ids: Tensor, pixels: Tensor, image_id: int) -> Prompt:
 
 
 class Reference:
-    """IVTP on a LLaVA. `clip` is (CLIPModel, tokenizer); weights and hidden states are `dtype`, all else float64."""
+    """IVTP on a LLaVA. `clip` is (CLIPModel, tokenizer); weights and hidden states are `dtype`, all else float64.
+
+    Of a SigLIP tower the mean of all rows and of all patches stands for CLS; `clip` is None then.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        clip: tuple[Any, Any],
+        clip: tuple[Any, Any] | None,
         config: PruneConfig,
         trainable: bool = False,
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.dtype = dtype
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(trainable)
-        self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).to(dtype).requires_grad_(False), clip[1]
+        if clip is not None:
+            self.clip, self.clip_tokenizer = copy.deepcopy(clip[0]).to(dtype).requires_grad_(False), clip[1]
         self.config = config
         self.options = options = SimpleNamespace(**{**PAPER, **config.options})
         self.tower = self.model.model.vision_tower
@@ -168,7 +173,9 @@ class Reference:
     def _encode(self, pixels: Tensor) -> _Image:
         """One image through the tower, pruned group by group."""
         tower = self.tower
-        x = tower.pre_layrnorm(tower.embeddings(pixels[None].to(self.dtype)))[0]  # (1 + N, D)
+        first = int(hasattr(tower.embeddings, "class_embedding"))
+        x = tower.embeddings(pixels[None].to(self.dtype))[0]  # (1 + N, D), or (N, D) without CLS
+        x = tower.pre_layrnorm(x) if first else x
         patches = list(range(self.num_patches))
         cuts: list[Cut] = []
         maps: list[Tensor] = []
@@ -179,18 +186,20 @@ class Reference:
             x, attention, values = _vision_attention(layer, x)
             maps.append(attention)
             if index in ends:
-                scores = importance(rollout(maps, self.options.aggregation)[0, 1:], values[1:])
+                rows = rollout(maps, self.options.aggregation)
+                scores = importance(rows[0, 1:] if first else rows.mean(0), values[first:])
                 chosen = select(scores, ends[index])
                 kept = [patches[i] for i in chosen]
                 cuts.append(Cut("vision", index, patches, scores.tolist(), kept))
-                x = x[[0, *[1 + i for i in chosen]]]
+                x = x[[*range(first), *[first + i for i in chosen]]]
                 patches, maps = kept, []
             x = x + layer.mlp(layer.layer_norm2(x))
         if self.depth == len(tower.encoder.layers):
             features = x
-        cls = self.clip.visual_projection(tower.post_layernorm(x[0]))
+        pooled = self.clip.visual_projection(tower.post_layernorm(x[0])) if first else None
         project = self.model.model.multi_modal_projector
-        return _Image(patches, project(features[1:]), features[0], project(features[0]), cls, cuts)
+        cls = features[0] if first else features.mean(0)
+        return _Image(patches, project(features[first:]), cls, project(cls), pooled, cuts)
 
     # The pseudo CLS token
 
@@ -395,6 +404,22 @@ class Reference:
         return norm.weight * normed.to(x.dtype)
 
 
+def check_stages(trace: PruneTrace, expected: list[Result], tolerance: float = 2e-5) -> None:
+    """The trace of a batch has the cuts of the samples: candidates, scores, and what stays."""
+    pruned = [(b, result) for b, result in enumerate(expected) if result.cuts]
+    for b, result in pruned:
+        assert len(trace.stages) == len(result.cuts), "number of cuts"
+        for stage, cut in zip(trace.stages, result.cuts, strict=True):
+            where = f"sample {b}, {cut.where} layer {cut.layer}"
+            assert (stage.where, stage.layer) == (cut.where, cut.layer)
+            candidates = [i for i in stage.candidates[b].tolist() if i >= 0]
+            assert sorted(candidates) == cut.candidates, where
+            scores = dict(zip(stage.candidates[b].tolist(), stage.scores[b].tolist(), strict=True))
+            for patch, score in zip(cut.candidates, cut.scores, strict=True):
+                assert scores[patch] == pytest.approx(score, rel=1e-3, abs=tolerance), where
+            assert [i for i in stage.kept[b].tolist() if i >= 0] == cut.kept, where
+
+
 @dataclass(frozen=True)
 class _Image:
     patches: list[int]
@@ -402,8 +427,8 @@ class _Image:
     feature_cls: Tensor
     """The projector's CLS input: of the layer that the features come from."""
     projected_cls: Tensor
-    clip_cls: Tensor
-    """v of Eq. 5."""
+    clip_cls: Tensor | None
+    """v of Eq. 5, of a tower that is CLIP's."""
     cuts: list[Cut]
 
 

@@ -116,9 +116,11 @@ def test_tables_of_speed_are_those_of_make_speed() -> None:
 
 
 def test_every_method_and_family_has_its_row() -> None:
-    rows = re.findall(r"^\| `([^`]+)`", read(ROOT / "docs" / "methods.md") + read(README), flags=re.M)
-    assert set(rows) >= {*ivtp.list_methods(), *ivtp.list_hosts()}
-    assert all(f"`{name}`" in read(README) for name in ivtp.list_methods())
+    pages = (read(ROOT / "docs" / f"{name}.md") for name in ("methods", "families"))
+    methods, families = (re.findall(r"^\| `([^`]+)`", page, flags=re.M) for page in pages)
+    assert set(methods) >= {*ivtp.list_methods()}
+    assert families == ivtp.list_hosts()
+    assert all(f"`{name}`" in read(README) for name in (*ivtp.list_methods(), *ivtp.list_hosts()))
 
 
 def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:

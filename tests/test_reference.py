@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Prompt, Reference, Result, prompt_of, prompt_of_ids, select, split_words
+from reference import Prompt, Reference, Result, check_stages, prompt_of, prompt_of_ids, select, split_words
 from tiny import NUM_PATCHES, QUESTIONS, TEXT_LAYERS, Sample, Tiny, samples
 from torch import Tensor, nn
 
@@ -69,21 +69,6 @@ def run(tiny: Tiny, batch: list[Sample], **changes: Any) -> tuple[ivtp.PruneTrac
         with tiny.attach(model, **changes) as pruner:
             logits = model(**inputs).logits
     return pruner.trace, logits, expected
-
-
-def check_stages(trace: ivtp.PruneTrace, expected: list[Result], tolerance: float = 2e-5) -> None:
-    pruned = [(b, result) for b, result in enumerate(expected) if result.cuts]
-    for b, result in pruned:
-        assert len(trace.stages) == len(result.cuts), "number of cuts"
-        for stage, cut in zip(trace.stages, result.cuts, strict=True):
-            where = f"sample {b}, {cut.where} layer {cut.layer}"
-            assert (stage.where, stage.layer) == (cut.where, cut.layer)
-            candidates = [i for i in stage.candidates[b].tolist() if i >= 0]
-            assert sorted(candidates) == cut.candidates, where
-            scores = dict(zip(stage.candidates[b].tolist(), stage.scores[b].tolist(), strict=True))
-            for patch, score in zip(cut.candidates, cut.scores, strict=True):
-                assert scores[patch] == pytest.approx(score, rel=1e-3, abs=tolerance), where
-            assert [i for i in stage.kept[b].tolist() if i >= 0] == cut.kept, where
 
 
 def check_words(trace: ivtp.PruneTrace, expected: list[Result]) -> None:

@@ -31,7 +31,7 @@ def names_in(room: str) -> tuple[str, ...]:
     return tuple(sorted({*_own_names(room), *_installed(room)}))
 
 
-_NO_NAMES = ("base", "clip_llama", "compose", "groups", "outliers", "tiny", "window")
+_NO_NAMES = ("base", "compose", "groups", "llava_like", "outliers", "tiles", "tiny", "window")
 """Files of the rooms that register nothing: what the others share."""
 
 

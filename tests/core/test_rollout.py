@@ -58,6 +58,21 @@ def test_the_row_is_the_row_of_the_product(
     torch.testing.assert_close(row.double(), expected, atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 10_000),
+    layers=st.integers(1, 4),
+    length=st.integers(2, 40),
+    aggregation=st.sampled_from([a for a in AGGREGATIONS if a != "max"]),  # the highest of mean rows is another thing
+)
+def test_without_a_reference_the_row_is_the_mean_of_the_products_rows(
+    seed: int, layers: int, length: int, aggregation: str
+) -> None:
+    taps = make_taps(seed, layers, length, causal=False)
+    expected = full_rollout([full_map(tap) for tap in taps], aggregation).mean(dim=1)
+    torch.testing.assert_close(rollout_row(taps, None, aggregation).double(), expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("aggregation", ["residual", "multiply", "mean"])
 def test_rows_still_sum_to_one(aggregation: str) -> None:
     row = rollout_row(make_taps(3, 3, 20, causal=True, padding=4), -1, aggregation)

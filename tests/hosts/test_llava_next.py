@@ -19,7 +19,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 import ivtp
 from ivtp.errors import ConfigError
-from ivtp.hosts.llava_next import HOST, _visual
+from ivtp.hosts.llava_next import HOST
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_tokenizer
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -98,7 +98,7 @@ def test_sources_of_tiles_are_patches_of_the_image(small: tuple[Any, Any], keep:
 def test_slots_are_those_of_the_stock_processor(small: tuple[Any, Any], shape: tuple[int, int]) -> None:
     model, processor = small
     inputs = HOST.tiny_inputs(model, processor, [("Is it a dog?", [shape])])
-    visual = _visual((shape[1], shape[0]), tuple(map(tuple, model.config.image_grid_pinpoints)), 32, 4)
+    visual = HOST.visual(model.config, shape)
     assert len(visual.token) == int((inputs["input_ids"] == model.config.image_token_id).sum())
     assert len(visual.tiles) == inputs["pixel_values"].shape[1]
     assert sorted(visual.token[visual.token >= 0].tolist()) == list(range(visual.patches))

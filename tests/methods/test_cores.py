@@ -18,7 +18,7 @@ from ivtp.config import PruneConfig
 from ivtp.core.cluster import cluster_means, density_peaks
 from ivtp.core.diversity import cosine, coverage, drop_duplicates, farthest, greedy_map, max_min, nearest_better
 from ivtp.core.merge import follow, mean_by_size, nearest_grid, pool_grid, sizes, take_up_neighbours
-from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row
+from ivtp.core.rollout import attention_row, column_sum_in_blocks, full_width_row, received
 from ivtp.core.schedule import halving, quarters, ratio_of_mean, uniform_ratio
 from ivtp.core.select import highest, iqr_outliers, others, ranks
 from ivtp.core.tap import AttentionTap
@@ -30,7 +30,7 @@ from ivtp.methods.dart import least_similar
 from ivtp.methods.dynamicvit import Predictor
 from ivtp.methods.evit import keep_and_fuse
 from ivtp.methods.fsr import focus_and_scan, priority, refined
-from ivtp.methods.hiprune import HiPrune, anchors_and_registers, received
+from ivtp.methods.hiprune import HiPrune, anchors_and_registers
 from ivtp.methods.holov import HoloV, crops_of, holistic_scores, quotas, within_quotas
 from ivtp.methods.ivtp_plus import IvtpPlus
 from ivtp.methods.mmtok import covering_shares

@@ -24,11 +24,13 @@ CELLS = 2**22
 
 
 @torch.no_grad()
-def attention_row(tap: AttentionTap, reference: int | Tensor) -> Tensor:
+def attention_row(tap: AttentionTap, reference: int | Tensor | None) -> Tensor:
     """Head-averaged attention of one query row (Eq. 2): (B, T), float32, without gradient.
 
-    `reference` may be negative, or name another row for each sample (B,).
+    `reference` may be negative, or name another row for each sample (B,); None is the mean of all rows.
     """
+    if reference is None:
+        return received(tap)
     # one product with the keys, O(T) of memory: torch is as good as a kernel of our own on every device
     length = tap.query.shape[2]
     if isinstance(reference, Tensor):
@@ -37,6 +39,17 @@ def attention_row(tap: AttentionTap, reference: int | Tensor) -> Tensor:
     attention = _attention(tap, _flat_key(tap), reference, reference + 1, _room(tap, rows=1))  # (B, H, 1, seen)
     row = attention.mean(dim=(1, 2))
     return nn.functional.pad(row, (0, length - row.shape[1]))
+
+
+def received(tap: AttentionTap) -> Tensor:
+    """(B, T) attention that each token receives, averaged over heads and queries; float32."""
+    return weighted_column_sum(tap, _everywhere(tap))
+
+
+def _everywhere(tap: AttentionTap) -> Tensor:
+    """(B, T) the mean of all rows, as weights of them."""
+    batch, _, length, _ = tap.query.shape
+    return torch.full((batch, length), 1 / length, device=tap.query.device, dtype=torch.float32)
 
 
 def full_width_row(tap: AttentionTap, reference: int) -> Tensor:
@@ -105,8 +118,8 @@ def _(*arguments: Any) -> Tensor:
     return torch.empty_like(arguments[-2])
 
 
-def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor, aggregation: str = "residual") -> Tensor:
-    """Row `reference` of a group's aggregated attention (Eq. 3): (B, T), float32.
+def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor | None, aggregation: str = "residual") -> Tensor:
+    """Row `reference` of a group's aggregated attention (Eq. 3), or the mean of its rows (None): (B, T), float32.
 
     `residual` multiplies (A + I) / 2 over the layers and `multiply` multiplies A, later layers from the left;
     `mean` and `max` combine the layers' rows element-wise; `layer` is the last layer alone.
@@ -119,8 +132,11 @@ def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor, aggregati
         return rows.mean(dim=0) if aggregation == "mean" else rows.amax(dim=0)
     row = last
     if aggregation == "residual":
-        itself = torch.zeros_like(last)
-        itself[torch.arange(len(last), device=last.device), reference] = 1.0
+        if reference is None:
+            itself = _everywhere(taps[-1])
+        else:
+            itself = torch.zeros_like(last)
+            itself[torch.arange(len(last), device=last.device), reference] = 1.0
         row = (last + itself) / 2
     for tap in reversed(taps[:-1]):
         stepped = weighted_column_sum(tap, row)

@@ -31,8 +31,8 @@ def flops(
 
     `compressor`, one of `ivtp.list_compressors()`, stands in for the projector and gives `keep` tokens of each image;
     so does one that is in the model, or named beside the checkpoint. Nothing prunes behind it, and None is "none" then.
-    `model`: a name (`llava-1.5-7b`, `llava-1.5-13b`, `micro`), a folder or hub id whose `config.json` is on
-    this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
+    `model`: a name (`llava-1.5-7b`, `llava-onevision-qwen2-7b-ov`, `micro`), a folder or hub id whose `config.json`
+    is on this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
     counts it, with one placeholder for each image, whose place the visual tokens take. `image_size`: (width, height)
     in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`: of the user's turn,
     as CLIP or a compressor counts them; None takes the whole text, but at most one CLIP context. `config`: fields of
@@ -46,7 +46,7 @@ def flops(
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = _with_compressor(sizes(model), compressor, keep)
     method = _method_or_none(known, method)
-    (patches, visible), separators, note = _image(known, image_size)
+    (patches, visible), separators, note = _image(known, image_size, images)
     largest = dataclasses.replace(known.geometry, num_patches=patches)
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
@@ -99,15 +99,15 @@ def _name(method: str | type[Any]) -> str:
     return method if isinstance(method, str) else method.__name__
 
 
-def _image(known: Sizes, size: Any) -> tuple[Image, int, tuple[str, ...]]:
-    """An image of `size`, the separators among its tokens, and what to know of that count."""
+def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str, ...]]:
+    """An image of `size`, one of so many, the separators among its tokens, and what to know of that count."""
     one = known.geometry.visual_tokens
     if size is None:
         note = ("counted is an image of one tile; this family reads one in as many as its size asks for: name it too",)
         return (one, (one,)), 0, note if known.tiled else ()
     if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
-    visual = known.visual((size[0], size[1]))
+    visual = known.visual((size[0], size[1]), images)
     if visual is None:
         return (one, (one,)), 0, (f"this model reads images of every size as {known.geometry.num_patches} patches",)
     return (visual.patches, visual.visible), len(visual.token) - visual.patches, ()

@@ -174,6 +174,8 @@ def _encoder_choice(g: Geometry, kind: _Kind, place: int, text: int) -> float:
     cost = choice.flops
     for layer, rows in zip(cut.taps, choice.rows or _one_each(cut), strict=True):
         length = kind.tile.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
+        if rows == "one" and not g.vision_cls:  # the mean of all rows stands for that of CLS
+            rows = "all"
         cost += attention_rows(rows, length, text, g.vision_heads, g.vision_hidden)
         if layer >= g.vision_layers:  # read for this alone
             cost += query_key(g, length)

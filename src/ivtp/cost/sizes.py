@@ -56,8 +56,8 @@ class Sizes:
     """Options for this checkpoint, of which a method takes those that it knows."""
     tiled: bool = False
     """Whether the family reads an image in tiles, as many as its size asks for."""
-    visual: Callable[[tuple[int, int]], Visual | None] = lambda size: None
-    """What an image of a size (width, height) is to the family; None where all are alike."""
+    visual: Callable[[tuple[int, int], int], Visual | None] = lambda size, images: None
+    """What an image of a size (width, height), one of so many, is to the family; None where all are alike."""
     compressible: bool = True
     """Whether a compressor may stand in for the family's projector."""
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from ivtp.errors import InputError
 from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.hosts.tiny import PROMPTS, tiny_images
 from ivtp.plan import Geometry, Place
@@ -32,6 +33,9 @@ class Visual:
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
     """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
+    scaled: Tensor | None = None
+    """(rows, columns) the tokens of all tiles, counted through, that a grid larger than the last of `grids` is made of
+    and scaled down from, bilinearly, behind the projector; None where no grid is scaled."""
 
     @cached_property
     def patches(self) -> int:
@@ -61,6 +65,8 @@ class Host:
     """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
@@ -95,8 +101,11 @@ class Host:
         raise NotImplementedError
 
     @classmethod
-    def visual(cls, config: Any, size: tuple[int, int]) -> Visual | None:
-        """An image of `size` (width, height) to a model of `config`; None where images of all sizes are alike."""
+    def visual(cls, config: Any, size: tuple[int, int], images: int = 1) -> Visual | None:
+        """An image of `size` (width, height), one of so many `images` of a prompt, to a model of `config`.
+
+        None where images of all sizes are alike.
+        """
         return None
 
     @classmethod
@@ -127,14 +136,23 @@ class Host:
             content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
             turn = [{"role": "user", "content": content}]
             texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
-            pictures += tiny_images(question, sizes, seed)
-        made = processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
+            pictures.append(tiny_images(question, sizes, seed))
+        own = [some for some in pictures if some]  # apart, prompt by prompt: a family may read one of several otherwise
+        made = processor(images=own or None, text=texts, padding=True, return_tensors="pt")
         any_model: Any = model
         return dict(made.to(any_model.device))
 
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
         raise NotImplementedError
+
+    @property
+    def summary(self) -> Literal["cls", "mean"]:
+        """What stands for an image as a whole: its CLS token or, of a tower without one, the mean of its patches.
+
+        Its attention rates patches in the encoder, and it is the pseudo CLS token where no word is.
+        """
+        return "cls" if "cls" in self.gives else "mean"
 
     @property
     def most_patches(self) -> int:
@@ -157,8 +175,16 @@ class Host:
         """Vision features (..., D) to decoder embeddings (..., D_text)."""
         raise NotImplementedError
 
+    def check_media(self, inputs: dict[str, Any]) -> None:
+        """Raise `InputError` for what would pass unpruned."""
+        for name in self.unread:
+            if inputs.get(name) is not None:
+                raise InputError(
+                    f"{name}: of {self.name} images alone can be pruned; leave it out, or detach the pruner first"
+                )
+
     def check_call(self, inputs: dict[str, Any]) -> None:
-        """Raise `InputError` for arguments of a forward that would be ignored."""
+        """Raise `InputError` for arguments of a forward with images that would be ignored."""
 
     def default_clip(self) -> str | None:
         """Folder or hub id of the CLIP model whose vision side is this model's tower, where that is known."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ivtp.hosts.base import Visual
-from ivtp.hosts.clip_llama import ClipLlamaHost
+from ivtp.hosts.llava_like import LlavaLike
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
+from ivtp.towers.siglip import SiglipTower
 
 _STOCK = {
     "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "layers": 32},
@@ -19,7 +17,7 @@ _STOCK = {
 }
 
 
-class LlavaHost(ClipLlamaHost):
+class LlavaHost(LlavaLike):
     """`LlavaForConditionalGeneration` with a CLIP tower, one feature layer and a decoder with Llama's layers.
 
     Refuses: other vision towers; several feature layers, or the strategy "full"; decoders with sliding-window layers,
@@ -33,8 +31,8 @@ class LlavaHost(ClipLlamaHost):
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """A LLaVA config, whatever its tower and decoder."""
-        return getattr(config, "model_type", None) == "llava"
+        """A LLaVA config, whatever its decoder; a SigLIP tower makes another family of it."""
+        return getattr(config, "model_type", None) == "llava" and config.vision_config.model_type != SiglipTower.kind
 
     @classmethod
     def stock_config(cls, name: str) -> Any:
@@ -85,17 +83,6 @@ class LlavaHost(ClipLlamaHost):
         with torch.random.fork_rng():
             model = settle(LlavaForConditionalGeneration(config), tokenizer, seed)
         return model, processor
-
-    def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
-        """All alike: one tile, whose patches fill the slots in raster order; a compressor's tokens have no places."""
-        tokens = torch.arange(self.size.visual_tokens)
-        side = math.isqrt(self.size.num_patches)
-        grid = (1, len(tokens)) if self.size.compressed else (side, side)
-        return [Visual((grid,), tokens, tokens[None])] * int(inputs["pixel_values"].shape[0])
-
-    def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
-        """Each image as it is."""
-        return list(inputs["pixel_values"].split(1))
 
 
 HOST = LlavaHost

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 IMAGE = "<image>"
 PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (("What is left of the dog?", ((50, 40),)),)
@@ -56,6 +56,12 @@ def tiny_clip(**changes: int) -> CLIPVisionConfig:
     """Of a CLIP tower of width 32, with the sizes that a family asks for."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "projection_dim": 16}
     return CLIPVisionConfig(**{**sizes, **changes})
+
+
+def tiny_siglip(**changes: int) -> SiglipVisionConfig:
+    """Of a SigLIP tower of width 32 without a head, with the sizes that a family asks for."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vision_use_head": False}
+    return SiglipVisionConfig(**{**sizes, **changes})
 
 
 def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:

@@ -41,7 +41,6 @@ class Evit(Method):
         paper="https://arxiv.org/abs/2202.07800",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """Cuts inside the encoder's layers."""
@@ -62,7 +61,7 @@ class Evit(Method):
         """The kept tokens in the order of their scores, then the fused one."""
         first = self.geometry.vision_cls
         tokens = window.hidden[:, first:]
-        attention = attention_row(window.taps[-1], reference=0)[:, first:]
+        attention = attention_row(window.taps[-1], window.reference)[:, first:]
         if window.cut.keep == tokens.shape[1]:
             columns = torch.arange(window.hidden.shape[1], device=tokens.device)
             return Merged(window.hidden, columns.expand(window.patch.shape))

@@ -54,7 +54,7 @@ class Fsr(Method):
         paper="https://arxiv.org/abs/2602.05809",
     )
     Options = Options
-    needs = frozenset({"cls", "text_side"})
+    needs = frozenset({"text_side"})
     reads_clip = True
 
     def make_plan(self) -> Plan:
@@ -69,7 +69,7 @@ class Fsr(Method):
         """Focused patches, and scanned ones that stand for others."""
         assert window.relevance is not None
         first, options = self.geometry.vision_cls, self.options
-        saliency = attention_row(window.taps[-1], reference=0)[:, first:]
+        saliency = attention_row(window.taps[-1], window.reference)[:, first:]
         score = priority(saliency, window.relevance, options.alpha, options.beta)
         patches = window.hidden[:, first:]
         chosen, into = focus_and_scan(patches.detach(), score, window.cut.keep, options.rho, options.kappa)

@@ -36,7 +36,7 @@ class GroupWise(Method):
     """Cuts at the end of groups of layers, led by CLS and in the decoder by a pseudo CLS token (IVTP and IVTP+)."""
 
     Options = GroupOptions
-    needs = frozenset({"cls", "text_side"})
+    needs = frozenset({"text_side"})
     reads = frozenset({"schedule", "budget"})
 
     @classmethod
@@ -48,7 +48,7 @@ class GroupWise(Method):
 
     @property
     def needed(self) -> frozenset[str]:
-        """Without a text side where the guide reads none; the CLS token is also what stands in for the guide."""
+        """A text side, unless the guide reads none."""
         return self.needs if self.reads_text_side else self.needs - {"text_side"}
 
     def group_plan(self, vision: list[range], llm: list[range], between: int | None = None) -> Plan:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ivtp.core.rollout import weighted_column_sum
+from ivtp.core.rollout import received
 from ivtp.core.select import highest, ranks
-from ivtp.core.tap import AttentionTap
 from ivtp.errors import ConfigError
 from ivtp.methods.base import ChoiceCost, Cut, Method, MethodInfo, Plan, Window
 
@@ -73,14 +72,6 @@ class HiPrune(Method):
         side = math.isqrt(size.num_patches)
         chosen = anchors_and_registers(middle, deep, (side, size.num_patches // side), self.anchors, window.cut.keep)
         return ranks(chosen + first, window.hidden.shape[1])
-
-
-def received(tap: AttentionTap) -> Tensor:
-    """(B, T) attention that each token receives, averaged over heads and queries."""
-    batch, _, tokens, _ = tap.query.shape
-    return weighted_column_sum(
-        tap, torch.full((batch, tokens), 1 / tokens, device=tap.query.device, dtype=torch.float32)
-    )
 
 
 def anchors_and_registers(middle: Tensor, deep: Tensor, side: tuple[int, int], anchors: int, keep: int) -> Tensor:

@@ -49,7 +49,6 @@ class HoloV(Method):
         paper="https://arxiv.org/abs/2510.02912",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the projector that reads CLS attention."""
@@ -67,7 +66,7 @@ class HoloV(Method):
 
     def score(self, window: Window) -> Tensor:
         """The score within a crop, and above all others where the crop's quota holds the token."""
-        attention = attention_row(window.taps[-1], reference=0)[:, self.geometry.vision_cls :]
+        attention = attention_row(window.taps[-1], window.reference)[:, self.geometry.vision_cls :]
         keep, patches = window.cut.keep, window.hidden.shape[1]
         crop = crops_of(patches, self.crops(patches, keep))
         rating = holistic_scores(window.hidden, attention, crop)

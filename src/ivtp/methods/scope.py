@@ -34,7 +34,6 @@ class Scope(Method):
         paper="https://arxiv.org/abs/2510.24214",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
@@ -47,7 +46,7 @@ class Scope(Method):
     def score(self, window: Window) -> Tensor:
         """The order of the choice."""
         first = self.geometry.vision_cls
-        saliency = attention_row(window.taps[-1], reference=0)[:, first:]
+        saliency = attention_row(window.taps[-1], window.reference)[:, first:]
         chosen = coverage(cosine(window.hidden[:, first:]), saliency**self.options.alpha, window.cut.keep)
         return ranks(chosen + first, window.hidden.shape[1])
 

@@ -39,7 +39,6 @@ class TopK(Method):
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder or one in each of its layers."""
@@ -54,7 +53,8 @@ class TopK(Method):
         """CLS attention, or the cosine with the CLS token."""
         if self.options.score == "cosine":
             hidden = window.hidden.float()
-            return torch.cosine_similarity(hidden, hidden[:, window.reference, None], dim=-1)
+            cls = hidden.mean(dim=1, keepdim=True) if window.reference is None else hidden[:, window.reference, None]
+            return torch.cosine_similarity(hidden, cls, dim=-1)
         return attention_row(window.taps[-1], window.reference)
 
 

@@ -46,7 +46,6 @@ class Tops(Method):
         paper="https://arxiv.org/abs/2606.27161",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the projector that reads CLS attention."""
@@ -58,7 +57,7 @@ class Tops(Method):
 
     def score(self, window: Window) -> Tensor:
         """The order of the choice."""
-        relevance = attention_row(window.taps[-1], reference=0)[:, self.geometry.vision_cls :]
+        relevance = attention_row(window.taps[-1], window.reference)[:, self.geometry.vision_cls :]
         options = self.options
         chosen = preservation_set(
             cosine(window.hidden), relevance, window.cut.keep, options.diversity, options.coverage

@@ -43,7 +43,6 @@ class VisPruner(Method):
         paper="https://arxiv.org/abs/2412.01818",
     )
     Options = Options
-    needs = frozenset({"cls"})
 
     def make_plan(self) -> Plan:
         """One cut behind the encoder."""
@@ -58,7 +57,7 @@ class VisPruner(Method):
     def score(self, window: Window) -> Tensor:
         """Important tokens first, then distinct ones."""
         first = self.geometry.vision_cls
-        attention = attention_row(window.taps[-1], reference=0)[:, first:]
+        attention = attention_row(window.taps[-1], window.reference)[:, first:]
         chosen = important_and_distinct(
             window.hidden[:, first:],
             attention,

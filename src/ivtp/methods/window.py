@@ -17,14 +17,14 @@ class Window:
     `taps` as `Cut.taps` names them. `hidden` (B, T, D) is cut. `patch` (B, T) is the original patch index of every
     token, -1 for CLS, text, padding and the guide. `reference` is the index in T of the row whose attention counts, or
     one for each sample (B,): 0, the CLS token, in the encoder, and in the decoder the pseudo CLS token or else the last
-    prompt token.
+    prompt token. In an encoder without CLS it is None: the mean of all rows counts.
     """
 
     cut: Cut
     taps: tuple[AttentionTap, ...]
     hidden: Tensor
     patch: Tensor
-    reference: int | Tensor
+    reference: int | Tensor | None
     images: tuple[int, ...] = ()
     """Images in each row, in the decoder; a row of the encoder is one image."""
     entered: tuple[tuple[int, ...], ...] = ()

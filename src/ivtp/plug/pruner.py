@@ -218,6 +218,7 @@ class Pruner:
 
     def _enter(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
         self._end_prefill()
+        self.host.check_media(inputs)
         if inputs.get(self.media[0]) is None:
             if inputs.get("mm_encoder_outputs"):
                 raise InputError("images that are encoded already cannot be pruned; pass pixel_values")

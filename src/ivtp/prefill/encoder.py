@@ -23,8 +23,8 @@ class Encoded:
 
     patches: Tensor  # (k,): which patches the features stand for
     features: Tensor  # (k, D): projected
-    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, of the first tile
-    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, of the first tile
+    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the first tile
+    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the first tile
     sources: Tensor  # (n,): the patch that stands for each one, -1 where it was dropped
 
 
@@ -75,7 +75,7 @@ class EncoderStage(Stage):
             self._relevance = relevance(last)
         assert self._feature is not None
         hidden = self._feature
-        cls = hidden[:, 0]
+        cls = hidden[:, 0] if self.host.summary == "cls" else hidden.mean(dim=1)
         behind, projected = (
             [c for c in self.method.plan.cuts if c.is_after_encoder(size) and c.place == place]
             for place in ("behind", "projected")
@@ -108,7 +108,7 @@ class EncoderStage(Stage):
             self._take_taps(cut),
             hidden,
             self._patch,
-            reference=0,
+            0 if self.host.summary == "cls" else None,
             sources=self._sources,
             relevance=self._relevance,
             features=self._read,
@@ -138,12 +138,13 @@ class EncoderStage(Stage):
         self.results.append(self._result(window, scores, kept, merged))
         return take(hidden, index)
 
-    def bias(self, cut: Cut) -> Tensor | None:
-        """What to add to the attention logits of a layer whose attention counts merged tokens by their size."""
+    def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first half of the layer of a cut, whose attention may count merged tokens by their size."""
         if not cut.sized:
-            return None
+            return super().attend(cut, hidden, *args, **kwargs)
         assert self._sources is not None
-        return sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
+        bias = sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
+        return self.tower.attend(cut.layer, hidden, *args, bias=bias, **kwargs)
 
     def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         return AttentionTap(query, key, value, scale, causal=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.core.select import keep_highest, on_device
 from ivtp.hosts.base import Visual
@@ -132,7 +132,19 @@ def _join(
     if decided:
         last = replace(decided[-1], kept=kept)
         decided = [*decided[:-1], last if last.sources is None else replace(last, sources=sources)]
-    return Encoded(kept, features.flatten(0, 1)[order], cls[0], pooled[0], sources), decided
+    stay = features.flatten(0, 1)[order]
+    if visual.scaled is not None and patches.shape == visual.tiles.shape:  # nothing was cut
+        stay = _scaled(features.flatten(0, 1), visual)
+    return Encoded(kept, stay, cls[0], pooled[0], sources), decided
+
+
+def _scaled(features: Tensor, visual: Visual) -> Tensor:
+    """Features (n, D) of all patches, of which the last grid is scaled down from `features` (t * N, D) of the tiles."""
+    assert visual.scaled is not None
+    rows, columns = visual.grids[-1]
+    grid = features[on_device(visual.scaled, features.device)]  # (rows, columns, D) of the larger grid
+    small = nn.functional.interpolate(grid.permute(2, 0, 1)[None], (rows, columns), mode="bilinear")
+    return torch.cat([features[: visual.patches - rows * columns], small[0].flatten(1).T])
 
 
 def _stack(results: Sequence[CutResult]) -> CutResult:

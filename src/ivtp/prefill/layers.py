@@ -23,8 +23,8 @@ class Cutter(Protocol):
     def is_mine(self) -> bool:
         """Whether the calling thread is the one whose prefill this is."""
 
-    def bias(self, cut: Cut) -> Tensor | None:
-        """What the logits of the attention before a cut get beside their mask: (B, 1, 1, T)."""
+    def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first half of the cut layer of (B, T, D), with the arguments of the layer."""
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) to (B, T', D), between attention and MLP or behind the layer."""
@@ -51,7 +51,7 @@ def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forw
                 stage.peek(cut, first, kwargs)
             left = stage.cut(cut, first)
             return (left, *output[1:]) if isinstance(output, tuple) else left
-        hidden = stage.tower.attend(cut.layer, hidden, *args, bias=stage.bias(cut), **kwargs)
+        hidden = stage.attend(cut, hidden, *args, **kwargs)
         return stage.tower.feed_forward(cut.layer, stage.cut(cut, hidden))
 
     return forward

@@ -97,9 +97,9 @@ class Stage:
         """Cut (B, T, D) within or behind a layer."""
         raise NotImplementedError
 
-    def bias(self, cut: Cut) -> Tensor | None:
-        """What the logits of the attention before a cut get beside their mask: (B, 1, 1, T), mostly nothing."""
-        return None
+    def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The first half of the layer of a cut."""
+        return self.tower.attend(cut.layer, hidden, *args, **kwargs)
 
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut computes of (B, T, D)."""

@@ -28,11 +28,8 @@ class Tower:
         """The attention module of a layer; it chooses its kernel by its `config` attribute."""
         raise NotImplementedError
 
-    def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """First half of a layer: normalisation, attention, residual; the arguments are those of the stock layer.
-
-        `bias` (B, 1, 1, T) is added to the logits of an encoder layer. Raises `InputError` where its kernel cannot.
-        """
+    def attend(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """First half of a layer: normalisation, attention, residual; the arguments are those of the stock layer."""
         raise NotImplementedError
 
     def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
@@ -43,12 +40,16 @@ class Tower:
 class VisionTower(Tower):
     """A vision encoder; its layers go on behind the one that feeds the projector."""
 
+    def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As `Tower.attend`; `bias` (B, 1, 1, T) is added to the logits. Raises `InputError` where a kernel cannot."""
+        raise NotImplementedError
+
     def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Run it on (I, 3, H, W); returns its last layer's post-normalised CLS (I, D) and output (I, T, D)."""
+        """Run it on (I, 3, H, W); returns what it pools of its last layer (I, D) and that layer's output (I, T, D)."""
         raise NotImplementedError
 
     def normalise(self, hidden: Tensor) -> Tensor:
-        """The post layer norm of (..., D), as its CLS gets it."""
+        """The post layer norm of (..., D)."""
         raise NotImplementedError
 
 

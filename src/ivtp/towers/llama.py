@@ -54,9 +54,8 @@ class LlamaTower(TextTower):
         """`self_attn`."""
         return self.layers[layer].self_attn  # type: ignore[return-value]  # nn.Module attributes are untyped
 
-    def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As in LlamaDecoderLayer; its attention takes no bias."""
-        assert bias is None
+    def attend(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in LlamaDecoderLayer."""
         block: Any = self.layers[layer]
         if args:
             kwargs["attention_mask"] = args[0]

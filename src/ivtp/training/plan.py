@@ -178,8 +178,8 @@ def _counted(asked: Asked, text: int, images: int, file: Path | None) -> Counted
     if known.tiled and file is not None:
         with Image.open(file) as image:
             size = image.size
-    visual = known.visual(size) if size else None
-    slots = images * (known.geometry.num_patches if visual is None else len(visual.token))
+    visual = known.visual(size, images) if size else None
+    slots = images * (known.geometry.visual_tokens if visual is None else len(visual.token))
     text = min(text, max(images, asked.max_length - slots + images))
     given: dict[str, Any] = {"text_tokens": text, "images": images, "image_size": size}
     full = flops(asked.model, method="none", **given)

@@ -1,37 +1,47 @@
-"""What families of a CLIP tower, a token-wise projector and a decoder with Llama's layers share."""
+"""What families of a vision tower, LLaVA's token-wise projector and a decoder with Llama's layers share."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ivtp.compressors.base import Compressor
 from ivtp.errors import InputError, LoadError, UnsupportedModelError
 from ivtp.files.sidecar import SIDECAR
-from ivtp.hosts.base import Host, openai_clip
+from ivtp.hosts.base import Host, Visual, openai_clip
 from ivtp.plan import Compressed, Geometry
 from ivtp.towers.clip import ClipTower
 from ivtp.towers.llama import LlamaTower
+from ivtp.towers.pre_norm import PreNormTower
 
 
-class ClipLlamaHost(Host):
-    """A CLIP tower of which one feature layer is read, LLaVA's projector, and a decoder with Llama's layers."""
+class LlavaLike(Host):
+    """A tower of which one feature layer is read, LLaVA's projector, and a decoder with Llama's layers."""
+
+    tower: ClassVar[type[PreNormTower]] = ClipTower
+    """The kind of its vision tower."""
+    settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    """Arguments of a forward that have to be those of the config."""
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
         """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
-        vision: dict[str, Any] = ClipTower.sizes(config.vision_config)
+        vision: dict[str, Any] = cls.tower.sizes(config.vision_config)
         text: dict[str, Any] = LlamaTower.sizes(config.text_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
-        if not isinstance(feature, int) or config.vision_feature_select_strategy != "default":
+        strategy = "default" if vision["vision_cls"] else "full"  # "default" leaves the first token out
+        if not isinstance(feature, int) or config.vision_feature_select_strategy != strategy:
             raise UnsupportedModelError(
                 f"vision_feature_layer={feature!r} with strategy {config.vision_feature_select_strategy!r} is not "
-                'prunable; one feature layer with the strategy "default" is'
+                f'prunable; one feature layer with the strategy "{strategy}" is'
             )
         return Geometry(
-            name=str(getattr(config, "name_or_path", "") or "llava"),
+            name=str(getattr(config, "name_or_path", "") or cls.name),
             vision_layers=feature if feature >= 0 else layers + 1 + feature,
             **vision,
             **text,
@@ -44,7 +54,7 @@ class ClipLlamaHost(Host):
         self.size = self.geometry(inner.config)
         self.multimodal = inner.model
         self.embedding = inner.get_input_embeddings()
-        self.vision = ClipTower(inner.model.vision_tower)
+        self.vision = self.tower(inner.model.vision_tower)
         self.text = LlamaTower(inner.model.language_model)
         self._projector = inner.model.multi_modal_projector
         compressor = next((part for part in self._projector.modules() if isinstance(part, Compressor)), None)
@@ -52,14 +62,25 @@ class ClipLlamaHost(Host):
             self.size = dataclasses.replace(self.size, compressed=Compressed(compressor.name, compressor.tokens))
         self.image_token = inner.config.image_token_id
 
+    def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
+        """All alike: one tile, whose patches fill the slots in raster order; a compressor's tokens have no places."""
+        tokens = torch.arange(self.size.visual_tokens)
+        side = math.isqrt(self.size.num_patches)
+        grid = (1, len(tokens)) if self.size.compressed else (side, side)
+        return [Visual((grid,), tokens, tokens[None])] * int(inputs["pixel_values"].shape[0])
+
+    def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
+        """Each image as it is."""
+        return list(inputs["pixel_values"].split(1))
+
     def project(self, features: Tensor) -> Tensor:
         """LLaVA's two-layer projector."""
         return self._projector(features)  # type: ignore[no-any-return]
 
     def check_call(self, inputs: dict[str, Any]) -> None:
-        """The layer and strategy of the vision features are those of the config."""
+        """`settings` are those of the config."""
         inner: Any = self.model
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in self.settings:
             given, configured = inputs.get(name), getattr(inner.config, name)
             if given is not None and given != configured:
                 raise InputError(

@@ -1,0 +1,33 @@
+"""Every name of transformers and accelerate that is not theirs to promise, and that we lean on all the same.
+
+One function a name; `tests/stock` holds each against the installed release and says what breaks without it.
+"""
+
+from ivtp.stock.attention import decoder_mask, kernel, kernel_name, set_kernel
+from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled, is_offloading
+from ivtp.stock.forwards import execution_device, floating_dtype, forward_slot, is_checkpointed, reruns_hooks
+from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, set_image_features
+from ivtp.stock.processors import best_tiling
+
+__all__ = [
+    "CACHE_NAMES",
+    "ENCODES_AHEAD",
+    "EXPAND",
+    "best_tiling",
+    "cache_name",
+    "contents",
+    "decoder_mask",
+    "encodes_ahead",
+    "execution_device",
+    "fill",
+    "floating_dtype",
+    "forward_slot",
+    "is_checkpointed",
+    "is_filled",
+    "is_offloading",
+    "kernel",
+    "kernel_name",
+    "reruns_hooks",
+    "set_image_features",
+    "set_kernel",
+]

@@ -1,0 +1,30 @@
+"""SigLIP's vision encoder: patches alone, which a head may pool."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ivtp.errors import UnsupportedModelError
+from ivtp.towers.pre_norm import PreNormTower, square_image
+
+
+class SiglipTower(PreNormTower):
+    """A `SiglipVisionModel`, with its pooling head or without."""
+
+    kind: ClassVar[str] = "siglip_vision_model"
+    """What its config calls itself."""
+
+    @classmethod
+    def sizes(cls, config: Any) -> dict[str, int]:
+        """All of one square image."""
+        if config.model_type != cls.kind:
+            raise UnsupportedModelError(f"the vision tower is a {config.model_type!r}; a {cls.kind} can be pruned")
+        return {**square_image(config), "vision_cls": 0}
+
+    def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole tower; without a head the mean of the patches is what is pooled."""
+        output = self.module(pixel_values, return_dict=True)
+        last: Tensor = output.last_hidden_state
+        return last.mean(dim=1) if output.pooler_output is None else output.pooler_output, last
