@@ -6,7 +6,7 @@
 4. The CLS token's attention covers objects better than chance.
 5. Seconds to load, milliseconds to answer.
 6. The CLS token knows every object: coverage of objects by its choice of patches, and a linear probe.
-7. Methods rank as they do on LLaVA-1.5-7B: correlation of `results/micro-compare.json` with published averages.
+7. Methods rank as they do on LLaVA-1.5-7B: the correlation that `ivtp reproduce published` wrote to `results/`.
 """
 
 from __future__ import annotations

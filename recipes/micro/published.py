@@ -1,4 +1,4 @@
-"""Do methods rank here as papers rank them on LLaVA-1.5-7B? The seventh gate, on a file of `ivtp compare`."""
+"""Do methods rank here as papers rank them on LLaVA-1.5-7B? The seventh gate, of what `ivtp reproduce published` wrote."""
 
 from __future__ import annotations
 
@@ -6,26 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ivtp.evaluation.published import KEEP, beside, correlation
+from ivtp.evaluation.published import KEEP
 from recipes.micro.scoring import Table
 
-COMPARED = Path(__file__).resolve().parents[2] / "results" / "micro-compare.json"
+REPRODUCED = Path(__file__).resolve().parents[2] / "results" / "published.json"
 
 
-def like_published(compared: Path = COMPARED) -> list[Table]:
-    """The correlation with its interval, then each method's two figures, both as parts of the full model's."""
-    rows = beside(measured_shares(compared))
-    found = correlation(rows)
-    row: dict[str, Any] = {"methods": len(rows), "Spearman": found["Spearman"]}
+def like_published(file: Path = REPRODUCED) -> list[Table]:
+    """The correlation with its interval, then each method's two figures, in percent of the full model's."""
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found = document["about"]["correlation"]
+    row: dict[str, Any] = {"methods": found["methods"], "Spearman": found["Spearman"]}
     row["95% interval"] = f"{found['Spearman low']:.2f} to {found['Spearman high']:.2f}"
+    columns = ("method", "published", "rank", "here", "rank here")
     return [
         Table(f"Rank correlation with LLaVA-1.5-7B, {KEEP} tokens", [row]),
-        Table(f"Part of the full model's average, {KEEP} tokens", rows),
+        Table(
+            f"Percent of the full model's average, {KEEP} tokens",
+            [{column: own[column] for column in columns} for own in document["rows"]],
+        ),
     ]
-
-
-def measured_shares(file: Path) -> dict[str, float]:
-    """Each method's accuracy in a file of `ivtp compare`, as a part of the full model's."""
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["tables"][0]["rows"]
-    full = next(row["accuracy"] for row in rows if row["method"] == "none")
-    return {row["method"]: row["accuracy"] / full for row in rows if row["keep"] == KEEP}

@@ -104,12 +104,10 @@ def test_speed_is_measured_in_the_dtype_asked_for(folder: Path, monkeypatch: pyt
     assert [row["dtype"] for row in gates.speed(str(folder), "bfloat16").rows] == ["torch.bfloat16"]
 
 
-def test_the_gate_compares_what_both_have(tmp_path: Path) -> None:
-    ours = [("none", 576, 0.9), ("fastv", 64, 0.45), ("scope", 64, 0.81), ("ivtp", 64, 0.8), ("topk", 16, 0.1)]
-    compared = tmp_path / "compared.json"
-    rows = [{"method": method, "keep": keep, "accuracy": accuracy} for method, keep, accuracy in ours]
-    compared.write_text(json.dumps({"tables": [{"rows": rows}]}))
-    correlation, figures = like_published(compared)
-    assert correlation.rows[0]["methods"] == 2
-    assert correlation.rows[0]["Spearman"] == pytest.approx(1)
-    assert [(row["method"], row["here"]) for row in figures.rows] == [("scope", 0.9), ("fastv", 0.5)]
+def test_the_gate_prints_what_was_reproduced(tmp_path: Path) -> None:
+    rows = [{"method": "scope", "published": 95.0, "rank": 1, "here": 90.0, "rank here": 1, "papers": {}}]
+    found = {"methods": 1, "Spearman": 0.5, "Spearman low": -0.25, "Spearman high": 0.75}
+    (tmp_path / "published.json").write_text(json.dumps({"about": {"correlation": found}, "rows": rows}))
+    correlation, figures = like_published(tmp_path / "published.json")
+    assert correlation.rows == [{"methods": 1, "Spearman": 0.5, "95% interval": "-0.25 to 0.75"}]
+    assert figures.rows == [{column: rows[0][column] for column in ("method", "published", "rank", "here", "rank here")}]
