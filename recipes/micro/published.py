@@ -1,4 +1,4 @@
-"""Do methods rank here as papers rank them on LLaVA-1.5-7B? The seventh gate, of what `ivtp reproduce published` wrote."""
+"""Do methods rank here as on LLaVA-1.5-7B? The seventh gate, of what `ivtp reproduce published` wrote."""
 
 from __future__ import annotations
 

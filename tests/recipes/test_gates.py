@@ -105,9 +105,12 @@ def test_speed_is_measured_in_the_dtype_asked_for(folder: Path, monkeypatch: pyt
 
 
 def test_the_gate_prints_what_was_reproduced(tmp_path: Path) -> None:
-    rows = [{"method": "scope", "published": 95.0, "rank": 1, "here": 90.0, "rank here": 1, "papers": {}}]
+    rows: list[dict[str, Any]] = [
+        {"method": "scope", "published": 95.0, "rank": 1, "here": 90.0, "rank here": 1, "papers": {}}
+    ]
     found = {"methods": 1, "Spearman": 0.5, "Spearman low": -0.25, "Spearman high": 0.75}
     (tmp_path / "published.json").write_text(json.dumps({"about": {"correlation": found}, "rows": rows}))
     correlation, figures = like_published(tmp_path / "published.json")
     assert correlation.rows == [{"methods": 1, "Spearman": 0.5, "95% interval": "-0.25 to 0.75"}]
-    assert figures.rows == [{column: rows[0][column] for column in ("method", "published", "rank", "here", "rank here")}]
+    del rows[0]["papers"]
+    assert figures.rows == rows
