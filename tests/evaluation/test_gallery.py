@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +15,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from ivtp.evaluation.units import CROWDS, crowd_name
 from PIL import Image
 from tiny import NUM_PATCHES, image
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from ivtp.cli.app import app
 from ivtp.errors import ConfigError, ImageError, InputError, IvtpError
 from ivtp.evaluation.reproduce import base, gallery
 from ivtp.generate import asking
+from ivtp.micro.world.crowds import CROWDS, crowd_name
 
 KEEP = 8
 QUESTIONS = ('Is <i>it</i> red & "round"?', "What is | left of the dog?")
@@ -188,6 +191,18 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
         gallery.make(base.Request(base.Asked("no-such/model", ()), images=images, questions=questions), Bar())
 
 
+def test_the_command_needs_neither_lmms_eval_nor_matplotlib(tmp_path: Path) -> None:
+    """As a user without any extra runs it."""
+    without = "import sys; sys.modules |= dict.fromkeys(('lmms_eval', 'matplotlib')); "
+    words = ["reproduce", "gallery", "--limit", "1", "--method", "topk", "--output", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"{without}from ivtp.cli.app import main; main()", *words]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "right answers" in ran.stdout
+    assert (tmp_path / "gallery.html").is_file()
+
+
 def test_the_command_writes_page_sheet_and_rows(checkpoint: Path, files: tuple[str, str], tmp_path: Path) -> None:
     command = ["reproduce", "gallery", "--model", str(checkpoint), "--keep", str(KEEP), "--output", str(tmp_path)]
     own = ["--image", files[0], "--question", QUESTIONS[0]]
@@ -204,4 +219,7 @@ def test_the_command_writes_page_sheet_and_rows(checkpoint: Path, files: tuple[s
         refused = CliRunner().invoke(app, ["reproduce", *wrong, "--output", str(tmp_path / "other")])
         assert isinstance(refused.exception, ConfigError)
         assert "--image" in str(refused.exception)
+    for unread in (["--tasks", "pope"], ["--workers", "2"]):
+        refused = CliRunner().invoke(app, ["reproduce", "gallery", *unread, "--output", str(tmp_path / "other")])
+        assert f"{unread[0]} has no use in gallery" in str(refused.exception)
     assert not (tmp_path / "other").exists()

@@ -20,12 +20,12 @@ from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
 from ivtp.files.outputs import check_folder, need_matplotlib
 
-Name = Literal["table1", "figure3", "ablations", "complexity", "gallery", "published"]
-READ: dict[str, tuple[str, ...]] = {
-    "complexity": ("name", "model", "method", "output"),
-    "gallery": ("name", "model", "method", "keep", "limit", "device", "dtype", "clip", "image", "question", "output"),
+Name = Literal["table1", "figure3", "ablations", "complexity", "published", "gallery"]
+READ = {
+    "complexity": ("model", "method", "output"),
+    "gallery": ("model", "method", "keep", "limit", "image", "question", "device", "dtype", "clip", "output"),
 }
-"""The options of those that ask no task's questions."""
+"""Those that ask no task's questions, and so need no lmms-eval, and the options that they read."""
 
 
 @given.spoken
@@ -49,8 +49,7 @@ def reproduce(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, or images; default: all.")] = None,
     image: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="An image for gallery; repeatable. Default: of micro."),
+        list[str] | None, typer.Option(metavar="FILE", help="An image for gallery; repeatable. Default: of micro.")
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="What is asked about each --image; repeatable.")
@@ -70,8 +69,8 @@ def reproduce(
     """A table or figure of the paper: all methods on the twelve benchmarks, with paired 95% intervals.
 
     Every answer is kept as it comes: the same command goes on where a killed one stopped, and an answer that another
-    table needs, too, is not asked again. complexity is counted from sizes, and gallery draws what methods keep: neither
-    needs lmms-eval.
+    table needs, too, is not asked again. complexity is counted from sizes: it needs neither a model nor lmms-eval.
+    gallery, a page of images with what each method kept and answered, needs no lmms-eval either.
     """
     from ivtp.registry import load_named, method_class, method_name
 
@@ -84,7 +83,8 @@ def reproduce(
         raise ConfigError("each --question is asked about each --image; give at least one of both, or neither")
     if name not in READ and importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError("lmms-eval is not installed; `make eval-env` makes an environment with it")
-    need_matplotlib("ivtp reproduce")
+    if name != "gallery":
+        need_matplotlib("ivtp reproduce")
     quiet()
     from ivtp.evaluation.answers import cache_folder
     from ivtp.evaluation.asked import Asked
@@ -96,18 +96,9 @@ def reproduce(
         cache = cache or cache_folder() / "answers"
         left = f"answers so far are kept in {cache}; the same command goes on behind them"
         named, folders = named_tasks(tasks or ("micro12" if model == "micro" else "paper12"), limit)
-        asked = Asked(
-            model,
-            named,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            dtype=dtype,
-            clip=clip,
-            include_path=folders,
-            cache=str(cache),
-        )
-    request = base.Request(asked, methods, tuple(keep or ()), workers, tuple(image or ()), tuple(question or ()))
+        asked = replace(asked, model=model, tasks=named, batch_size=batch_size, include_path=folders, cache=str(cache))
+    own = tuple(image or ()), tuple(question or ())
+    request = base.Request(asked, methods, tuple(keep or ()), workers, *own)
     with interruptible(lambda: left):
         result: base.Result = load_named("evaluation.reproduce", name, "make")(request, _bar)
     result = replace(result, about=base.about(request, shlex.join(["ivtp", *sys.argv[1:]])) | result.about)
@@ -122,9 +113,10 @@ def reproduce(
 def _refuse_unread(context: typer.Context, name: str) -> None:
     """What a table makes no use of would else be left out in silence."""
     for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        own = parameter.name not in ("image", "question") if name not in READ else parameter.name in READ[name]
-        if not own and source is not None and source.name == "COMMANDLINE":
+        known = str(parameter.name)
+        read = known == "name" or (known in READ[name] if name in READ else known not in ("image", "question"))
+        source = context.get_parameter_source(known)
+        if not read and source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"{parameter.opts[0]} has no use in {name}; leave it out")
 
 

@@ -10,9 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-
 from ivtp.config import PruneConfig
 from ivtp.cost.flops import flops
 from ivtp.errors import LoadError
@@ -23,6 +20,8 @@ from ivtp.files.outputs import whole, write_text
 from ivtp.micro.world.crowds import CROWDS, crowd_name
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ivtp.evaluation.sweep import Measured
 
 Report = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
@@ -156,6 +155,8 @@ def write(folder: Path, name: str, result: Result) -> list[Path]:
     command = result.about.get("command", "")
     write_text(files[1], f"# {result.title}\n\n`{command}`\n\n{result.markdown}\n", "--output")
     if result.figure is not None:
+        from matplotlib import rc_context  # which a page of pictures does not need
+
         for suffix in (".png", ".svg"):
             files.append(folder / f"{name}{suffix}")
             # ids in an SVG are random otherwise, and the same figure would be another file

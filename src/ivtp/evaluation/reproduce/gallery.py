@@ -19,12 +19,12 @@ from ivtp.cost.answer import Cost
 from ivtp.cost.sizes import sizes
 from ivtp.errors import ConfigError
 from ivtp.evaluation.reproduce import base
-from ivtp.evaluation.units import CROWDS, crowd_name, crowd_of
 from ivtp.files.machine import processor_name
 from ivtp.generate import Answer, asking, load
 from ivtp.images import load_image
 from ivtp.micro.formats.base import normalise
 from ivtp.micro.world import OPEN_KINDS, questions, two_apart
+from ivtp.micro.world.crowds import CROWDS, crowd_name, crowd_of
 from ivtp.micro.world.photo import take_photo
 from ivtp.prompt.question import check_question
 from ivtp.visualize import Panel, count_fates, draw_comparison, draw_patches, said_of_crop, stack, swatches
