@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ivtp.errors import ConfigError
-from ivtp.evaluation.answers import Answers, source_of, weights_of
+from ivtp.evaluation.answers import Answers, file_of, source_of, weights_of
 from ivtp.registry import method_class
 
 RUN = {"model": "m", "config": {"method": "ivtp", "keep": 64}}
@@ -58,5 +58,26 @@ def test_weights_are_told_apart() -> None:
     assert weights_of(layer) != before
 
 
+def test_weights_of_large_tensors() -> None:
+    """Of more values than float32 can count; none of them takes memory here."""
+    large = nn.Module()
+    large.register_buffer("weight", torch.zeros(1, dtype=torch.int8).expand(45_088_769))
+    assert weights_of(large)
+
+
 def test_code_of_methods_is_told_apart() -> None:
-    assert source_of(method_class("topk")) == source_of(method_class("topk")) != source_of(method_class("tome"))
+    """Also of the parts of a pair, and of what a method inherits from."""
+    names = ("topk", "tome", "ivtp", "visionzip+fastv", "topk+fastv")
+    assert len({source_of(method_class(name)) for name in names}) == len(names)
+    assert source_of(method_class("topk")) == source_of(method_class("topk"))
+
+
+def test_files_named_in_options_are_told_apart(tmp_path: Path) -> None:
+    weights = tmp_path / "predictors.safetensors"
+    weights.write_bytes(b"one")
+    before = file_of(str(weights)), file_of(str(tmp_path))
+    weights.write_bytes(b"other")
+    assert file_of(str(weights)) != before[0]
+    assert file_of(str(tmp_path)) != before[1]
+    assert file_of("instruction") == "instruction"
+    assert file_of(0.2) == "0.2"

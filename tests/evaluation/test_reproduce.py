@@ -11,18 +11,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="`make eval-env` installs it")
 
 from ivtp.cli.app import app
+from ivtp.cost.flops import flops
+from ivtp.cost.sizes import sizes
 from ivtp.errors import ConfigError
-from ivtp.evaluation import micro12, sweep
-from ivtp.evaluation.lmms import IvtpModel
-from ivtp.evaluation.reproduce import base, table1
+from ivtp.evaluation import lmms, micro12, sweep
+from ivtp.evaluation.lmms import IvtpModel, Prompt
+from ivtp.evaluation.reproduce import ablations, base, table1
 from ivtp.evaluation.run import Asked
 from tests.recipes.test_evaluate import folder  # noqa: F401
 
@@ -159,7 +163,55 @@ def _alive(group: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("asked", [["--method", "ivpt"], ["--keep", "999"], ["--output", "/dev/null/x"]])
+def test_other_pictures_under_the_same_question_are_asked_anew() -> None:
+    prompts = [
+        Prompt("USER: <image> what is it?", (Image.new("RGB", (4, 4), colour),), {}, ()) for colour in ("red", "blue")
+    ]
+    request = SimpleNamespace(args=("", None, {}, 3, "pope", "test"))
+    first, second = (lmms._item(request, prompt) for prompt in prompts)  # type: ignore[arg-type]
+    assert first != second
+    assert first == lmms._item(request, prompts[0])  # type: ignore[arg-type]
+    assert first.startswith("pope/test/3/")
+
+
+def test_ablations_say_whose_sign_is_whose() -> None:
+    def row(says: str, low: float, high: float) -> dict[str, Any]:
+        return {"says": says, "to default low": low, "to default high": high}
+
+    worse, none, better = (-3.0, -1.0), (-1.0, 1.0), (1.0, 3.0)
+    assert ablations.sign([row("worse", *span) for span in (worse, none, better)]) == (
+        "paper's in 1, none in 1, opposite in 1"
+    )
+    assert ablations.sign([row("no better", *span) for span in (worse, none, better)]) == "paper's in 2, opposite in 1"
+    assert ablations.sign([row("", *worse)]) == "–"
+
+
+@pytest.mark.parametrize("model", ["micro", "llava-1.5-7b"])
+def test_every_ablation_can_be_asked(model: str) -> None:
+    """All cells are runs that the model's sizes allow, each at its own tokens and stages."""
+    found = list(ablations.cells(sizes(model), ablations.KEEPS))
+    for *_, run in found:
+        assert flops(model, method=run.method, keep=run.keep, text_tokens=64, **run.options).total > 0
+    assert {about.partition(" ")[0] for about, *_ in found} >= {
+        "how",
+        "what",
+        "threshold",
+        "decoder",
+        "layers",
+        "tokens",
+    }
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ["--method", "ivpt"],
+        ["--keep", "999"],
+        ["--output", "/dev/null/x"],
+        ["--tasks", "ocrbench"],
+        ["--image", "x.png"],
+    ],
+)
 def test_what_cannot_be_is_one_line(asked: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^.+$"):
         invoke("reproduce", "table1", "--limit", "4", *asked)

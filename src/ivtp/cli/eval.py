@@ -88,12 +88,12 @@ def named_tasks(tasks: str, limit: int | None) -> tuple[tuple[str, ...], tuple[s
     from ivtp.evaluation.benchmarks import PAPER12
     from ivtp.evaluation.run import whole
 
-    if tasks == "paper12":
-        return tuple(column.task for column in PAPER12), ()
-    if tasks == "micro12":
-        count = min(whole(limit) or micro12.ITEMS, micro12.ITEMS)
-        return tuple(column.task for column in micro12.MICRO12), (str(micro12.prepare(count=count, report=_report)),)
-    return tuple(tasks.split(",")), ()
+    sets = {"paper12": PAPER12, "micro12": micro12.MICRO12}
+    named = tuple(column.task for column in sets[tasks]) if tasks in sets else tuple(tasks.split(","))
+    if {column.task for column in micro12.MICRO12}.isdisjoint(named):
+        return named, ()
+    count = min(whole(limit) or micro12.ITEMS, micro12.ITEMS)
+    return named, (str(micro12.prepare(count=count, report=_report)),)
 
 
 def _report(names: Sequence[str]) -> Iterator[str]:

@@ -26,6 +26,8 @@ READ = {
     "gallery": ("model", "method", "keep", "limit", "image", "question", "device", "dtype", "clip", "output"),
 }
 """Those that ask no task's questions, and so need no lmms-eval, and the options that they read."""
+OWN = {"ablations": ("image", "question", "method")}
+"""What others have no use for, where it is more than the gallery's options."""
 
 
 @given.spoken
@@ -114,7 +116,9 @@ def _refuse_unread(context: typer.Context, name: str) -> None:
     """What a table makes no use of would else be left out in silence."""
     for parameter in context.command.params:
         known = str(parameter.name)
-        read = known == "name" or (known in READ[name] if name in READ else known not in ("image", "question"))
+        read = known == "name" or (
+            known in READ[name] if name in READ else known not in OWN.get(name, ("image", "question"))
+        )
         source = context.get_parameter_source(known)
         if not read and source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"{parameter.opts[0]} has no use in {name}; leave it out")

@@ -35,14 +35,27 @@ def weights_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
-        picked = flat[torch.linspace(0, max(len(flat) - 1, 0), min(SAMPLED, len(flat))).long()]
+        count = min(SAMPLED, len(flat))
+        picked = flat[torch.arange(count, device=flat.device) * max(len(flat) - 1, 0) // max(count - 1, 1)]
         digest.update(f"{name}{tuple(tensor.shape)}{picked.double().tolist()}".encode())
     return digest.hexdigest()[:16]
 
 
 def source_of(method: type[Any]) -> str:
-    """Tells the code of methods apart, by the file that a class stands in."""
-    return hashlib.sha256(Path(inspect.getfile(method)).read_bytes()).hexdigest()[:16]
+    """Tells the code of methods apart, by the files that a class, what it inherits from and its parts stand in."""
+    kinds = [kind for part in getattr(method, "parts", (method,)) for kind in part.__mro__ if kind is not object]
+    files = dict.fromkeys(Path(inspect.getfile(kind)) for kind in kinds)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+def file_of(value: object) -> str:
+    """Tells what a file or folder holds apart from what it held before; of anything else its text."""
+    path = Path(value) if isinstance(value, str) else None
+    if path is None or not path.exists():
+        return str(value)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{value} {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
 class Answers:

@@ -34,7 +34,8 @@ class Asked:
     @property
     def name(self) -> str:
         """Of its files: the same for the same run, whatever batches and device it ran on."""
-        same = json.dumps([self.model, self.tasks, self.limit, self.dtype, sorted((self.options or {}).items())])
+        options = sorted((self.options or {}).items())
+        same = json.dumps([self.model, self.tasks, self.limit, self.dtype, options, *filter(None, [self.clip])])
         digest = hashlib.sha256(same.encode()).hexdigest()[:8]
         return f"{Path(self.model).name}-{self.method}{'' if self.method == 'none' else f'-{self.keep}'}-{digest}"
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ivtp.cost.prefill import count_prompt
 from ivtp.errors import ConfigError, InputError
-from ivtp.evaluation.answers import Answers, source_of, weights_of
+from ivtp.evaluation.answers import Answers, file_of, source_of, weights_of
 from ivtp.generate import load
 from ivtp.images import load_image
 from ivtp.plug import attach, find_host
@@ -110,10 +110,11 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self.on_answers = on_answers
         self.answers = None
         if cache is not None:
-            run: dict[str, Any] = {"model": pretrained, "weights": weights_of(self.model), "clip": clip}
+            run: dict[str, Any] = {"model": pretrained, "weights": weights_of(self.model), "clip": file_of(clip)}
             run["dtype"] = str(self.model.dtype)
             if self.pruner is not None:
                 run |= {"config": dataclasses.asdict(self.pruner.config), "code": source_of(type(self.pruner.method))}
+                run["files"] = [file_of(value) for value in self.pruner.config.options.values()]
             self.answers = Answers(Path(cache), run, self.rank)
 
     # ---- what lmms-eval calls ---------------------------------------------------------------------------------
@@ -131,14 +132,16 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
 
     def _remembered(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answers of a batch. Where one of them is new all are asked: a batch is always the same."""
-        names = [_item(request) for request in requests]
-        known = [self.answers and self.answers.get(name) for name in names]
+        prompts = [self.prompt(request.args) for request in requests]
+        if self.answers is None:
+            return self.answer(prompts)
+        names = [_item(request, prompt) for request, prompt in zip(requests, prompts, strict=True)]
+        known = [self.answers.get(name) for name in names]
         if all(known):
             return [GenerationResult(answer["text"], Cost(**answer["cost"])) for answer in known if answer]
-        found = self.answer([self.prompt(request.args) for request in requests])
-        if self.answers is not None:
-            kept = [{"text": answer.text, "cost": vars(answer.token_counts)} for answer in found]
-            self.answers.add(dict(zip(names, kept, strict=True)))
+        found = self.answer(prompts)
+        kept = [{"text": answer.text, "cost": vars(answer.token_counts)} for answer in found]
+        self.answers.add(dict(zip(names, kept, strict=True)))
         return found
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
@@ -299,11 +302,13 @@ class IvtpSimpleModel(IvtpModel):
         raise ConfigError("tasks of several rounds are conversations; run them without --force_simple")
 
 
-def _item(request: Instance) -> str:
-    """Names what a request asks: the task's item, its text, and how it is to be answered."""
+def _item(request: Instance, prompt: Prompt) -> str:
+    """Names what a request asks: the task's item, and all that the model is handed for it."""
     *_, number, task, split = request.args
-    asked = repr([part for part in request.args if isinstance(part, str | dict)])
-    return f"{task}/{split}/{number}/{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    asked = hashlib.sha256(repr((prompt.text, sorted(prompt.generation.items()), prompt.until)).encode())
+    for image in prompt.images:
+        asked.update(repr((image.mode, image.size)).encode() + image.tobytes())
+    return f"{task}/{split}/{number}/{asked.hexdigest()[:16]}"
 
 
 def _one_turn(context: str, visuals: Iterable[Any]) -> list[dict[str, Any]]:

@@ -129,8 +129,11 @@ def _seed(values: Values, scale: float) -> Ratios:
 
 def _llava(values: Values, scale: float) -> Ratios:
     """The model's marks over those of the reference; what could not be judged does not count."""
-    marks = [(number, value["scores"]) for number, value in values if -999 not in value["scores"]]
-    return _one_term([(number, 100.0 * float(mine), float(best)) for number, (best, mine) in marks], scale)
+    terms = []
+    for number, value in values:
+        best, mine = (0, 0) if -999 in value["scores"] else value["scores"]
+        terms.append((number, 100.0 * float(mine), float(best)))
+    return _one_term(terms, scale)
 
 
 def _judged(values: Values, scale: float) -> Ratios | None:

@@ -59,7 +59,7 @@ class Measured:
         return found
 
     def crowd(self, number: int) -> Measured | None:
-        """The same over photos of one of CROWDS; None where tasks do not tell the number of objects."""
+        """The same over photos of one of CROWDS; None where tasks tell of none."""
         first, last = CROWDS[number]
         if not self.objects:
             return None
@@ -68,7 +68,8 @@ class Measured:
             chosen = [first <= self.objects[title][item] <= last for item in part.items]
             if any(chosen):
                 parts[title] = part.of(chosen)
-        return Measured({title: float(part.value()) for title, part in parts.items()}, parts, {}, {})
+        found = {title: float(part.value()) for title, part in parts.items()}
+        return Measured(found, parts, {}, {}) if found else None
 
 
 def measured(asked: Asked, on_answers: OnAnswers | None = None) -> Measured:
@@ -83,9 +84,7 @@ def measured(asked: Asked, on_answers: OnAnswers | None = None) -> Measured:
         samples = found["samples"][column.task]
         figures[column.title] = value
         part = ratios(column.metric, samples, column.to_percent)
-        if part is not None:
-            if abs(float(part.value()) - value) > TOLERANCE:
-                raise AssertionError(f"{column.title}: {value} of lmms-eval is {part.value()} as a sum of ratios")
+        if part is not None and abs(float(part.value()) - value) <= TOLERANCE:  # else it has no interval
             parts[column.title] = part
         if all("objects" in sample["doc"] for sample in samples):
             objects[column.title] = {int(sample["doc_id"]): int(sample["doc"]["objects"]) for sample in samples}
@@ -97,7 +96,7 @@ def measured(asked: Asked, on_answers: OnAnswers | None = None) -> Measured:
 def sweep(asked: Asked, runs: Sequence[Run], workers: int, on_answers: OnAnswers) -> Iterator[tuple[Run, Measured]]:
     """Each run with what it found, as they end; `workers` processes, on a GPU each its own.
 
-    Raises `ConfigError` for the first run that cannot be, before one is begun.
+    Raises what a run raises.
     """
     if workers < 1:
         raise ConfigError(f"workers={workers} is no number of processes; use 1 or more")
@@ -106,7 +105,7 @@ def sweep(asked: Asked, runs: Sequence[Run], workers: int, on_answers: OnAnswers
     places: multiprocessing.queues.Queue[int] = spawn.Queue()
     for place in range(workers):
         places.put(place)
-    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(told, places)) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(told, places, workers)) as pool:
         jobs = {pool.submit(_job, run.asked(asked)): run for run in runs}
         left = set(jobs)
         try:
@@ -134,12 +133,12 @@ _told: Any
 _place = 0
 
 
-def _begin(told: Any, places: Any) -> None:
-    """Of each process: on a CPU it takes one thread; small models make poor use of more."""
+def _begin(told: Any, places: Any, workers: int) -> None:
+    """Of each process, which takes its share of the threads."""
     global _told, _place
     _told, _place = told, places.get()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     _hush()
 
 

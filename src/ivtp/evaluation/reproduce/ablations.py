@@ -20,6 +20,9 @@ PAPER_LAYERS = 32
 """Of the decoder of LLaVA-1.5-7B, whose first 4, 8 and 12 the paper prunes in; other depths take the same shares."""
 
 
+WORSE, NO_BETTER = "worse", "no better"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One thing that differs from the default."""
@@ -30,8 +33,8 @@ class Variant:
     """In which it makes a difference."""
     paper: float | None = None
     """The paper's difference in points, without retraining, where it prints one."""
-    worse: bool = True
-    """Whether the paper says that it is worse than the default, or no better."""
+    says: str = ""
+    """What the paper says of it, beside the default: WORSE, NO_BETTER or, where it does not speak of it, nothing."""
 
 
 def ablations(model: Sizes, keep: int) -> dict[str, list[Variant]]:
@@ -44,29 +47,33 @@ def ablations(model: Sizes, keep: int) -> dict[str, list[Variant]]:
     depths = {f"the first {name} decoder layers": count for name, count in shares.items()} | {"all layers": layers}
     return {
         "how a group's attention maps become one (default: rollout with residual)": [
-            Variant("the last layer's alone", {"aggregation": "layer"}, paper=-4.5),
-            *(Variant(f"their {name}", {"aggregation": name}) for name in ("mean", "max")),
-            Variant("their product", {"aggregation": "multiply"}),
+            Variant("the last layer's alone", {"aggregation": "layer"}, paper=-4.5, says=WORSE),
+            *(Variant(f"their {name}", {"aggregation": name}, says=WORSE) for name in ("mean", "max")),
+            Variant("their product", {"aggregation": "multiply"}, says=WORSE),
         ],
         "what guides stage 2 (default: OTT+TE+RT)": [
-            Variant("OTT: all words", {"guide": "text"}, guided, paper=-2.9),
-            Variant("TE: CLIP's sentence", {"guide": "clip"}, guided),
-            Variant("OTT+TE: words by relevance", {"guide": "weighted"}, guided),
+            Variant("OTT: all words", {"guide": "text"}, guided, paper=-2.9, says=WORSE),
+            Variant("TE: CLIP's sentence", {"guide": "clip"}, guided, says=WORSE),
+            Variant("OTT+TE: words by relevance", {"guide": "weighted"}, guided, says=WORSE),
             Variant("none: visual CLS", {"guide": "visual"}, guided),
         ],
         f"threshold of relevance (default: {threshold:g})": [
             Variant(f"{part:g} of it", {"threshold": threshold * part}, guided) for part in (0, 0.5, 1.5, 2)
         ],
         f"decoder layers that take part (default: {own} of {layers}; none is stage 1 alone)": [
-            Variant(name, {"llm_layers": count}, guided) for name, count in depths.items() if count != own
+            Variant(name, {"llm_layers": count}, guided, says=NO_BETTER if count > own else WORSE)
+            for name, count in depths.items()
+            if count != own
         ],
-        "layers of a group (default: 3)": [Variant(f"G = {count}", {"group_layers": count}) for count in (1, 2, 4, 6)],
+        "layers of a group (default: 3)": [
+            Variant(f"G = {count}", {"group_layers": count}, says=WORSE) for count in (1, 2, 4, 6)
+        ],
         "tokens between the stages (default: one ratio)": [
             Variant(f"{between}", {"schedule": (between, keep)}, ("both",))
             for between in sorted({keep, keep + 36, 2 * keep, 3 * keep, 288})
         ],
         "positions (default: original)": [Variant("compact", {"positions": "compact"})],
-        "cache (default: evict)": [Variant("layered", {"cache": "layered"}, guided, worse=False)],
+        "cache (default: evict)": [Variant("layered", {"cache": "layered"}, guided)],
     }
 
 
@@ -97,7 +104,7 @@ def make(request: base.Request, report: base.Report) -> base.Result:
     for about, keep, stages, variant, run in wanted:
         against = [("change", full), ("to default", found[defaults[keep, stages]])]
         made.append(
-            {"about": about, "variant": variant.name, "stages": stages, "paper": variant.paper, "worse": variant.worse}
+            {"about": about, "variant": variant.name, "stages": stages, "paper": variant.paper, "says": variant.says}
             | base.row(run, found[run], against)
         )
     return base.Result("Ablations of IVTP", made, page(made, keeps))
@@ -128,7 +135,7 @@ def page(rows: list[Row], keeps: Sequence[int]) -> str:
                 base.shown_difference(by_place[place], "to default") if place in by_place else "–" for place in columns
             )
             paper = own[0]["paper"]
-            said = "worse" if own[0]["worse"] else "–"
+            said = own[0]["says"] or "–"
             lines.append((name, *told, said if paper is None else f"{paper:+.1f}", sign(own)))
         parts.append(f"## {about[0].upper()}{about[1:]}\n\n{base.grid(header, lines)}")
     return "\n\n".join(parts)
@@ -139,10 +146,13 @@ def _at(row: Row, keep: int, stages: str) -> bool:
 
 
 def sign(rows: Sequence[Row]) -> str:
-    """How many cells of a variant differ as the paper says, do not differ, and differ the other way."""
-    if not rows[0]["worse"]:
-        return "–"
+    """In how many cells of a variant the difference is the paper's, there is none, or it is the opposite."""
     known = [row for row in rows if row["to default low"] is not None]
-    as_paper = sum(row["to default high"] < 0 for row in known)
-    against = sum(row["to default low"] > 0 for row in known)
-    return f"paper's in {as_paper}, none in {len(known) - as_paper - against}, opposite in {against}"
+    if not rows[0]["says"] or not known:
+        return "–"
+    worse = sum(row["to default high"] < 0 for row in known)
+    better = sum(row["to default low"] > 0 for row in known)
+    none = len(known) - worse - better
+    if rows[0]["says"] == NO_BETTER:
+        return f"paper's in {worse + none}, opposite in {better}"
+    return f"paper's in {worse}, none in {none}, opposite in {better}"

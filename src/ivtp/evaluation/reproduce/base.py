@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from ivtp.config import PruneConfig
 from ivtp.cost.flops import flops
-from ivtp.errors import LoadError
+from ivtp.cost.sizes import model_config
+from ivtp.errors import ConfigError, LoadError
 from ivtp.evaluation.asked import Asked, Row, Run
 from ivtp.evaluation.ratios import Array, percentiles
 from ivtp.files.machine import processor_name
 from ivtp.files.outputs import whole, write_text
 from ivtp.micro.world.crowds import CROWDS, crowd_name
+from ivtp.registry import host_classes, list_methods
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,11 +64,13 @@ class Result:
 def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, Measured]:
     """Every run on the request's tasks, the full model first.
 
-    Raises `ConfigError` for a run that cannot be before any has begun.
+    Raises `ConfigError` for a run that cannot be, and for tasks that have no column, before any has begun.
     """
-    from ivtp.evaluation.run import count_questions  # lmms-eval comes with these: not all tables need it
+    from ivtp.evaluation.run import columns, count_questions  # lmms-eval comes with these: not all tables need it
     from ivtp.evaluation.sweep import sweep
 
+    if not columns(request.asked.tasks):
+        raise ConfigError(f"{', '.join(request.asked.tasks)}: none is a benchmark of paper12 or micro12; name some")
     for run in runs:
         _check(request.asked.model, run)
     wanted = list(dict.fromkeys([FULL, *runs]))
@@ -74,6 +78,18 @@ def measure(request: Request, runs: Sequence[Run], report: Report) -> dict[Run, 
     with report(total, "questions") as on_answers:
         found = dict(sweep(request.asked, wanted, request.workers, on_answers))
     return {run: found[run] for run in wanted}
+
+
+def methods_of(request: Request) -> tuple[str, ...]:
+    """Those asked for, or all that the model's family takes; all there are where its sizes are not on this machine."""
+    if request.methods:
+        return tuple(name for name in request.methods if name != "none")
+    try:
+        config = model_config(request.asked.model)
+    except LoadError:
+        return tuple(list_methods())
+    family = next((name for name, host in host_classes().items() if host.matches(config)), None)
+    return tuple(list_methods(family))
 
 
 def _check(model: str, run: Run) -> None:

@@ -71,5 +71,6 @@ def _line(axes: Any, name: str, rows: list[Row], coloured: bool) -> None:
         return
     errors = None
     if all(row["mean low"] is not None for row in rows):
-        errors = [[row["mean"] - row["mean low"] for row in rows], [row["mean high"] - row["mean"] for row in rows]]
+        below = [max(row["mean"] - row["mean low"], 0) for row in rows]  # lmms-eval rounds some figures
+        errors = [below, [max(row["mean high"] - row["mean"], 0) for row in rows]]
     axes.errorbar(cost, mean, yerr=errors, marker="o", markersize=4, linewidth=1.8, capsize=2, label=name)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from ivtp.evaluation.asked import Row, Run
 from ivtp.evaluation.reproduce import base
 from ivtp.evaluation.sweep import Measured
-from ivtp.registry import list_methods, method_class
+from ivtp.registry import method_class
 
 KEEPS = (64,)
 
 
 def runs(request: base.Request, keeps: Sequence[int]) -> list[Run]:
     """All methods at each number of tokens."""
-    return [Run(method, keep) for keep in request.keeps or keeps for method in request.methods or list_methods()]
+    return [Run(method, keep) for keep in request.keeps or keeps for method in base.methods_of(request)]
 
 
 def rows(found: dict[Run, Measured]) -> list[Row]:
