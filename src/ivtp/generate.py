@@ -100,6 +100,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     def read(path: str) -> tuple[nn.Module, Any]:
         processor = AutoProcessor.from_pretrained(path)
+        if not hasattr(processor, "image_processor"):  # AutoProcessor hands out a tokenizer where a part cannot be made
+            raise ValueError("its processor reads no images here; some need torchvision, which is not part of ivtp")
         check_template(processor)
         model, report = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
         check_weights(model, report)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlavaOnevisionConfig
 
 import ivtp
-from ivtp.errors import InputError
+from ivtp.errors import InputError, LoadError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.llava_onevision import HOST
 from ivtp.hosts.tiles import in_tiles
@@ -115,3 +117,10 @@ def test_counts_that_do_not_fit_are_refused(small: tuple[Any, Any]) -> None:
     inputs["batch_num_images"] = torch.tensor([2])
     with ivtp.attach(model, processor, method="topk", keep=4), pytest.raises(InputError, match="batch_num_images"):
         model(**inputs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="its processor can be made")
+def test_a_checkpoint_whose_processor_needs_torchvision_is_one_line(small: tuple[Any, Any], tmp_path: Path) -> None:
+    ivtp.save(*small, tmp_path)
+    with pytest.raises(LoadError, match=r"^.*its processor reads no images here; some need torchvision.*$"):
+        ivtp.load(tmp_path)

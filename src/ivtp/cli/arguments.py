@@ -48,7 +48,7 @@ Json = Annotated[bool, flag("--json", help="Print one JSON document.")]
 RESERVED = frozenset(
     {
         *("model", "processor", "image", "question", "method", "keep", "max_new_tokens", "clip", "config", "options"),
-        *("text_tokens", "batch", "images", "image_size", "instruction_tokens"),
+        *("text_tokens", "batch", "images", "image_size", "instruction_tokens", "compressor"),
     }
 )
 """What `ask`, `attach` and `flops` take for themselves: no option may have such a name."""
