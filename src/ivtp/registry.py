@@ -5,15 +5,18 @@ A package adds a pruning method or a model family under `[project.entry-points."
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import pkgutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError, short_reason
 
 _BASES = {"methods": "Method", "hosts": "Host"}
@@ -69,15 +72,65 @@ def _noun(room: str) -> str:
     return room.rpartition(".")[2][:-1]
 
 
-def list_methods(host: str | None = None) -> list[str]:
-    """Names of the pruning methods, in alphabetical order; of a family in `list_hosts()` those that it can be given.
+@dataclass(frozen=True)
+class Taken:
+    """Whether a model family takes a method."""
 
-    A family lacks what some methods need, such as a CLS token. Raises `ConfigError` for an unknown family.
+    options: Mapping[str, Any] | None
+    """Options of the method that it is taken with; empty where its defaults are, None where it is refused."""
+    refusal: str
+    """The line that refuses it with its defaults; empty where they are taken."""
+
+
+def list_methods(host: str | None = None) -> list[str]:
+    """Names of the pruning methods, in alphabetical order; of a family in `list_hosts()` those that it takes.
+
+    A family lacks what some methods need, such as a CLS token. Where it has no text side it takes IVTP with
+    `guide="text"` or `guide="visual"` alone. Raises `ConfigError` for an unknown family.
     """
     if host is None:
         return list(names_in("methods"))
-    gives = host_class(host).gives
-    return [name for name, method in method_classes().items() if method.needs <= gives]
+    return [name for name, found in methods_on(host).items() if found.options is not None]
+
+
+def methods_on(host: str, methods: Collection[str] = ()) -> dict[str, Taken]:
+    """Whether a random small model of a family takes each of the `methods`, of all without any.
+
+    Raises `ConfigError` for an unknown family or method.
+    """
+    family = host_class(host)
+    subject = family(family.tiny()[0])
+    return {name: _taken(subject, name) for name in methods or method_classes()}
+
+
+_HALF = "50%"
+"""Tokens that no method is too coarse to leave."""
+
+
+def _taken(host: Any, name: str) -> Taken:
+    guided = any(field.name == "guide" for field in dataclasses.fields(method_class(name).Options))
+    refusals = []
+    for options in ({}, {"guide": "text"})[: 1 + guided]:
+        try:
+            method_on(host, PruneConfig(method=name, keep=_HALF, options=options))
+        except ConfigError as error:
+            refusals.append(str(error))
+        else:
+            return Taken(options, "".join(refusals))
+    return Taken(None, refusals[0])
+
+
+def method_on(host: Any, config: PruneConfig) -> Any:
+    """The method that `config` asks for, planned for the largest image that the model of `host` reads.
+
+    Raises `ConfigError` for what the method refuses, and where the family does not take it.
+    """
+    kind = method_class(config.method)
+    largest = dataclasses.replace(host.size, num_patches=host.most_patches)
+    method = kind(kind.filled(config, largest, host.recommended()), largest)
+    if refusal := host.refusal(method):
+        raise ConfigError(refusal)
+    return method
 
 
 def list_hosts() -> list[str]:

@@ -77,7 +77,7 @@ app.command()(chat)
 def flops(
     context: typer.Context,
     model: Annotated[
-        str, typer.Option(help="llava-1.5-7b, llava-onevision-qwen2-7b-ov, micro, a folder, or a downloaded hub id.")
+        str, typer.Option(help="llava-1.5-7b, llava-v1.6-mistral-7b, micro, a folder, or a downloaded hub id.")
     ] = "llava-1.5-7b",
     method: Annotated[str | None, typer.Option(help="A method that `ivtp methods` lists; default: ivtp.")] = None,
     compressor: Annotated[

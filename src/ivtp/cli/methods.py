@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from ivtp.cli import arguments as given
 from ivtp.cli.console import err, out, print_json
+from ivtp.cli.door import quiet
 from ivtp.config import PruneConfig
 
 _COLUMNS = ("name", "title", "year", "stage", "guided", "trainable", "merges")
@@ -25,18 +27,25 @@ _FLAGS = {"keep": "--keep", "seed": "--seed", "threshold": "--threshold"}
 @given.spoken
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its options and what they mean.")] = None,
+    by_host: Annotated[bool, typer.Option("--hosts", help="Which model families take them, and why not.")] = False,
     as_json: given.Json = False,
 ) -> None:
     """List the pruning methods, or describe one of them.
 
     JSON: a list with name, title, year, stage, guided, trainable, merges, paper and note (what must be known of it) of
     each; of one method these, text and options (name, default, own: whether it is this method's alone, text).
+
+    With --hosts a list with method, host, works, options (those that it works with) and refusal (the line that refuses
+    it without them) of each.
     """
     from ivtp.registry import list_methods, method_class, method_name
 
     with err.status("reading"):
         names = list_methods() if name is None else [method_name(name)]
         kinds = {each: method_class(each) for each in names}
+    if by_host:
+        _list_by_host(names, as_json)
+        return
     rows = [{"name": each, **asdict(kind.info)} for each, kind in kinds.items()]
     if name is not None:
         _describe(rows[0], kinds[names[0]], as_json)
@@ -63,6 +72,35 @@ def _list(rows: list[dict[str, Any]]) -> None:
         if row["note"]:
             out.print(f"{row['name']:<{width}}  {row['note']}", markup=False)
     out.print("\nOne method's options: ivtp methods NAME", markup=False)
+
+
+def _list_by_host(names: list[str], as_json: bool) -> None:
+    """A column for each family: `yes`, what a method works with, or `-`, and below the table why."""
+    from ivtp.registry import host_classes, methods_on
+
+    quiet()
+    with err.status("trying"):
+        found = {host: methods_on(host, names) for host in host_classes()}
+    if as_json:
+        cells = [(name, host, taken[name]) for name in names for host, taken in found.items()]
+        print_json([{"method": m, "host": h, "works": t.options is not None, **asdict(t)} for m, h, t in cells])
+        return
+    table = Table("method", *found, box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_row(name, *(_cell(taken[name].options) for taken in found.values()))
+    out.print(table)
+    for host, taken in found.items():
+        refused = [each.refusal for each in taken.values() if each.options is None]
+        if refused:
+            out.print(f"\nrefused by {host}", style="bold")
+        for line in refused:
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def _cell(options: Mapping[str, Any] | None) -> str:
+    if options is None:
+        return "-"
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "yes"
 
 
 def _describe(row: dict[str, Any], kind: Any, as_json: bool) -> None:

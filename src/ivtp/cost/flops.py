@@ -31,7 +31,7 @@ def flops(
 
     `compressor`, one of `ivtp.list_compressors()`, stands in for the projector and gives `keep` tokens of each image;
     so does one that is in the model, or named beside the checkpoint. Nothing prunes behind it, and None is "none" then.
-    `model`: a name (`llava-1.5-7b`, `llava-onevision-qwen2-7b-ov`, `micro`), a folder or hub id whose `config.json`
+    `model`: a name (`llava-1.5-7b`, `llava-v1.6-mistral-7b`, `micro`), a folder or hub id whose `config.json`
     is on this machine, a transformers config, a model, or a `Geometry`. `text_tokens`: the prompt as its tokenizer
     counts it, with one placeholder for each image, whose place the visual tokens take. `image_size`: (width, height)
     in pixels, of a family that reads images in tiles; None counts one tile. `instruction_tokens`: of the user's turn,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ivtp.errors import InputError
 from ivtp.files.sidecar import local_folder, recommended, sidecar
 from ivtp.hosts.tiny import PROMPTS, tiny_images
-from ivtp.plan import Geometry, Place
+from ivtp.methods.base import Method
+from ivtp.plan import NEEDS, PLACES, Geometry, Place
 from ivtp.towers.base import TextTower, VisionTower
 
 OPENAI_CLIP = {
@@ -158,6 +159,25 @@ class Host:
     def most_patches(self) -> int:
         """Patches of the largest image that this model reads."""
         return self.size.num_patches
+
+    def refusal(self, method: Method) -> str | None:
+        """Why `method` would silently be another one in this family, and what to do, in one line; None: it is taken."""
+        name, other = f"method {method.config.method!r}", "another method (see `ivtp methods --hosts`)"
+        missing = sorted(method.needed - self.gives)
+        if missing:
+            lacks = " and ".join(NEEDS[need] for need in missing)
+            guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
+            return f"{name} needs {lacks}, which {self.name} lacks; use {guides}{other}"
+        places = {cut.place for cut in method.plan.cuts if cut.where == "vision"}
+        if uncut := sorted(places - self.cuts):
+            where = " and ".join(PLACES[place] for place in uncut)
+            return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
+        if self.pads and places and method.info.merges and not method.heeds_padding:
+            return (
+                f"{name} merges tokens in the encoder, and could not tell the padding in the tiles of {self.name}; "
+                f"use {other}"
+            )
+        return None
 
     def visuals(self, inputs: dict[str, Any]) -> list[Visual]:
         """The images of a call, in order, on the host. Raises `InputError` for what is no image of this family."""

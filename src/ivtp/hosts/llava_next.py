@@ -10,6 +10,34 @@ from torch import nn
 from ivtp.hosts.tiles import TilesHost
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
 
+_VICUNA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32064}
+_STOCK: dict[str, dict[str, Any]] = {
+    "llava-v1.6-vicuna-7b": {
+        **_VICUNA,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llava-v1.6-vicuna-13b": {
+        **_VICUNA,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+    "llava-v1.6-mistral-7b": {
+        "model_type": "mistral",
+        "vocab_size": 32064,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "sliding_window": None,
+    },
+}
+
 
 class LlavaNextHost(TilesHost):
     """`LlavaNextForConditionalGeneration` with a CLIP tower and one feature layer; images of any size.
@@ -23,11 +51,19 @@ class LlavaNextHost(TilesHost):
 
     name = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
+    stock = tuple(_STOCK)
 
     @classmethod
     def matches(cls, config: Any) -> bool:
         """A LLaVA-NeXT config, whatever its tower and decoder."""
         return getattr(config, "model_type", None) == "llava_next"
+
+    @classmethod
+    def stock_config(cls, name: str) -> Any:
+        """LLaVA-NeXT of the given size, with CLIP ViT-L/14 at 336 pixels."""
+        from transformers import LlavaNextConfig
+
+        return LlavaNextConfig(text_config=_STOCK[name])
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,6 @@ from ivtp.guide.clip import ClipText
 from ivtp.guide.pseudo_cls import GuideMaker, reads_question
 from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
-from ivtp.plan import NEEDS, PLACES
 from ivtp.plug.calls import Equipment
 from ivtp.plug.pruner import Pruner, check_uncompressed, check_unpruned
 from ivtp.prompt.instruction import InstructionReader
@@ -68,17 +66,7 @@ def _trained(host: Host, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
     """The method that `config` asks for on `host`, and what it reads the instruction with."""
-    kind = registry.method_class(config.method)
-    largest = dataclasses.replace(host.size, num_patches=host.most_patches)
-    method: Method = kind(kind.filled(config, largest, host.recommended()), largest)
-    _check_needs(host, method)
-    _check_cuts(host, method)
-    merges_tiles = method.info.merges and any(cut.where == "vision" for cut in method.plan.cuts)
-    if host.pads and merges_tiles and not method.heeds_padding:
-        raise ConfigError(
-            f"method {config.method!r} merges tokens in the encoder, and could not tell the padding in the tiles of "
-            f"{host.name}; use a method that selects, or one of the decoder (see `ivtp methods`)"
-        )
+    method: Method = registry.method_on(host, config)
     return Equipment(method, _guide_maker(host, method, processor, clip))
 
 
@@ -93,28 +81,6 @@ def find_host(model: nn.Module) -> Host:
     names = ", ".join(f"{host.model_class} ({host.name})" for host in hosts)
     hint = "; pass the model itself, ivtp.load(...)[0]" if not isinstance(model, nn.Module) else ""
     raise UnsupportedModelError(f"{type(model).__name__} is not a model that can be pruned; supported: {names}{hint}")
-
-
-def _check_needs(host: Host, method: Method) -> None:
-    """Raise `ConfigError` where the family lacks something without which the method would silently be another one."""
-    missing = sorted(method.needed - host.gives)
-    if missing:
-        lacks = " and ".join(NEEDS[name] for name in missing)
-        guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
-        raise ConfigError(
-            f"method {method.config.method!r} needs {lacks}, which {host.name} lacks; "
-            f"use {guides}one of {', '.join(registry.list_methods(host.name))}"
-        )
-
-
-def _check_cuts(host: Host, method: Method) -> None:
-    """Raise `ConfigError` where the method cuts the encoder at a place where the family cannot be cut."""
-    refused = sorted({cut.place for cut in method.plan.cuts if cut.where == "vision"} - host.cuts)
-    if refused:
-        raise ConfigError(
-            f"method {method.config.method!r} cuts {' and '.join(PLACES[place] for place in refused)}, where "
-            f"{host.name} cannot be cut; use a method of the decoder, or one that cuts elsewhere (see `ivtp methods`)"
-        )
 
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
