@@ -154,9 +154,10 @@ def compared() -> str:
         (label(name), *(points(row_of(name, keep)["objects"][crowd]) for keep in keeps for crowd in crowds))
         for name in names
     ]
-    gaps = ("method", *(f"{keep}: to {other}" for keep in keeps for other in ("all tokens", "IVTP")))
+    sides = {"all tokens": "change", "IVTP": "to ivtp", "the best": "to best"}
+    gaps = ("method", *(f"{keep}: to {other}" for keep in keeps for other in sides))
     third = [
-        (label(name), *(gap(row_of(name, keep), against) for keep in keeps for against in ("change", "to ivtp")))
+        (label(name), *(gap(row_of(name, keep), side) for keep in keeps for side in sides.values()))
         for name in names[1:]
     ]
     return "\n\n".join((table(tuple(header), first), table(apart, second), table(gaps, third)))

@@ -154,4 +154,4 @@ def test_tables_show_simple_and_crowded_photos_apart(tmp_path: Path, monkeypatch
     whole = tables.compared()
     assert whole.count("`ivtp`") == 3
     assert "32: 8-12 objects" in whole
-    assert "| none (-9.0 to +1.0) | +2.0 (+1.0 to +3.0) |" in whole
+    assert "| none (-9.0 to +1.0) | +2.0 (+1.0 to +3.0) | – |" in whole

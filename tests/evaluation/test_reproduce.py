@@ -97,6 +97,10 @@ def test_table1(brief: Path, tmp_path: Path, here: None, monkeypatch: pytest.Mon
     for row in others:
         assert row["change"] == pytest.approx(row["mean"] - full["mean"])
         assert row["visual_tokens"] == 16 < full["visual_tokens"]
+    best, other = others
+    assert "to best" not in best
+    assert other["to best"] == pytest.approx(other["mean"] - best["mean"]) <= 0
+    for row in others:
         assert row["tflops"] < full["tflops"]
     page = (tmp_path / "out" / "table1.md").read_text(encoding="utf-8")
     assert all(f"| {title} |" in page for title in ("mean", "to IVTP", "GQA"))

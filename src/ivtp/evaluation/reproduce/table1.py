@@ -18,19 +18,17 @@ def runs(request: base.Request, keeps: Sequence[int]) -> list[Run]:
 
 
 def rows(found: dict[Run, Measured]) -> list[Row]:
-    """The full model, then for each number of tokens the methods, the best first, against it and against IVTP."""
+    """The full model, then for each number of tokens the methods, the best first, against it, IVTP and the best."""
     full = found[base.FULL]
     made = [base.row(base.FULL, full)]
-    for run, measured in found.items():
-        if run != base.FULL:
-            against = [("change", full)]
-            ivtp = found.get(Run("ivtp", run.keep))
-            if ivtp is not None and run.method != "ivtp":
-                against.append(("to ivtp", ivtp))
-            made.append(base.row(run, measured, against))
-    return sorted(
-        made, key=lambda row: (row["method"] != "none", row["keep"] if row["keep"] != "all" else 0, -row["mean"])
-    )
+    for keep in dict.fromkeys(run.keep for run in found if run != base.FULL):
+        mine = {run: measured for run, measured in found.items() if run.keep == keep and run != base.FULL}
+        ordered = sorted(mine, key=lambda run: -mine[run].mean)
+        others = [("to ivtp", Run("ivtp", keep)), ("to best", ordered[0])]
+        for run in ordered:
+            pairs = [(name, mine[other]) for name, other in others if other in mine and other != run]
+            made.append(base.row(run, mine[run], [("change", full), *pairs]))
+    return sorted(made, key=lambda row: 0 if row["keep"] == "all" else row["keep"])
 
 
 def label(row: Row) -> str:
@@ -45,7 +43,7 @@ def table(rows: Sequence[Row]) -> str:
     titles = list(rows[0]["benchmarks"])
     crowds = list(rows[0]["objects"])
     first = base.grid(
-        ("method", "tokens", "mean", "to all tokens", "to IVTP", "TFLOPs", *crowds),
+        ("method", "tokens", "mean", "to all tokens", "to IVTP", "to the best", "TFLOPs", *crowds),
         [
             (
                 label(row),
@@ -53,6 +51,7 @@ def table(rows: Sequence[Row]) -> str:
                 base.shown(row, "mean"),
                 base.shown_difference(row, "change"),
                 base.shown_difference(row, "to ivtp"),
+                base.shown_difference(row, "to best"),
                 f"{row['tflops']:.4g}",
                 *(base.shown(row["objects"][crowd], "mean") for crowd in crowds),
             )
