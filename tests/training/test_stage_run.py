@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import image
 from torch import Tensor
 
 import ivtp
@@ -92,6 +93,40 @@ def test_adapters_are_merged_into_a_stock_checkpoint(asked: Asked, checkpoint: P
     adapter = load_file(asked.out / "adapter" / "adapter_model.safetensors")
     counted = estimate(run, mix.records(), devices=1)
     assert sum(weight.numel() for weight in adapter.values()) == counted.learned
+
+
+@pytest.fixture(scope="session")
+def compressed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the page on training has one made."""
+    folder = tmp_path_factory.mktemp("compressed")
+    model, processor = ivtp.load(checkpoint)
+    ivtp.compress(model, processor, "qformer", tokens=9)
+    ivtp.save(model, processor, folder)
+    return folder
+
+
+def compressor_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "compressor.safetensors")
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN, FINETUNE, LORA], ids=lambda stage: stage.name)
+def test_a_compressor_learns_in_the_projectors_place(
+    asked: Asked, captions: Path, compressed: Path, stage: Stage
+) -> None:
+    data = captions if stage.plain else asked.data
+    assert train(dataclasses.replace(asked, stage=stage, data=data, model=str(compressed))) is not None
+    model, processor = ivtp.load(asked.out)
+    compression = ivtp.compression_of(model)
+    assert compression is not None
+    assert (compression.name, compression.tokens) == ("qformer", 9)
+    assert changed(compressor_of(compressed), compressor_of(asked.out))
+    assert ivtp.ask(model, processor, image(1), "Is it a cat?", max_new_tokens=2).tiles == ((9,),)
+    compression.detach()  # what stands beside it is the stock model, whose projector has not learned
+    stock, before = dict(model.named_parameters()), ivtp.load(compressed)[0]
+    ivtp.compression_of(before).detach()
+    learned = changed(dict(before.named_parameters()), stock)
+    assert not [name for name in learned if "projector" in name]
+    assert bool(learned) == ("language" in stage.learns)
 
 
 def test_bad_records_are_left_out_where_that_is_asked(asked: Asked, mix: Any, tmp_path: Path) -> None:

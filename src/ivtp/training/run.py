@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def train(asked: Asked) -> Done | None:
         trainer.stage = asked.stage
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         told = _told(asked, pruner, len(records), trainer.state.global_step)
-    _save(asked, trainer, processor, told)
+    _save(asked, trainer, told)
     if not trainer.is_world_process_zero():
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -323,30 +323,31 @@ def _remember(asked: Asked) -> None:
             raise OutputError(f"--out {asked.out} cannot be written to ({short_reason(error)})") from None
 
 
-def _save(asked: Asked, trainer: StageTrainer, processor: Any, told: dict[str, Any]) -> None:
+def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
     """The stock checkpoint with processor and what lies beside it; adapters are merged into the model."""
     out, model = asked.out, trainer.model
     if not asked.stage.lora:
-        _write(model, lambda: trainer.save_model(str(out)))
+        with _stock(model):
+            trainer.save_model(str(out))  # the processor, too
     else:
         trainer.save_model(str(out / "adapter"))
         if trainer.is_world_process_zero():
             from peft import PeftModel
 
-            whole, _ = load(asked.model, dtype=torch.float32)
+            whole, processor = load(asked.model, dtype=torch.float32)
             model = PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload()
-            _write(model, lambda: model.save_pretrained(out))
+            with _stock(model):
+                model.save_pretrained(out)
+                processor.save_pretrained(out)
     if trainer.is_world_process_zero():
-        processor.save_pretrained(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle: no part of a stock checkpoint
         save_beside(model, _source(asked.model), out, {TRAINED: told})
 
 
-def _write(model: Any, write: Callable[[], Any]) -> None:
-    """Write the weights of the stock model: those of a compressor have a file of their own."""
+def _stock(model: Any) -> AbstractContextManager[None]:
+    """The stock model and processor meanwhile: what a compressor learned has a file of its own."""
     compression = compression_of(model)
-    with compression.aside() if compression else nullcontext():
-        write()
+    return compression.aside() if compression else nullcontext()
 
 
 def _source(model: str) -> Path | None:
