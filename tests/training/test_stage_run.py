@@ -244,6 +244,42 @@ def test_a_run_goes_on_from_any_checkpoint(asked: Asked, tmp_path: Path, stage: 
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize(
+    ("stage", "compressor"),
+    [(FINETUNE, "qformer"), (FINETUNE, "mlp"), (LORA, "qformer")],
+    ids=lambda v: str(getattr(v, "name", v)),
+)
+def test_a_run_with_a_compressor_goes_on(
+    asked: Asked, checkpoint: Path, compressed: Path, tmp_path: Path, stage: Stage, compressor: str
+) -> None:
+    """Also with one whose weights have the stock projector's shapes."""
+    start = compressed
+    if compressor == "mlp":
+        start = tmp_path / "start"
+        model, processor = ivtp.load(checkpoint)
+        ivtp.compress(model, processor, "mlp", tokens=36)
+        ivtp.save(model, processor, start)
+    arguments = {**asked.arguments, "save_steps": 1, "save_total_limit": 2}
+    run = dataclasses.replace(asked, stage=stage, model=str(start), arguments=arguments)
+    train(run)
+    halved = dataclasses.replace(run, out=tmp_path / "halved", resume=True)
+    for part in ("training.json", "checkpoint-1"):
+        copy = shutil.copytree if (run.out / part).is_dir() else shutil.copy
+        halved.out.mkdir(exist_ok=True)
+        copy(run.out / part, halved.out / part)
+    train(halved)
+    for file in ("model.safetensors", "compressor.safetensors"):
+        ours, theirs, before = (load_file(folder / file) for folder in (run.out, halved.out, start))
+        assert not changed(ours, theirs)
+        assert changed(before, theirs)
+
+
+def test_a_compressor_is_not_shared_out(asked: Asked, compressed: Path) -> None:
+    with pytest.raises(ConfigError, match="a model with a compressor is trained by --engine ddp alone, not zero2"):
+        train(dataclasses.replace(asked, model=str(compressed), engine="zero2"))
+    assert not asked.out.exists()
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(asked: Asked, tmp_path: Path) -> None:
     """The same records in every step, whoever reads them."""

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ivtp.files.sidecar import TRAINED, local_folder, read_json
 from ivtp.generate import load, save_beside
 from ivtp.hosts.base import Host
 from ivtp.plug import Pruner, attach, compression_of, find_host
+from ivtp.plug.compressing import write_compression
 from ivtp.training.encode import Conversations, Encoder
 from ivtp.training.engines import engine_arguments
 from ivtp.training.records import Record, read_records, refuse
@@ -88,6 +89,10 @@ def train(asked: Asked) -> Done | None:
     if resumed is not None and asked.engine == "ddp" and not asked.stage.lora:
         # transformers' trainer looks for the file's names in the model, finds none where they differ, and says nothing
         model.load_state_dict(load(resumed, dtype=torch.float32)[0].state_dict())
+    if asked.engine != "ddp" and compression_of(model) is not None:
+        raise ConfigError(
+            f"a model with a compressor is trained by --engine ddp alone, not {asked.engine}; leave it out"
+        )
     model = _prepare(asked, model.to(_device()))
     encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
@@ -114,6 +119,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     """transformers' `Trainer` with records grouped by modality and length, and a projector with a rate of its own."""
 
     stage: Stage
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A compressor's weights beside those of the stock model, in checkpoints as in the result: `load` reads both."""
+        compression = None if self.stage.lora else compression_of(self.model)  # peft keeps it among the adapters
+        with compression.aside() if compression else nullcontext():
+            super().save_model(output_dir, _internal_call)
+        if compression is not None and self.args.should_save:
+            write_compression(compression, Path(output_dir or self.args.output_dir), {})
 
     def get_train_dataloader(self) -> Any:
         """Every rank reads records of one modality at the same time."""
@@ -327,8 +340,7 @@ def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
     """The stock checkpoint with processor and what lies beside it; adapters are merged into the model."""
     out, model = asked.out, trainer.model
     if not asked.stage.lora:
-        with _stock(model):
-            trainer.save_model(str(out))  # the processor, too
+        trainer.save_model(str(out))  # the processor, too
     else:
         trainer.save_model(str(out / "adapter"))
         if trainer.is_world_process_zero():
@@ -336,18 +348,13 @@ def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
 
             whole, processor = load(asked.model, dtype=torch.float32)
             model = PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload()
-            with _stock(model):
+            compression = compression_of(model)
+            with compression.aside() if compression else nullcontext():
                 model.save_pretrained(out)
                 processor.save_pretrained(out)
     if trainer.is_world_process_zero():
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle: no part of a stock checkpoint
         save_beside(model, _source(asked.model), out, {TRAINED: told})
-
-
-def _stock(model: Any) -> AbstractContextManager[None]:
-    """The stock model and processor meanwhile: what a compressor learned has a file of its own."""
-    compression = compression_of(model)
-    return compression.aside() if compression else nullcontext()
 
 
 def _source(model: str) -> Path | None:
