@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from tiny import image
 from torch import Tensor
@@ -160,6 +161,17 @@ def test_what_cannot_be_is_refused_before_the_first_step(asked: Asked, changes: 
     with pytest.raises(ConfigError, match=words):
         train(dataclasses.replace(asked, **changes))
     assert not list(asked.out.glob("checkpoint-*"))
+    assert not (asked.out / "training.json").exists()  # which would have the right command refused
+
+
+def test_no_rank_finds_the_run_that_another_has_just_begun(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the folder holds a run is asked by all of them before the first says that it does."""
+    told: list[bool] = []
+    monkeypatch.setattr(
+        PartialState, "wait_for_everyone", lambda _: told.append((asked.out / "training.json").exists())
+    )
+    train(dataclasses.replace(asked, max_steps=1))
+    assert told[0] is False
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:

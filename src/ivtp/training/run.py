@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -97,10 +98,11 @@ def train(asked: Asked) -> Done | None:
     encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
-        _remember(asked)
+        arguments = training_arguments(asked, mixed=any(not record.images for record in records))
+        _remember(asked)  # only now, when nothing that was asked is refused any more
         trainer = StageTrainer(
             model,
-            training_arguments(asked, mixed=any(not record.images for record in records)),
+            arguments,
             train_dataset=Conversations(records),
             data_collator=encoder,
             processing_class=processor,
@@ -328,6 +330,8 @@ def _as_json(asked: Asked) -> dict[str, Any]:
 
 
 def _remember(asked: Asked) -> None:
+    """Written once every rank has looked into the folder; needs the processes that `TrainingArguments` sets up."""
+    PartialState().wait_for_everyone()
     if os.environ.get("RANK", "0") == "0":
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
