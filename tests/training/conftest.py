@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny import Tiny, image
 
+import ivtp
 from ivtp.training.records import Record, read_records
 from ivtp.training.run import Asked
 from ivtp.training.stages import FINETUNE
@@ -81,6 +82,16 @@ def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in tiny.clip:
         part.save_pretrained(folder / "clip")
     (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compressed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with a compressor."""
+    folder = tmp_path_factory.mktemp("compressed")
+    model, processor = ivtp.load(checkpoint)
+    ivtp.compress(model, processor, "qformer", tokens=9)
+    ivtp.save(model, processor, folder)
     return folder
 
 

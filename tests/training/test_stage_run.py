@@ -96,16 +96,6 @@ def test_adapters_are_merged_into_a_stock_checkpoint(asked: Asked, checkpoint: P
     assert sum(weight.numel() for weight in adapter.values()) == counted.learned
 
 
-@pytest.fixture(scope="session")
-def compressed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the page on training has one made."""
-    folder = tmp_path_factory.mktemp("compressed")
-    model, processor = ivtp.load(checkpoint)
-    ivtp.compress(model, processor, "qformer", tokens=9)
-    ivtp.save(model, processor, folder)
-    return folder
-
-
 def compressor_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "compressor.safetensors")
 
