@@ -59,9 +59,10 @@ def test_finetuning_leaves_a_stock_checkpoint_that_says_how_it_was_trained(asked
     assert told["trained"]["method"] == "ivtp"
     assert (told["llm_layers"], told["clip"]) == (6, "clip")  # what the checkpoint said before
     model, processor = ivtp.load(asked.out)
-    with ivtp.attach(model, processor) as pruner:  # as it was trained
-        assert (pruner.config.method, pruner.config.keep) == ("ivtp", 6)
-        assert pruner.method.options.group_layers == 2
+    for named in ({}, {"method": "ivtp"}, {"method": "IVTP"}):
+        with ivtp.attach(model, processor, **named) as pruner:  # as it was trained
+            assert (pruner.config.method, pruner.config.keep) == ("ivtp", 6)
+            assert pruner.method.options.group_layers == 2
     with ivtp.attach(model, processor, keep=9) as pruner:
         assert pruner.config.keep == 9
         assert pruner.method.options.group_layers == 2

@@ -61,14 +61,19 @@ def _trained(host: Host, options: Mapping[str, Any]) -> dict[str, Any]:
     """The method and `keep` that the checkpoint was trained with, unless `options` name another method."""
     told = host.recommended().get(TRAINED, {})
     method = told.get("method", "none")
-    if method == "none" or options.get("method", method) != method:
+    if method == "none" or _registered(options.get("method", method)) != method:
         return {}
     return {name: told[name] for name in ("method", "keep") if name in told}
+
+
+def _registered(method: str | type[Any]) -> str | type[Any]:
+    return registry.method_name(method) if isinstance(method, str) else method
 
 
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
     """The method that `config` asks for on `host`, and what it reads the instruction with."""
     kind = registry.method_class(config.method)
+    config = dataclasses.replace(config, method=_registered(config.method))  # as checkpoints name what they recommend
     largest = dataclasses.replace(host.size, num_patches=host.most_patches)
     method: Method = kind(kind.filled(config, largest, host.recommended()), largest)
     _check_needs(host, method)
