@@ -123,7 +123,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     stage: Stage
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A compressor's weights beside those of the stock model, in checkpoints as in the result: `load` reads both."""
+        """A compressor's weights beside those of the stock model, in checkpoints as in the result."""
         compression = None if self.stage.lora else compression_of(self.model)  # peft keeps it among the adapters
         with compression.aside() if compression else nullcontext():
             super().save_model(output_dir, _internal_call)
