@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from tiny import Tiny, image
 
+import ivtp
 from ivtp.training.records import Record, read_records
 from ivtp.training.run import Asked
 from ivtp.training.stages import FINETUNE
 
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 QUESTIONS = ("<image>\nWhat is left of the dog?", "How many bananas are there?\n<image>", "<image>\nIs it a cat?")
 
 
@@ -81,6 +84,19 @@ def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in tiny.clip:
         part.save_pretrained(folder / "clip")
     (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compressed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint with a compressor, as the page on training has it made; of 36 patches it gives 9 tokens."""
+    folder = tmp_path_factory.mktemp("compressed")
+    model, processor = ivtp.load(checkpoint)
+    known = {"ivtp": ivtp, "model": model, "processor": processor, "FOLDER": folder}
+    lines = re.findall(r"`(ivtp\.(?:compress|save)\(.*?\))`", PAGE.read_text(encoding="utf-8"))
+    assert len(lines) == 2
+    for line in lines:
+        exec(line.replace("tokens=64", "tokens=9"), known)
     return folder
 
 

@@ -17,9 +17,11 @@ from ivtp.training.run import Asked
 from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, STAGES, Stage, parts_of
 
 
-def test_parameters_are_the_models(asked: Asked, mix: Any) -> None:
-    model, _ = ivtp.load(asked.model)
-    found = estimate(asked, mix.records(), devices=1)
+@pytest.mark.parametrize("folder", ["checkpoint", "compressed"])
+def test_parameters_are_the_models(asked: Asked, mix: Any, folder: str, request: pytest.FixtureRequest) -> None:
+    run = dataclasses.replace(asked, model=str(request.getfixturevalue(folder)))
+    model, _ = ivtp.load(run.model)
+    found = estimate(run, mix.records(), devices=1)
     for part, names in parts_of(find_host(model)).items():
         assert found.parameters[part] == sum(model.get_parameter(name).numel() for name in names)
     assert found.learned == found.parameters["projector"] + found.parameters["language"]

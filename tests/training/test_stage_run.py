@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
+from tiny import image
 from torch import Tensor
 
 import ivtp
@@ -57,9 +59,10 @@ def test_finetuning_leaves_a_stock_checkpoint_that_says_how_it_was_trained(asked
     assert told["trained"]["method"] == "ivtp"
     assert (told["llm_layers"], told["clip"]) == (6, "clip")  # what the checkpoint said before
     model, processor = ivtp.load(asked.out)
-    with ivtp.attach(model, processor) as pruner:  # as it was trained
-        assert (pruner.config.method, pruner.config.keep) == ("ivtp", 6)
-        assert pruner.method.options.group_layers == 2
+    for named in ({}, {"method": "ivtp"}, {"method": "IVTP"}):
+        with ivtp.attach(model, processor, **named) as pruner:  # as it was trained
+            assert (pruner.config.method, pruner.config.keep) == ("ivtp", 6)
+            assert pruner.method.options.group_layers == 2
     with ivtp.attach(model, processor, keep=9) as pruner:
         assert pruner.config.keep == 9
         assert pruner.method.options.group_layers == 2
@@ -94,6 +97,30 @@ def test_adapters_are_merged_into_a_stock_checkpoint(asked: Asked, checkpoint: P
     assert sum(weight.numel() for weight in adapter.values()) == counted.learned
 
 
+def compressor_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "compressor.safetensors")
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN, FINETUNE, LORA], ids=lambda stage: stage.name)
+def test_a_compressor_learns_in_the_projectors_place(
+    asked: Asked, captions: Path, compressed: Path, stage: Stage
+) -> None:
+    data = captions if stage.plain else asked.data
+    assert train(dataclasses.replace(asked, stage=stage, data=data, model=str(compressed))) is not None
+    model, processor = ivtp.load(asked.out)
+    compression = ivtp.compression_of(model)
+    assert compression is not None
+    assert (compression.name, compression.tokens) == ("qformer", 9)
+    assert changed(compressor_of(compressed), compressor_of(asked.out))
+    assert ivtp.ask(model, processor, image(1), "Is it a cat?", max_new_tokens=2).tiles == ((9,),)
+    compression.detach()  # what stands beside it is the stock model, whose projector has not learned
+    stock, before = dict(model.named_parameters()), ivtp.load(compressed)[0]
+    ivtp.compression_of(before).detach()
+    learned = changed(dict(before.named_parameters()), stock)
+    assert not [name for name in learned if "projector" in name]
+    assert bool(learned) == ("language" in stage.learns)
+
+
 def test_bad_records_are_left_out_where_that_is_asked(asked: Asked, mix: Any, tmp_path: Path) -> None:
     bad = dataclasses.replace(asked, data=mix.changed(tmp_path, 5, image="gone.png"))
     with pytest.raises(ConfigError, match=r"record 5 \(id '000000000005'\): .*gone.png does not exist"):
@@ -125,6 +152,17 @@ def test_what_cannot_be_is_refused_before_the_first_step(asked: Asked, changes: 
     with pytest.raises(ConfigError, match=words):
         train(dataclasses.replace(asked, **changes))
     assert not list(asked.out.glob("checkpoint-*"))
+    assert not (asked.out / "training.json").exists()  # which would have the right command refused
+
+
+def test_no_rank_finds_the_run_that_another_has_just_begun(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the folder holds a run is asked by all of them before the first says that it does."""
+    told: list[bool] = []
+    monkeypatch.setattr(
+        PartialState, "wait_for_everyone", lambda _: told.append((asked.out / "training.json").exists())
+    )
+    train(dataclasses.replace(asked, max_steps=1))
+    assert told[0] is False
 
 
 def test_a_checkpoint_that_was_not_written_whole_is_passed_over(tmp_path: Path) -> None:
@@ -207,6 +245,42 @@ def test_a_run_goes_on_from_any_checkpoint(asked: Asked, tmp_path: Path, stage: 
     train(halved)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (run.out, halved.out))
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "compressor"),
+    [(FINETUNE, "qformer"), (FINETUNE, "mlp"), (LORA, "qformer")],
+    ids=lambda v: str(getattr(v, "name", v)),
+)
+def test_a_run_with_a_compressor_goes_on(
+    asked: Asked, checkpoint: Path, compressed: Path, tmp_path: Path, stage: Stage, compressor: str
+) -> None:
+    """Also with one whose weights have the stock projector's shapes."""
+    start = compressed
+    if compressor == "mlp":
+        start = tmp_path / "start"
+        model, processor = ivtp.load(checkpoint)
+        ivtp.compress(model, processor, "mlp", tokens=36)
+        ivtp.save(model, processor, start)
+    arguments = {**asked.arguments, "save_steps": 1, "save_total_limit": 2}
+    run = dataclasses.replace(asked, stage=stage, model=str(start), arguments=arguments)
+    train(run)
+    halved = dataclasses.replace(run, out=tmp_path / "halved", resume=True)
+    for part in ("training.json", "checkpoint-1"):
+        copy = shutil.copytree if (run.out / part).is_dir() else shutil.copy
+        halved.out.mkdir(exist_ok=True)
+        copy(run.out / part, halved.out / part)
+    train(halved)
+    for file in ("model.safetensors", "compressor.safetensors"):
+        ours, theirs, before = (load_file(folder / file) for folder in (run.out, halved.out, start))
+        assert not changed(ours, theirs)
+        assert changed(before, theirs)
+
+
+def test_a_compressor_is_not_shared_out(asked: Asked, compressed: Path) -> None:
+    with pytest.raises(ConfigError, match="a model with a compressor is trained by --engine ddp alone, not zero2"):
+        train(dataclasses.replace(asked, model=str(compressed), engine="zero2"))
+    assert not asked.out.exists()
 
 
 @pytest.mark.slow

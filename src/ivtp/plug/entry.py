@@ -59,13 +59,18 @@ def _trained(host: Host, options: Mapping[str, Any]) -> dict[str, Any]:
     """The method and `keep` that the checkpoint was trained with, unless `options` name another method."""
     told = host.recommended().get(TRAINED, {})
     method = told.get("method", "none")
-    if method == "none" or options.get("method", method) != method:
+    if method == "none" or _registered(options.get("method", method)) != method:
         return {}
     return {name: told[name] for name in ("method", "keep") if name in told}
 
 
+def _registered(method: str | type[Any]) -> str | type[Any]:
+    return registry.method_name(method) if isinstance(method, str) else method
+
+
 def equip(host: Host, processor: Any, clip: Any, config: PruneConfig) -> Equipment:
     """The method that `config` asks for on `host`, and what it reads the instruction with."""
+    config = dataclasses.replace(config, method=_registered(config.method))  # as checkpoints name what they recommend
     method: Method = registry.method_on(host, config)
     return Equipment(method, _guide_maker(host, method, processor, clip))
 

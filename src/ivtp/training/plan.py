@@ -20,6 +20,7 @@ from ivtp.files.checkpoint import FAILURES
 from ivtp.files.sidecar import MICRO, local_folder
 from ivtp.plan import Geometry
 from ivtp.plug import find_host
+from ivtp.registry import compressor_class
 from ivtp.training.encode import Encoder
 from ivtp.training.records import Record
 from ivtp.training.run import Asked, batches
@@ -91,7 +92,7 @@ def estimate(asked: Asked, records: Sequence[Record], *, devices: int, sustained
     """
     notes: list[str] = []
     known = sizes(asked.model)
-    parameters = _parameters(asked.model)
+    parameters = _parameters(asked.model, known.geometry)
     counted = _count(asked, records, notes)
     mean = _mean([c.text for c in counted])
     stage = asked.stage
@@ -128,10 +129,14 @@ def estimate(asked: Asked, records: Sequence[Record], *, devices: int, sustained
     )
 
 
-def _parameters(model: str) -> dict[str, int]:
-    """Numbers of parameters by part; no weight is read."""
+def _parameters(model: str, geometry: Geometry) -> dict[str, int]:
+    """Numbers of parameters by part, with a compressor in the projector's place; no weight is read."""
+    compressed = geometry.compressed
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(model_config(model))
+        if compressed is not None:
+            multimodal: Any = find_host(empty).multimodal
+            multimodal.multi_modal_projector = compressor_class(compressed.name)(geometry, compressed.tokens)
     shapes = {name: p.numel() for name, p in empty.named_parameters()}
     return {part: sum(shapes[name] for name in names) for part, names in parts_of(find_host(empty)).items()}
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -22,6 +23,7 @@ from ivtp.files.sidecar import TRAINED, local_folder, read_json
 from ivtp.generate import load, save_beside
 from ivtp.hosts.base import Host
 from ivtp.plug import Pruner, attach, compression_of, find_host
+from ivtp.plug.compressing import write_compression
 from ivtp.training.encode import Conversations, Encoder
 from ivtp.training.engines import engine_arguments
 from ivtp.training.records import Record, read_records, refuse
@@ -88,14 +90,19 @@ def train(asked: Asked) -> Done | None:
     if resumed is not None and asked.engine == "ddp" and not asked.stage.lora:
         # transformers' trainer looks for the file's names in the model, finds none where they differ, and says nothing
         model.load_state_dict(load(resumed, dtype=torch.float32)[0].state_dict())
+    if asked.engine != "ddp" and compression_of(model) is not None:
+        raise ConfigError(
+            f"a model with a compressor is trained by --engine ddp alone, not {asked.engine}; leave it out"
+        )
     model = _prepare(asked, model.to(_device()))
     encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
-        _remember(asked)
+        arguments = training_arguments(asked, mixed=any(not record.images for record in records))
+        _remember(asked)  # only now, when nothing that was asked is refused any more
         trainer = StageTrainer(
             model,
-            training_arguments(asked, mixed=any(not record.images for record in records)),
+            arguments,
             train_dataset=Conversations(records),
             data_collator=encoder,
             processing_class=processor,
@@ -103,7 +110,7 @@ def train(asked: Asked) -> Done | None:
         trainer.stage = asked.stage
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         told = _told(asked, pruner, len(records), trainer.state.global_step)
-    _save(asked, trainer, processor, told)
+    _save(asked, trainer, told)
     if not trainer.is_world_process_zero():
         return None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -114,6 +121,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
     """transformers' `Trainer` with records grouped by modality and length, and a projector with a rate of its own."""
 
     stage: Stage
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A compressor's weights beside those of the stock model, in checkpoints as in the result."""
+        compression = None if self.stage.lora else compression_of(self.model)  # peft keeps it among the adapters
+        with compression.aside() if compression else nullcontext():
+            super().save_model(output_dir, _internal_call)
+        if compression is not None and self.args.should_save:
+            write_compression(compression, Path(output_dir or self.args.output_dir), {})
 
     def get_train_dataloader(self) -> Any:
         """Every rank reads records of one modality at the same time."""
@@ -315,6 +330,8 @@ def _as_json(asked: Asked) -> dict[str, Any]:
 
 
 def _remember(asked: Asked) -> None:
+    """Written once every rank has looked into the folder; needs the processes that `TrainingArguments` sets up."""
+    PartialState().wait_for_everyone()
     if os.environ.get("RANK", "0") == "0":
         try:
             asked.out.mkdir(parents=True, exist_ok=True)
@@ -323,30 +340,25 @@ def _remember(asked: Asked) -> None:
             raise OutputError(f"--out {asked.out} cannot be written to ({short_reason(error)})") from None
 
 
-def _save(asked: Asked, trainer: StageTrainer, processor: Any, told: dict[str, Any]) -> None:
+def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
     """The stock checkpoint with processor and what lies beside it; adapters are merged into the model."""
     out, model = asked.out, trainer.model
     if not asked.stage.lora:
-        _write(model, lambda: trainer.save_model(str(out)))
+        trainer.save_model(str(out))  # the processor, too
     else:
         trainer.save_model(str(out / "adapter"))
         if trainer.is_world_process_zero():
             from peft import PeftModel
 
-            whole, _ = load(asked.model, dtype=torch.float32)
+            whole, processor = load(asked.model, dtype=torch.float32)
             model = PeftModel.from_pretrained(whole, out / "adapter").merge_and_unload()
-            _write(model, lambda: model.save_pretrained(out))
+            compression = compression_of(model)
+            with compression.aside() if compression else nullcontext():
+                model.save_pretrained(out)
+                processor.save_pretrained(out)
     if trainer.is_world_process_zero():
-        processor.save_pretrained(out)
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle: no part of a stock checkpoint
         save_beside(model, _source(asked.model), out, {TRAINED: told})
-
-
-def _write(model: Any, write: Callable[[], Any]) -> None:
-    """Write the weights of the stock model: those of a compressor have a file of their own."""
-    compression = compression_of(model)
-    with compression.aside() if compression else nullcontext():
-        write()
 
 
 def _source(model: str) -> Path | None:
