@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, Tiny
 
 import ivtp
+from ivtp.cost.answer import Cost
 from ivtp.errors import ImageError, InputError, LoadError
 from ivtp.files.checkpoint import check_finite
 from ivtp.generate import prompt_for
+from ivtp.registry import host_class, list_hosts
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,18 @@ def test_asking_about_a_file(tiny: Tiny, checkpoint: Path, photo: Path) -> None:
     assert [word.text for word in answer.trace.words[0]] == ["Is", "it", "a", "cat", "?"]
     again = ivtp.ask(model, processor, photo, "Is it a cat?", **asked)
     assert again.text == answer.text
+
+
+@pytest.mark.parametrize("name", list_hosts())
+@pytest.mark.parametrize("count", [1, 2])
+def test_images_of_a_question_cost_what_a_prefill_counts(name: str, count: int) -> None:
+    """A family may read one of several in another way than the only one; here they are wide enough for tiles."""
+    model, processor = host_class(name).tiny()
+    question, pictures = "What is left of the dog?", [Image.new("RGB", (60, 30))] * count
+    text = len(processor.tokenizer(prompt_for(processor, question, images=count))["input_ids"])
+    expected = ivtp.flops(model, method="none", text_tokens=text, images=count, image_size=(60, 30)).total
+    answer = ivtp.ask(model, processor, pictures, question, method="none", max_new_tokens=1)
+    assert Cost.of(model, answer).full == pytest.approx(expected, rel=1e-12)
 
 
 def test_without_pruning_there_is_no_trace(checkpoint: Path, photo: Path) -> None:

@@ -22,6 +22,7 @@ from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputEr
 from ivtp.files.checkpoint import check_finite, check_weights, read_checkpoint
 from ivtp.files.sidecar import MICRO, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
+from ivtp.hosts.base import process
 from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, compression_of, exclusive, find_host
 from ivtp.plug.compressing import read_compression, write_compression
@@ -267,7 +268,7 @@ def _answer(
     """One prompt with its pictures to its answer."""
     check_question(question)
     prompt = prompt_for(processor, question, images=len(pictures))
-    inputs = processor(images=list(pictures), text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    inputs = process(processor, [prompt], [pictures]).to(model.device, model.dtype)
     began = time.perf_counter()
     (text,) = complete(model, processor, inputs, max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - began

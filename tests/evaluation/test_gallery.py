@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from PIL import Image
@@ -24,6 +25,7 @@ from ivtp.errors import ConfigError, ImageError, InputError, IvtpError
 from ivtp.evaluation.reproduce import base, gallery
 from ivtp.generate import asking
 from ivtp.micro.world.crowds import CROWDS, crowd_name
+from ivtp.registry import host_class
 
 KEEP = 8
 QUESTIONS = ('Is <i>it</i> red & "round"?', "What is | left of the dog?")
@@ -148,11 +150,27 @@ def test_every_run_makes_the_same(request_of_two: base.Request, made: base.Resul
 
 def test_methods_and_numbers_that_were_asked_for(checkpoint: Path, files: tuple[str, str]) -> None:
     asked = base.Request(base.Asked(str(checkpoint), ()), ("random",), (4, 8), 1, files[:1], QUESTIONS[:1])
-    rows = gallery.make(asked, Bar()).rows
-    assert [(row["method"], row["visual tokens"]["kept"]) for row in rows] == [
-        ("all tokens", NUM_PATCHES),
-        ("random", 4),
-        ("random", 8),
+    found = gallery.make(asked, Bar())
+    assert [(row["method"], row["keep"], row["visual tokens"]["kept"]) for row in found.rows] == [
+        ("all tokens", None, NUM_PATCHES),
+        ("random", 4, 4),
+        ("random", 8, 8),
+    ]
+    for name in ("random, 4", "random, 8"):  # in both tables, and on the page
+        assert found.markdown.count(f"| {name} |") == 2
+        assert Page(found.files[".html"]).text.count(name) >= 2
+
+
+def test_tokens_of_images_in_tiles_are_their_mean(files: tuple[str, str]) -> None:
+    """A wide one has more tiles than a square one."""
+    model, processor = host_class("llava_onevision").tiny()
+    asked = base.Request(base.Asked("tiny", ()), ("random",), (KEEP,))
+    found = gallery.ask_all(asked, model, processor, gallery.own(files, QUESTIONS[:1]), Bar())
+    counts = [one.shown[0].cost.patches for same in found for one in same]
+    assert len(set(counts)) == 2
+    assert [line["tokens"] for line in gallery.summary(found)] == [
+        f"{round(fmean(counts))} of {round(fmean(counts))}",
+        f"{KEEP} of {round(fmean(counts))}",
     ]
 
 

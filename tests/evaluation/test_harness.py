@@ -29,8 +29,9 @@ from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation import lmms
 from ivtp.evaluation.asked import Asked
 from ivtp.evaluation.benchmarks import PAPER12
-from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel
+from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel, Prompt
 from ivtp.generate import save
+from ivtp.hosts.tiny import tiny_images
 from ivtp.registry import host_class
 
 pytestmark = [  # of lmms-eval's files, and of whatever else it leaves open
@@ -40,6 +41,7 @@ pytestmark = [  # of lmms-eval's files, and of whatever else it leaves open
 
 KEEP = 8
 OPTIONS = {"keep": KEEP, "guide": "text", "llm_layers": 6}
+ONE_TOKEN = {"max_new_tokens": 1, "do_sample": False}
 PICK = """
 task: pick
 dataset_path: lmms-lab-encoder/SEED-Bench
@@ -154,6 +156,24 @@ def test_the_log_says_what_each_sample_kept_and_cost(at: Path, checkpoint: str) 
         assert after["visual_tokens"] == images * KEEP < before["visual_tokens"]
         assert 0 < after["tflops"] < before["tflops"]
         assert before["input_tokens"] == after["input_tokens"] > before["visual_tokens"]
+
+
+@pytest.mark.parametrize("name", ivtp.list_hosts())
+def test_images_of_a_batch_are_those_of_their_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family may read one of several in another way than the only one."""
+    monkeypatch.setattr(lmms, "load", lambda *_, **__: host_class(name).tiny())
+    model = IvtpModel(device="cpu", method="none")
+    asked = [("Is it a cat?", [(60, 30)] * 2), ("Say something.", []), ("What is left?", [(60, 30)])]
+    prompts = [
+        Prompt(ivtp.prompt_for(model.processor, text, images=len(sizes)), (*tiny_images(text, sizes),), ONE_TOKEN, ())
+        for text, sizes in asked
+    ]
+    inputs = type(model.host).tiny_inputs(model.model, model.processor, asked)
+    visuals = iter(model.host.visuals(inputs))
+    columns = inputs["attention_mask"].sum(dim=1).tolist()
+    for found, (_, sizes), tokens in zip(model.answer(prompts), asked, columns, strict=True):
+        assert found.token_counts.input_tokens == tokens
+        assert found.token_counts.visual_tokens == sum(next(visuals).patches for _ in sizes)
 
 
 def test_an_error_ends_the_run(at: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ def drawn(questions: int, *, even: bool) -> list[Unit]:
 
 
 def test_a_thousand_questions_hold_three_hundred_of_each_crowd() -> None:
-    units = drawn(84, even=True)  # `ivtp compare --questions 1000`
+    units = drawn(84, even=True)  # of each of twelve formats: a thousand in all
     counts = Counter(crowd_of(unit.examples[0].photo) for unit in units for _ in unit.examples)
     assert min(counts[crowd] for crowd in range(3)) >= 300
     by_title = Counter((unit.form.title, crowd_of(unit.examples[0].photo)) for unit in units)

@@ -48,7 +48,7 @@ def checked(encoder: Encoder, processor: Any, one: Record) -> None:
     batch = encoder([(one, shown)])
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     prompt = ivtp.prompt_for(processor, one.turns[0].text, images=len(one.images))
-    asked = processor(images=shown or None, text=prompt, return_tensors="pt")["input_ids"][0]
+    asked = processor(images=[shown] if shown else None, text=[prompt], return_tensors="pt")["input_ids"][0]
     end = processor.tokenizer.eos_token_id
     assert ids[: len(asked)].tolist() == asked.tolist()
     assert (labels[: len(asked)] == IGNORED).all()

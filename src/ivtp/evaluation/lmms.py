@@ -29,6 +29,7 @@ from ivtp.cost.prefill import count_prompt
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation.answers import Answers, file_of, source_of, weights_of
 from ivtp.generate import load
+from ivtp.hosts.base import process
 from ivtp.images import load_image
 from ivtp.plug import attach, find_host
 from ivtp.prompt.chat import ChatTemplate, Message
@@ -223,9 +224,7 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return -float(likely.mean()), bool((logits.argmax(dim=-1) == said).all())
 
     def _inputs(self, prompts: list[Prompt]) -> Any:
-        images = [image for prompt in prompts for image in prompt.images]
-        texts = [prompt.text for prompt in prompts]
-        made = self.processor(images=images or None, text=texts, padding=True, return_tensors="pt")
+        made = process(self.processor, [prompt.text for prompt in prompts], [prompt.images for prompt in prompts])
         return made.to(self.device, self.model.dtype)
 
     def _prompt(self, messages: Iterable[Any], asked: dict[str, Any]) -> Prompt:

@@ -24,6 +24,16 @@ OPENAI_CLIP = {
 }
 
 
+def process(processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> Any:
+    """What the processor makes of prompts, as one padded batch: `texts`, each with its own `pictures`, none or several.
+
+    A family may read the only image of a prompt otherwise than one of several: they are handed over prompt by prompt.
+    """
+    own = [list(some) for some in pictures if some]  # for a prompt without images processors take no empty list
+    several = len(texts) > 1  # one alone needs no padding token, which a tokenizer may lack
+    return processor(images=own or None, text=list(texts), padding=several, return_tensors="pt")
+
+
 @dataclass(frozen=True)
 class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
@@ -138,10 +148,8 @@ class Host:
             turn = [{"role": "user", "content": content}]
             texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
             pictures.append(tiny_images(question, sizes, seed))
-        own = [some for some in pictures if some]  # apart, prompt by prompt: a family may read one of several otherwise
-        made = processor(images=own or None, text=texts, padding=True, return_tensors="pt")
         any_model: Any = model
-        return dict(made.to(any_model.device))
+        return dict(process(processor, texts, pictures).to(any_model.device))
 
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""

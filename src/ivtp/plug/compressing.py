@@ -190,20 +190,20 @@ def _asks(local: threading.local) -> Callable[..., Any]:
 
 
 def compress(model: nn.Module, processor: Any, name: str, *, tokens: int = 64, seed: int = 0) -> Compression:
-    """Put the compressor `name` of `ivtp.list_compressors()` in the place of a LLaVA's projector.
+    """Put the compressor `name` of `ivtp.list_compressors()` in place of the projector of a LLaVA with a CLIP tower.
 
     It gives `tokens` visual tokens of each image; `processor` then writes as many slots, also for other models.
     Its weights are random, drawn from `seed`, until they are trained or loaded: answers are worthless before. Raises
-    `UnsupportedModelError` for a family whose projector cannot be replaced, `ConfigError`, and `AttachError` where a
-    compressor or a pruner is in already; nothing is changed then.
+    `UnsupportedModelError` for any other family (LLaVA-NeXT, LLaVA-OneVision, a LLaVA with a SigLIP tower),
+    `ConfigError`, and `AttachError` where a compressor or a pruner is in already; nothing is changed then.
     """
     host = find_host(model)
     check_unpruned(host)
     check_uncompressed(host)
     if not host.compressible:
         raise UnsupportedModelError(
-            f"{host.name} lays out the patches of an image by their places, which a compressor's tokens do not have; "
-            "use a LLaVA or LLaVA-1.5"
+            f"a compressor stands in for the projector of a LLaVA with a CLIP tower alone, and this model is "
+            f"{host.name}; use a LLaVA or LLaVA-1.5"
         )
     stock = host.multimodal.multi_modal_projector
     assert isinstance(stock, nn.Module)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ivtp.errors import ConfigError, ImageError, InputError
+from ivtp.hosts.base import process
 from ivtp.images import load_image
 from ivtp.prompt.chat import ChatTemplate, image_token_of
 from ivtp.training.records import Record
@@ -66,9 +67,8 @@ class Encoder:
 
         Raises `InputError` for a record whose images need more columns than there are.
         """
-        pictures = [picture for _, own in shown for picture in own]
         texts = ["".join(text for text, _ in self.pieces(record)) for record, _ in shown]
-        made = self._processor(images=pictures or None, text=texts, padding=True, return_tensors="pt")
+        made = process(self._processor, texts, [pictures for _, pictures in shown])
         rows = []
         for (record, _), ids, mask in zip(shown, made["input_ids"], made["attention_mask"], strict=True):
             rows.append(self._labelled(record, ids[mask.bool()].tolist()))

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -57,6 +57,10 @@ class Shown:
     """What one method kept for a question, what was answered, and whether that is right; None: not known."""
 
     name: str
+    """Of its column: with `keep` where there are several."""
+    method: str
+    keep: int | None
+    """None: all tokens."""
     answer: Answer
     cost: Cost
     right: bool | None
@@ -127,6 +131,7 @@ def ask_all(
     """Every question of each image, with all tokens and with each method, which is attached once."""
     methods = [method for method in request.methods or METHODS if method != "none"]
     runs = [("none", KEEPS[0]), *((method, keep) for keep in request.keeps or KEEPS for method in methods)]
+    several = len(request.keeps or KEEPS) > 1
     prompts = [(subject, *asked) for subject in subjects for asked in subject.asked]
     columns: list[list[Shown]] = []
     with report(len(prompts) * len(runs), "answers") as on_answers:
@@ -136,8 +141,9 @@ def ask_all(
                 for subject, question, right in prompts:
                     said = answer(subject.picture, question)
                     is_right = None if right is None else normalise(said.text) == normalise(right)
-                    name = "all tokens" if method == "none" else method
-                    columns[-1].append(Shown(name, said, Cost.of(model, said), is_right))
+                    of = None if method == "none" else keep
+                    name = "all tokens" if of is None else f"{method}, {keep}" if several else method
+                    columns[-1].append(Shown(name, method, of, said, Cost.of(model, said), is_right))
                     on_answers(1)
     found = iter([Asked(*prompt, shown) for prompt, shown in zip(prompts, zip(*columns, strict=True), strict=True)])
     return [[next(found) for _ in subject.asked] for subject in subjects]
@@ -150,7 +156,8 @@ def row(asked: Asked, shown: Shown) -> dict[str, Any]:
         "image": asked.subject.title,
         "question": asked.question,
         "right answer": asked.right,
-        "method": shown.name,
+        "method": "all tokens" if shown.keep is None else shown.method,
+        "keep": shown.keep,
         "answer": answer.text,
         "right": shown.right,
         "visual tokens": {"all": cost.patches, "kept": cost.kept},
@@ -169,11 +176,11 @@ def guided_by(answer: Answer) -> dict[str, Any]:
 
 
 def summary(found: Sequence[Sequence[Asked]]) -> list[dict[str, Any]]:
-    """Of each method how many answers are right, of how many that are known, tokens and mean FLOPs."""
+    """Of each method how many answers are right, of how many that are known, mean tokens and mean FLOPs."""
     lines = []
     for column in zip(*(asked.shown for same in found for asked in same), strict=True):
         costs = [shown.cost for shown in column]
-        mean = Cost(costs[0].patches, costs[0].kept, fmean(c.full for c in costs), fmean(c.pruned for c in costs))
+        mean = Cost(*(round(fmean(numbers)) for numbers in zip(*map(astuple, costs), strict=True)))
         rights = [shown.right for shown in column if shown.right is not None]
         right = f"{sum(rights)} of {len(rights)}" if rights else "–"
         lines.append({"name": column[0].name, "right": right, "tokens": mean.tokens(), "flops": mean.flops()})
@@ -191,7 +198,9 @@ def markdown(images: str, found: Sequence[Sequence[Asked]]) -> str:
     parts = (
         "![What each method kept, and the answers](gallery.png)",
         f"[The page](gallery.html) is larger and has the relevance of every word. Images: {images}.",
-        base.grid(("method", "right answers", "visual tokens", "prefill, mean"), (line.values() for line in lines)),
+        base.grid(
+            ("method", "right answers", "visual tokens, mean", "prefill, mean"), (line.values() for line in lines)
+        ),
         base.grid(
             ("image", "question", "right answer", *(line["name"] for line in lines)),
             (map(_cell, texts) for texts in answers),
