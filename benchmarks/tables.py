@@ -30,7 +30,6 @@ from ivtp.towers.base import TextTower, Tower, VisionTower
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPARED = ROOT / "results" / "figure3.json"
-TIMED = ROOT / "results" / "speed" / "micro-methods-cpu.json"
 IN_README = ("none", "ivtp+", "ivtp", "topk", "random")
 """And the best RIVALS others."""
 RIVALS = 3
@@ -124,7 +123,7 @@ def results() -> str:
     crowds = (crowd_name(0), crowd_name(2))
     header = ["method"]
     for keep in IN_README_AT:
-        header += [f"{keep} tokens", *(f"{crowd}" for crowd in crowds), "GFLOPs", "ms"]
+        header += [f"{keep} tokens", *(f"{crowd}" for crowd in crowds), "GFLOPs"]
     others = [name for name in by_mean(IN_README_AT) if name not in IN_README]
     made = []
     for name in (*IN_README, *others[:RIVALS]):
@@ -132,7 +131,7 @@ def results() -> str:
         for keep in IN_README_AT:
             row = row_of(name, keep)
             cells += [points(row), *(f"{row['objects'][crowd]['mean']:.1f}" for crowd in crowds)]
-            cells += [f"{1000 * row['tflops']:.1f}", milliseconds(name, keep)]
+            cells.append(f"{1000 * row['tflops']:.1f}")
         made.append(tuple(cells))
     return table(tuple(header), made)
 
@@ -142,11 +141,11 @@ def compared() -> str:
     keeps = tuple(sorted({row["keep"] for row in measured()} - {"all"}))
     names = ["none", *by_mean(keeps)]
     header = ["method", *(f"{keep} tokens" for keep in keeps)]
-    header += [f"{unit}, {keep}" for unit in ("GFLOPs", "ms") for keep in keeps]
+    header += [f"GFLOPs, {keep}" for keep in keeps]
     first = []
     for name in names:
         rows = [row_of(name, keep) for keep in keeps]
-        costs = [f"{1000 * row['tflops']:.1f}" for row in rows] + [milliseconds(name, keep) for keep in keeps]
+        costs = [f"{1000 * row['tflops']:.1f}" for row in rows]
         first.append((label(name), *map(points, rows), *costs))
     crowds = (crowd_name(0), crowd_name(2))
     apart = ("method", *(f"{keep}: {crowd}" for keep in keeps for crowd in crowds))
@@ -183,16 +182,6 @@ def gap(row: Row, name: str) -> str:
     low, high = row[f"{name} low"], row[f"{name} high"]
     span = f"({low:+.1f} to {high:+.1f})"
     return f"none {span}" if low <= 0 <= high else f"{row[name]:+.1f} {span}"
-
-
-def milliseconds(name: str, keep: int) -> str:
-    """The median of a prefill in the timing of all methods; – where there is none."""
-    if not TIMED.exists():
-        return "–"
-    timed = json.loads(TIMED.read_text(encoding="utf-8"))["results"]
-    run = "full" if name == "none" else name
-    found = [row["prefill_ms"] for part in timed if part["keep"] == keep for row in part["rows"] if row["run"] == run]
-    return f"{found[0]:.0f}" if found else "–"
 
 
 def label(name: str) -> str:

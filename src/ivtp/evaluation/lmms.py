@@ -115,7 +115,7 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             run["dtype"] = str(self.model.dtype)
             if self.pruner is not None:
                 run |= {"config": dataclasses.asdict(self.pruner.config), "code": source_of(type(self.pruner.method))}
-                run["files"] = [file_of(value) for value in self.pruner.config.options.values()]
+                run["files"] = [file_of(value) for _, value in sorted(self.pruner.config.options.items())]
             self.answers = Answers(Path(cache), run, self.rank)
 
     # ---- what lmms-eval calls ---------------------------------------------------------------------------------
