@@ -93,7 +93,7 @@ def test_the_command_measures_all_gates(
     assert result.exit_code == 0, result.output
     titles = [table["title"] for table in json.loads(target.read_text())["tables"]]
     assert [title.split(",")[0].split(" ")[0] for title in titles] == [
-        *("Speed", "Formats", "Patches", "Differences", "CLIP", "CLS", "Objects", "Linear", "Rank", "Part")
+        *("Speed", "Formats", "Patches", "Differences", "CLIP", "CLS", "Objects", "Linear", "Rank", "Percent")
     ]
     assert CliRunner().invoke(gates.app, ["--gate", "8"]).exit_code == 2
     assert CliRunner().invoke(gates.app, ["--dtype", "int4"]).exit_code == 2
