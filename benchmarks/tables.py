@@ -22,6 +22,8 @@ from benchmarks.blocks import rewrite, table
 from ivtp import flops, list_compressors, list_hosts, list_methods
 from ivtp.config import PruneConfig
 from ivtp.cost.sizes import sizes
+from ivtp.evaluation.reproduce.base import shown, shown_difference
+from ivtp.evaluation.reproduce.complexity import PRINTED
 from ivtp.hosts.base import Host
 from ivtp.micro.world.crowds import crowd_name
 from ivtp.plan import PLACES
@@ -35,7 +37,7 @@ IN_README = ("none", "ivtp+", "ivtp", "topk", "random")
 RIVALS = 3
 IN_README_AT = (16, 64)
 COSTED = "llava-1.5-7b"
-PUBLISHED = {"cabstractor": "8.1", "llamavid": "8.2", "resampler": "8.1"}
+PUBLISHED = {line.options["compressor"]: f"{line.tflops:.1f}" for line in PRINTED if "compressor" in line.options}
 """TFLOPs of `COSTED` with 64 tokens of an image and 512 of prompt, in the IVTP paper."""
 Row = dict[str, Any]
 
@@ -130,7 +132,7 @@ def results() -> str:
         cells = [label(name)]
         for keep in IN_README_AT:
             row = row_of(name, keep)
-            cells += [points(row), *(f"{row['objects'][crowd]['mean']:.1f}" for crowd in crowds)]
+            cells += [shown(row, "mean"), *(f"{row['objects'][crowd]['mean']:.1f}" for crowd in crowds)]
             cells.append(f"{1000 * row['tflops']:.1f}")
         made.append(tuple(cells))
     return table(tuple(header), made)
@@ -146,17 +148,17 @@ def compared() -> str:
     for name in names:
         rows = [row_of(name, keep) for keep in keeps]
         costs = [f"{1000 * row['tflops']:.1f}" for row in rows]
-        first.append((label(name), *map(points, rows), *costs))
+        first.append((label(name), *(shown(row, "mean") for row in rows), *costs))
     crowds = (crowd_name(0), crowd_name(2))
     apart = ("method", *(f"{keep}: {crowd}" for keep in keeps for crowd in crowds))
     second = [
-        (label(name), *(points(row_of(name, keep)["objects"][crowd]) for keep in keeps for crowd in crowds))
+        (label(name), *(shown(row_of(name, keep)["objects"][crowd], "mean") for keep in keeps for crowd in crowds))
         for name in names
     ]
     sides = {"all tokens": "change", "IVTP": "to ivtp", "the best": "to best"}
     gaps = ("method", *(f"{keep}: to {other}" for keep in keeps for other in sides))
     third = [
-        (label(name), *(gap(row_of(name, keep), side) for keep in keeps for side in sides.values()))
+        (label(name), *(shown_difference(row_of(name, keep), side) for keep in keeps for side in sides.values()))
         for name in names[1:]
     ]
     return "\n\n".join((table(tuple(header), first), table(apart, second), table(gaps, third)))
@@ -168,20 +170,6 @@ def by_mean(keeps: tuple[int, ...]) -> list[str]:
     there = {(row["method"], row["keep"]) for row in measured()}
     whole = [name for name in found if all((name, keep) in there for keep in keeps)]
     return sorted(whole, key=lambda name: -sum(row_of(name, keep)["mean"] for keep in keeps))
-
-
-def points(row: Row) -> str:
-    """A mean in points with its 95% interval."""
-    return f"{row['mean']:.1f} ({row['mean low']:.1f}–{row['mean high']:.1f})"
-
-
-def gap(row: Row, name: str) -> str:
-    """A paired difference in points; none where its 95% interval holds 0."""
-    if row.get(name) is None:
-        return "–"
-    low, high = row[f"{name} low"], row[f"{name} high"]
-    span = f"({low:+.1f} to {high:+.1f})"
-    return f"none {span}" if low <= 0 <= high else f"{row[name]:+.1f} {span}"
 
 
 def label(name: str) -> str:

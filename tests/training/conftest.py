@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import Tiny, image
+from tiny import image
 
 import ivtp
 from ivtp.training.records import Record, read_records
@@ -74,17 +74,6 @@ def captions(mix: Mix) -> Path:
     file = mix.folder / "captions.json"
     file.write_text(json.dumps([e | {"conversations": e["conversations"][:2]} for e in mix.entries if "image" in e]))
     return file
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("start")
-    tiny.model().save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
-    for part in tiny.clip:
-        part.save_pretrained(folder / "clip")
-    (folder / "ivtp.json").write_text(json.dumps({"llm_layers": 6, "threshold": 0.06, "clip": "clip"}))
-    return folder
 
 
 @pytest.fixture(scope="session")
