@@ -78,17 +78,29 @@ def grid_of(tokens: int) -> Grid | None:
     return (rows, columns) if columns <= 2 * rows else None
 
 
-def check_grid(kind: type[Compressor], geometry: Geometry, tokens: int, extra: int = 0) -> Grid:
-    """The grid of all tokens but `extra` ones. Raises `ConfigError` with the nearest numbers that have one."""
-    found = grid_of(tokens - extra) if tokens > extra else None
-    if found is None:
-        counts = [n for n in range(1 + extra, geometry.num_patches + 1) if grid_of(n - extra)]
-        near = sorted(sorted(counts, key=lambda n: abs(n - tokens))[:3])
-        raise ConfigError(
-            f"tokens={tokens} has no grid for {kind.name}, which gives {kind.info.counts}; "
-            f"use for example {', '.join(map(str, near))}"
-        )
-    return found
+class GridCompressor(Compressor):
+    """One whose tokens fill a grid, and `extra` ones beside it."""
+
+    extra: ClassVar[int] = 0
+
+    @classmethod
+    def check(cls, geometry: Geometry, tokens: int) -> None:
+        """A grid of tokens."""
+        super().check(geometry, tokens)
+        cls.grid_for(geometry, tokens)
+
+    @classmethod
+    def grid_for(cls, geometry: Geometry, tokens: int) -> Grid:
+        """The grid of all tokens but the extra ones. Raises `ConfigError` with the nearest numbers that have one."""
+        found = grid_of(tokens - cls.extra) if tokens > cls.extra else None
+        if found is None:
+            counts = [n for n in range(1 + cls.extra, geometry.num_patches + 1) if grid_of(n - cls.extra)]
+            near = sorted(sorted(counts, key=lambda n: abs(n - tokens))[:3])
+            raise ConfigError(
+                f"tokens={tokens} has no grid for {cls.name}, which gives {cls.info.counts}; "
+                f"use for example {', '.join(map(str, near))}"
+            )
+        return found
 
 
 def side_of(geometry: Geometry) -> Grid:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ivtp.compressors.base import (
-    Compressor,
     CompressorInfo,
-    check_grid,
+    GridCompressor,
     llava_projector,
     llava_projector_flops,
     side_of,
@@ -20,7 +19,7 @@ NARROW = 4
 """By how much a bottleneck is narrower than what it reads, in ResNet and in squeeze-and-excitation."""
 
 
-class CAbstractor(Compressor):
+class CAbstractor(GridCompressor):
     """L ResNet blocks over the patch grid, adaptive average pooling to a coarser grid, and L blocks over that.
 
     The paper leaves the block open: here it is ResNet's bottleneck with squeeze-and-excitation at the encoder's width.
@@ -40,15 +39,9 @@ class CAbstractor(Compressor):
         width = geometry.vision_hidden
         self.side = side_of(geometry)
         self.near = nn.Sequential(*(Bottleneck(width) for _ in range(BLOCKS)))
-        self.pool = nn.AdaptiveAvgPool2d(check_grid(type(self), geometry, tokens))
+        self.pool = nn.AdaptiveAvgPool2d(self.grid_for(geometry, tokens))
         self.far = nn.Sequential(*(Bottleneck(width) for _ in range(BLOCKS)))
         self.projector = llava_projector(geometry)
-
-    @classmethod
-    def check(cls, geometry: Geometry, tokens: int) -> None:
-        """A grid of tokens."""
-        super().check(geometry, tokens)
-        check_grid(cls, geometry, tokens)
 
     @classmethod
     def flops(cls, geometry: Geometry, tokens: int, question: int) -> float:

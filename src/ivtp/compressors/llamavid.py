@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from transformers import InstructBlipQFormerConfig, InstructBlipQFormerModel
 
 from ivtp.compressors.base import (
-    Compressor,
     CompressorInfo,
-    check_grid,
+    GridCompressor,
     llava_projector,
     llava_projector_flops,
     q_former_flops,
@@ -26,7 +25,7 @@ LONGEST = 512
 """Tokens of a question that BERT reads; what comes behind is left out."""
 
 
-class LlamaVid(Compressor):
+class LlamaVid(GridCompressor):
     """One context token, which the question guides, in front of content tokens, the patch grid pooled to a coarser one.
 
     The text decoder is a Q-Former: its queries look at the question and at the patches, and each then attends to the
@@ -36,6 +35,7 @@ class LlamaVid(Compressor):
     """
 
     name = "llamavid"
+    extra = 1  # the context
     info = CompressorInfo(
         title="LLaMA-VID",
         year=2023,
@@ -47,7 +47,7 @@ class LlamaVid(Compressor):
     def __init__(self, geometry: Geometry, tokens: int) -> None:
         super().__init__(geometry, tokens)
         sizes, width = q_former_sizes(geometry), geometry.vision_hidden
-        self.side, self.grid = side_of(geometry), check_grid(type(self), geometry, tokens, extra=1)
+        self.side, self.grid = side_of(geometry), self.grid_for(geometry, tokens)
         self.queries = nn.Parameter(0.02 * torch.randn(QUERIES, sizes["hidden_size"]))
         self.text_decoder = InstructBlipQFormerModel(
             InstructBlipQFormerConfig(
@@ -61,12 +61,6 @@ class LlamaVid(Compressor):
             self.query.weight.mul_(width**-0.5)  # attention that starts as even as a scaled one
         self.context = nn.Linear(width, geometry.text_hidden)
         self.content = llava_projector(geometry)
-
-    @classmethod
-    def check(cls, geometry: Geometry, tokens: int) -> None:
-        """A grid of tokens and one more."""
-        super().check(geometry, tokens)
-        check_grid(cls, geometry, tokens, extra=1)
 
     @classmethod
     def flops(cls, geometry: Geometry, tokens: int, question: int) -> float:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ivtp.compressors.base import (
-    Compressor,
     CompressorInfo,
-    check_grid,
+    GridCompressor,
     llava_projector,
     llava_projector_flops,
     side_of,
@@ -17,7 +16,7 @@ from ivtp.core.resample import plane_positions
 from ivtp.plan import Geometry
 
 
-class Resampler(Compressor):
+class Resampler(GridCompressor):
     """A single cross-attention: learned queries, laid out in a grid over the picture, look at the patches.
 
     Two-dimensional absolute positions are added to queries and keys. The paper leaves the width open; its 0.08 billion
@@ -38,19 +37,11 @@ class Resampler(Compressor):
         super().__init__(geometry, tokens)
         width, side = geometry.vision_hidden, side_of(geometry)
         self.queries = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.places = nn.Buffer(
-            plane_positions(check_grid(type(self), geometry, tokens), side, width), persistent=False
-        )
+        self.places = nn.Buffer(plane_positions(self.grid_for(geometry, tokens), side, width), persistent=False)
         self.patch_places = nn.Buffer(plane_positions(side, side, width), persistent=False)
         self.norm_query, self.norm_patch, self.norm_token = (nn.LayerNorm(width) for _ in range(3))
         self.attention = nn.MultiheadAttention(width, geometry.vision_heads, batch_first=True)
         self.projector = llava_projector(geometry)
-
-    @classmethod
-    def check(cls, geometry: Geometry, tokens: int) -> None:
-        """A grid of tokens."""
-        super().check(geometry, tokens)
-        check_grid(cls, geometry, tokens)
 
     @classmethod
     def flops(cls, geometry: Geometry, tokens: int, question: int) -> float:
