@@ -102,10 +102,13 @@ def row_of(asked: Asked, found: Mapping[str, Any], full: Row | None = None) -> R
     return row | mean_costs(found["samples"])
 
 
-def mean_costs(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
+COUNTED = ("visual_tokens", "tflops")
+"""Costs of an answer that are the same wherever it was given."""
+
+
+def mean_costs(samples: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str] = (*COUNTED, "seconds")) -> Row:
     """Visual tokens that are left, TFLOPs of a prefill and seconds of an answer, over all prompts."""
     costs = [cost for of_task in samples.values() for s in of_task for cost in s["token_counts"] if cost]
-    names = ("visual_tokens", "tflops", "seconds")
     return {name: statistics.mean(cost[name] for cost in costs) if costs else None for name in names}
 
 

@@ -25,7 +25,7 @@ from loguru import logger
 from ivtp.errors import ConfigError
 from ivtp.evaluation.asked import Asked, Row, Run
 from ivtp.evaluation.ratios import Array, Ratios, ratios
-from ivtp.evaluation.run import columns, evaluate, mean_costs
+from ivtp.evaluation.run import COUNTED, columns, evaluate, mean_costs
 from ivtp.micro.world.crowds import CROWDS
 
 TOLERANCE = 0.1
@@ -44,6 +44,7 @@ class Measured:
     objects: Mapping[str, Mapping[int, int]]
     """The number of objects of each question's photo, by title and number; empty where a task does not tell."""
     costs: Row
+    """Counted alone: answers may come from an earlier run, or from several processes at once."""
 
     @property
     def mean(self) -> float:
@@ -90,7 +91,7 @@ def measured(asked: Asked, on_answers: OnAnswers | None = None) -> Measured:
             objects[column.title] = {int(sample["doc_id"]): int(sample["doc"]["objects"]) for sample in samples}
     if objects.keys() != figures.keys():
         objects = {}
-    return Measured(figures, parts, objects, mean_costs(found["samples"]))
+    return Measured(figures, parts, objects, mean_costs(found["samples"], COUNTED))
 
 
 def sweep(asked: Asked, runs: Sequence[Run], workers: int, on_answers: OnAnswers) -> Iterator[tuple[Run, Measured]]:
