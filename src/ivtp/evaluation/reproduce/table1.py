@@ -35,7 +35,8 @@ def label(row: Row) -> str:
     """A method's name; one that has to be trained says that it is not."""
     if row["method"] == "none":
         return "all tokens"
-    return f"{row['name']} (untrained)" if method_class(row["method"]).info.trainable else str(row["name"])
+    name = str(row["method"])
+    return f"{name} (untrained)" if method_class(name).info.trainable else name
 
 
 def table(rows: Sequence[Row]) -> str:
