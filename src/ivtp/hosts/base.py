@@ -180,6 +180,11 @@ class Host:
         if uncut := sorted(places - self.cuts):
             where = " and ".join(PLACES[place] for place in uncut)
             return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
+        if self.size.unit > 1 and places & {"inside", "behind"} and method.info.merges:
+            return (
+                f"{name} merges tokens in the encoder, and the projector of {self.name} reads {self.size.unit} of them "
+                f"each; use {other}"
+            )
         if self.pads and places and method.info.merges and not method.heeds_padding:
             return (
                 f"{name} merges tokens in the encoder, and could not tell the padding in the tiles of {self.name}; "
@@ -200,8 +205,12 @@ class Host:
         return None
 
     def project(self, features: Tensor) -> Tensor:
-        """Vision features (..., D) to decoder embeddings (..., D_text)."""
+        """Vision features (R, N * `Geometry.unit`, D), units whole, to decoder embeddings (R, N, D_text)."""
         raise NotImplementedError
+
+    def project_summary(self, summary: Tensor) -> Tensor:
+        """What stands for images as a whole (m, D) to decoder embeddings (m, D_text), as units of nothing else."""
+        return self.project(summary.unsqueeze(1).expand(-1, self.size.unit, -1)).squeeze(1)
 
     def check_media(self, inputs: dict[str, Any]) -> None:
         """Raise `InputError` for what would pass unpruned."""
