@@ -39,11 +39,14 @@ class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
 
     grids: tuple[tuple[int, ...], ...]
-    """(rows, columns) of its patches, one grid behind the other: of most families one, of tiles the whole's before."""
+    """(rows, columns) of its patches, one grid behind the other: of most families one; of tiles the whole's and then
+    theirs together, or, where a call does not say how they lie, one for each tile and the whole's at the end."""
     token: Tensor
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
     """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
+    whole: int = 0
+    """The tile that shows all of the image: the summary of its encoder stands for the image."""
     scaled: Tensor | None = None
     """(rows, columns) the tokens of all tiles, counted through, that a grid larger than the last of `grids` is made of
     and scaled down from, bilinearly, behind the projector; None where no grid is scaled."""
@@ -61,7 +64,8 @@ class Visual:
 
 def openai_clip(geometry: Geometry, layers: int) -> str | None:
     """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
-    return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
+    patches = geometry.num_patches * geometry.unit
+    return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, patches))
 
 
 class Host:
@@ -76,6 +80,8 @@ class Host:
     """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
+    hub: ClassVar[str] = "llava-hf/{}-hf"
+    """The hub id of the checkpoint of such a size, with its name left out."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     pads: ClassVar[bool] = False

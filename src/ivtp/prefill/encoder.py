@@ -24,8 +24,8 @@ class Encoded:
 
     patches: Tensor  # (k,): which patches the features stand for
     features: Tensor  # (k, D): projected
-    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the first tile
-    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the first tile
+    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the whole's tile
+    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the whole's tile
     sources: Tensor  # (n,): the patch that stands for each one, -1 where it was dropped
 
 
