@@ -50,7 +50,8 @@ class Units:
         if self.size == 1:
             return tokens
         alone, rest = tokens.tensor_split([self.lead], dim=dim)
-        return torch.cat([alone, pool(rest.unflatten(dim, (-1, self.size)), dim=dim + 1)], dim=dim)
+        each = rest.reshape(*rest.shape[:dim], -1, self.size, *rest.shape[dim + 1 :])
+        return torch.cat([alone, pool(each, dim=dim + 1)], dim=dim)
 
 
 SINGLE = Units()

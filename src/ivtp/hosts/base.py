@@ -45,11 +45,11 @@ class Visual:
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
     """(tiles, N) the patch that each token of each tile becomes, -1: padding, which no slot holds."""
-    whole: int = 0
-    """The tile that shows all of the image: the summary of its encoder stands for the image."""
     scaled: Tensor | None = None
     """(rows, columns) the tokens of all tiles, counted through, that a grid larger than the last of `grids` is made of
     and scaled down from, bilinearly, behind the projector; None where no grid is scaled."""
+    whole: int = 0
+    """The tile that shows all of the image: the summary of its encoder stands for the image."""
 
     @cached_property
     def patches(self) -> int:

@@ -117,7 +117,7 @@ class InternVLHost(LlavaLike):
         """InternVL's projector, of the patches of each square side by side."""
         if self._normed:
             features = self.vision.normalise(features)
-        return super().project(features.unflatten(1, (-1, self.size.unit)).flatten(2))
+        return super().project(features.reshape(len(features), -1, self.size.unit * features.shape[2]))
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
