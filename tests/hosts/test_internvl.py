@@ -216,9 +216,8 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(method: str) ->
 
 @pytest.mark.parametrize("method", ["tome", "evit", "visionzip", "prumerge", "ivtp+", "tome+fastv"])
 def test_merging_in_the_encoder_is_refused(small: tuple[Any, Any], method: str) -> None:
-    options = {"guide": "text"} if method == "ivtp+" else {}
     with pytest.raises(ConfigError, match="reads 4 of them each") as caught:
-        ivtp.attach(*small, method=method, keep=8, **options)
+        ivtp.attach(*small, method=method, keep=8)
     assert "\n" not in str(caught.value)
 
 

@@ -177,20 +177,20 @@ class Host:
     def refusal(self, method: Method) -> str | None:
         """Why `method` would silently be another one in this family, and what to do, in one line; None: it is taken."""
         name, other = f"method {method.config.method!r}", "another method (see `ivtp methods --hosts`)"
-        missing = sorted(method.needed - self.gives)
-        if missing:
-            lacks = " and ".join(NEEDS[need] for need in missing)
-            guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
-            return f"{name} needs {lacks}, which {self.name} lacks; use {guides}{other}"
         places = {cut.place for cut in method.plan.cuts if cut.where == "vision"}
-        if uncut := sorted(places - self.cuts):
-            where = " and ".join(PLACES[place] for place in uncut)
-            return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
         if self.size.unit > 1 and places & {"inside", "behind"} and method.info.merges:
             return (
                 f"{name} merges tokens in the encoder, and the projector of {self.name} reads {self.size.unit} of them "
                 f"each; use {other}"
             )
+        missing = sorted(method.needed - self.gives)
+        if missing:
+            lacks = " and ".join(NEEDS[need] for need in missing)
+            guides = 'guide="text", guide="visual" or ' if missing == ["text_side"] and not method.reads_clip else ""
+            return f"{name} needs {lacks}, which {self.name} lacks; use {guides}{other}"
+        if uncut := sorted(places - self.cuts):
+            where = " and ".join(PLACES[place] for place in uncut)
+            return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
         if self.pads and places and method.info.merges and not method.heeds_padding:
             return (
                 f"{name} merges tokens in the encoder, and could not tell the padding in the tiles of {self.name}; "
