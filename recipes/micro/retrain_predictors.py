@@ -34,7 +34,7 @@ def train_predictors(
     model: str,
     on_step: Callable[[dict[str, float]], Any],
 ) -> None:
-    """Write the predictors of `dynamicvit` at `keep` tokens of `model`, trained for `steps` steps of `batch` photos, to `out`.
+    """Write the predictors of `dynamicvit` at `keep` tokens of `model` to `out`, trained for `steps` steps.
 
     `on_step` is told the losses of each step.
     """
@@ -49,7 +49,7 @@ def train_predictors(
         pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         losses = predictor_losses(network, method, pixels)
         optimizer.zero_grad()
-        losses.total.backward()
+        losses.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         parts = {"loss": losses.total, "distillation": losses.distillation, "ratio": losses.ratio}

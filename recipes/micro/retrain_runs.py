@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,14 @@ class Arm:
 
 
 def arms(keeps: Sequence[int], only: Sequence[str], seeds: int) -> list[Arm]:
-    """All rows, the full model's first. Raises `ConfigError` for a name that there is not."""
+    """All rows, in the order in which they are made. Raises `ConfigError` for a name that there is not."""
     for name in only:
         if name not in NAMES:
             raise ConfigError(f"--only {name}: there is no such row; use one of {', '.join(NAMES)}")
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        for name in only or NAMES:
-            if seed == FIRST_SEED or name in REPEATED:
-                found += [Arm(name, keep, seed) for keep in ([0] if name == FULL else keeps)]
+        names = [name for name in only or NAMES if seed == FIRST_SEED or name in REPEATED]
+        found += [Arm(name, 0 if name == FULL else keep, seed) for keep in keeps for name in names]
     return list(dict.fromkeys(found))
 
 
@@ -164,27 +164,31 @@ class Part:
 
 def parts(arm: Arm, settings: Settings) -> list[Part]:
     """What has to be run for a row, in this order."""
-    folder = settings.runs / arm.folder
+    folder, model = settings.runs / arm.folder, settings.model
     found: list[Part] = []
-    model = settings.model
     if arm.compressor:
-        words = ("start", "--model", model, "--compressor", arm.name, "--keep", str(arm.keep))
-        found.append(_own("start", folder, (*words, "--out", str(folder / "start")), 0, lambda: 0.0))
+        put_in = {"model": model, "compressor": arm.name, "keep": arm.keep, "out": folder / "start"}
+        found.append(_own("start", folder, put_in, 0, lambda: 0.0))
         first = _asked(arm, settings, PRETRAIN, retrain_records.PRETRAIN, str(folder / "start"), folder / "pretrain")
         found.append(_trained(first, settings, folder))
         model = str(folder / "pretrain")
     if arm.name == "dynamicvit":
         steps, batch = settings.predictor_steps, settings.batch
-        words = ("predictors", "--model", model, "--data", str(settings.data), "--keep", str(arm.keep))
-        words += ("--steps", str(steps), "--batch", str(batch), "--out", str(predictors_file(arm, settings)))
+        given = {"model": model, "data": settings.data, "keep": arm.keep, "steps": steps, "batch": batch}
+        given |= {"out": predictors_file(arm, settings)}
         cost = predictor_flops(model, arm.keep) * steps * batch
-        found.append(_own("predictors", folder, words, steps, lambda: cost))
+        found.append(_own("predictors", folder, given, steps, lambda: cost))
     last = _asked(arm, settings, settings.stage, retrain_records.FINETUNE, model, folder / "finetune")
     return [*found, _trained(last, settings, folder)]
 
 
-def _own(name: str, folder: Path, words: tuple[str, ...], steps: int, flops: Callable[[], float]) -> Part:
-    return Part(name, ("-m", "recipes.micro.retrain", *words), folder, steps, flops)
+def _own(name: str, folder: Path, given: Mapping[str, Any], steps: int, flops: Callable[[], float]) -> Part:
+    """A command of the recipe."""
+    return Part(name, ("-m", "recipes.micro.retrain", name, *_flags(given)), folder, steps, flops)
+
+
+def _flags(given: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def _asked(arm: Arm, settings: Settings, stage: Stage, file: str, model: str, out: Path) -> Asked:
@@ -230,8 +234,7 @@ def words_of(asked: Asked) -> tuple[str, ...]:
     if asked.method != "none":
         given |= {"keep": asked.keep}
     given |= {"max-steps": asked.max_steps, "batch": asked.batch, "seed": asked.seed}
-    for name, value in given.items():
-        words += [f"--{name}", str(value)] if value is not None else []
+    words += _flags(given)
     for name, value in asked.options.items():
         words += ["--option", f"{name}={value}"]
     for name, value in asked.arguments.items():
@@ -244,11 +247,14 @@ def words_of(asked: Asked) -> tuple[str, ...]:
 
 def train_arm(arm: Arm, settings: Settings, told: Told) -> list[Facts]:
     """What each of the row's commands was and took; those that are done are not run again."""
-    return [_run(part, told) for part in parts(arm, settings)]
+    return [run_part(part, told) for part in parts(arm, settings)]
 
 
-def _run(part: Part, told: Told) -> Facts:
-    """Raises `ConfigError` where the folder holds another run, `FailedError` where the command fails."""
+def run_part(part: Part, told: Told) -> Facts:
+    """What a command was and took, now or before.
+
+    Raises `ConfigError` where the folder holds another run, `FailedError` where the command fails.
+    """
     before = read_json(part.done)
     if before:
         if before["command"] != part.command:
@@ -330,14 +336,13 @@ def read_log(file: Path) -> list[dict[str, float]]:
 
 def thinned(values: Sequence[float], count: int = 20) -> list[float]:
     """Means of at most so many stretches of equal length."""
-    edges = [round(i * len(values) / min(count, len(values))) for i in range(min(count, len(values)) + 1)] or [0]
-    spans = [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    count = min(count, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)] if count else []
+    spans = [values[a:b] for a, b in pairwise(edges)]
     return [round(sum(span) / len(span), 5) for span in spans]
 
 
 def _forget_checkpoints(part: Part) -> None:
     """What only a run that goes on reads."""
-    import shutil
-
     for folder in (part.folder / part.name).glob("checkpoint-*"):
         shutil.rmtree(folder)

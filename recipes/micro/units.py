@@ -29,9 +29,9 @@ def collect(
 ) -> list[list[Unit]]:
     """``questions`` units of every format, grouped by the photo that they are about; VizWiz has its own, bad ones.
 
-    ``formats`` are those alone that ask, in place of all. ``even`` takes equally many of each of CROWDS for every format, except where a format hardly asks about such photos
-    (LLaVA-Bench's captions of many objects); then others take their place. Raises `ConfigError` where a format finds
-    too few clear questions.
+    ``formats`` are those alone that ask, in place of all. ``even`` takes equally many of each of CROWDS for every
+    format, except where a format hardly asks about such photos (LLaVA-Bench's captions of many objects); then others
+    take their place. Raises `ConfigError` where a format finds too few clear questions.
     """
     names = formats or list_formats()
     missing = dict.fromkeys(names, questions)
