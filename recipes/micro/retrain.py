@@ -59,7 +59,7 @@ Keep = Annotated[int, typer.Option(min=1, max=world.GRID**2, help="tokens that s
 @app.command()
 def records(
     out: Annotated[Path, typer.Option(metavar="DIR", help="folder for finetune.json, pretrain.json and images")],
-    records: Annotated[int, typer.Option(min=1, help="questions, in equal numbers of every format")] = 4800,
+    records: Annotated[int, typer.Option(min=1, help="questions, in equal numbers of every format")] = 2400,
 ) -> None:
     """Write training photos with questions, and with captions, as `ivtp train` reads them: the same at every call."""
     check_folder(out, "--out")
