@@ -156,9 +156,10 @@ def test_it_learns_and_only_it(compressed: Compressed) -> None:
     model.model.multi_modal_projector.requires_grad_(True)
     model.gradient_checkpointing_enable()
     model.train()
-    optimizer = torch.optim.AdamW(model.model.multi_modal_projector.parameters(), lr=1e-2)
+    torch.manual_seed(0)  # of the Q-Former's dropout
+    optimizer = torch.optim.AdamW(model.model.multi_modal_projector.parameters(), lr=3e-3)
     losses = []
-    for _ in range(4):
+    for _ in range(8):
         loss = model(**inputs, labels=inputs["input_ids"]).loss
         loss.backward()
         optimizer.step()
