@@ -8,6 +8,7 @@ import shlex
 import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def test_what_a_killed_run_repeats_is_counted_once(tmp_path: Path) -> None:
     assert not checkpoint.exists()
     assert retrain_runs.run_part(part, told.append) == facts
     assert sum(told) == 2 * part.steps
+    with pytest.raises(ConfigError, match="was made by another command"):
+        retrain_runs.run_part(replace(part, words=("-c", "1")), told.append)
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
@@ -246,7 +249,7 @@ def test_rows_are_trained_measured_and_not_trained_again(
         assert list(row["benchmarks"]) == ["GQA", "POPE"]
     stages = {row["name"]: [shlex.split(part["command"])[2:5] for part in row["training"]] for row in rows}
     assert [words[-1] for words in stages["qformer"]][1:] == ["pretrain", "finetune"]
-    monkeypatch.setattr(retrain_runs.subprocess, "Popen", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(retrain_runs, "subprocess", None)
     assert invoke(*words).exit_code == 0
     assert json.loads((tmp_path / "out" / "retrained.json").read_text(encoding="utf-8")) == document
     with pytest.raises(IvtpError, match=r"3 of 3 rows failed .*was made by another command"):
