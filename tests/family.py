@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference import Reference, check_stages, prompt_of
 from tiny import clip_side
 from torch import Tensor, nn
 
 import ivtp
 from ivtp.errors import ConfigError, UnsupportedModelError
+from ivtp.hosts.tiny import IMAGE, tiny_images
 from ivtp.registry import host_class, method_class
 
 Size = tuple[int, int]
@@ -119,3 +121,26 @@ class Family:
 def generated(output: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The new tokens of `generate`."""
     return output[:, inputs["input_ids"].shape[1] :]
+
+
+def check_kept(
+    host: Any,
+    model: Any,
+    processor: Any,
+    reference: Reference,
+    prompts: Sequence[Prompt],
+    options: dict[str, Any],
+    slot: str = IMAGE,
+) -> None:
+    """A batch of prompts keeps what the reference keeps of each; `slot` is what the processor makes of an image's."""
+    expected = []
+    for question, sizes in prompts:
+        content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text, images = text.replace(IMAGE, slot), tiny_images(question, sizes)
+        expected.append(reference.run(prompt_of(processor, text, question, images, reference.num_patches)))
+    with torch.no_grad(), ivtp.attach(model, processor, **options) as pruner:
+        logits = model(**host.tiny_inputs(model, processor, prompts)).logits
+    check_stages(pruner.trace, expected)
+    for row, result in zip(logits, expected, strict=True):
+        torch.testing.assert_close(row[-1].double(), result.logits[-1], atol=1e-4, rtol=0)

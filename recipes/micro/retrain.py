@@ -11,9 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +20,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ivtp.cli.console import bar, err
 from ivtp.cli.door import interruptible, quiet, run
 from ivtp.cli.eval import named_tasks
 from ivtp.evaluation.answers import cache_folder
@@ -36,7 +34,7 @@ from ivtp.plug import compress
 from recipes.micro import retrain_records
 from recipes.micro.bench import Bench
 from recipes.micro.retrain_predictors import train_predictors
-from recipes.micro.retrain_runs import NAMES, Arm, Settings, Told, arms, parts, train_arm, trained_folder
+from recipes.micro.retrain_runs import NAMES, Arm, Settings, arms, parts, train_arm, trained_folder
 from recipes.micro.scoring import Table, interval, write_json
 from recipes.micro.units import by_format, gap
 
@@ -44,7 +42,7 @@ CHOICES = ((1e-4, False), (3e-4, False), (1e-3, False), (3e-4, True), (1e-3, Tru
 """Learning rates, with the decoder's own weights or with adapters."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-console, err = Console(), Console(stderr=True)
+console = Console()
 
 Data = Annotated[Path, typer.Option(metavar="DIR", help="folder that `records` wrote")]
 Runs = Annotated[Path, typer.Option(metavar="DIR", help="folder of all runs: weights, logs, what is done")]
@@ -63,7 +61,7 @@ def records(
 ) -> None:
     """Write training photos with questions, and with captions, as `ivtp train` reads them: the same at every call."""
     check_folder(out, "--out")
-    with _bar("records", records) as told:
+    with bar(records, "records") as told:
         count = retrain_records.write_records(out, records, told)
     console.print(f"{count} records in {out}", markup=False, soft_wrap=True)
 
@@ -118,12 +116,13 @@ def choose(
     arm = Arm("ivtp", keep)
     with (
         _going_on(runs),
-        _bar("steps", sum(part.steps for of in options for part in parts(arm, of))) as told,
+        bar(sum(part.steps for of in options for part in parts(arm, of)), "steps") as told,
         ThreadPoolExecutor(workers) as pool,
     ):
         facts = list(pool.map(lambda of: train_arm(arm, of, told), options))
     reference = _scored(model, keep, questions)
-    rows = [{"training": "none", "minutes": 0.0, "last loss": None} | by_format(reference, "accuracy")["mean"]]
+    none = {"training": "none", "minutes": 0.0, "last loss": None} | by_format(reference, "accuracy")["mean"]
+    rows = [none | interval("to none", 0.0, [0.0, 0.0])]
     for of, (done,) in zip(options, facts, strict=True):
         scored = _scored(str(trained_folder(arm, of)), keep, questions)
         rows.append(
@@ -131,7 +130,6 @@ def choose(
             | by_format(scored, "accuracy")["mean"]
             | interval("to none", *gap(scored, reference))
         )
-        rows[0] |= interval("to none", 0.0, [0.0, 0.0])
     asked = rows[0]["questions"]
     made = Table(f"IVTP at {keep} tokens, {steps} steps of {batch}, {asked} questions of the validation split", rows)
     about: dict[str, Any] = {"command": _command(), "commands": [done["command"] for (done,) in facts]}
@@ -180,8 +178,8 @@ def table(
     named, folders = named_tasks(tasks, limit)
     kept = str(cache or cache_folder() / "answers")
     asked = Asked(model, named, "none", limit=limit, batch_size=16, include_path=folders, cache=kept)
-    made = Retrained.of(settings, asked, wanted)
-    with _going_on(runs), _bar("steps and questions", made.steps()) as told:
+    made = Retrained(settings, asked, wanted)
+    with _going_on(runs), bar(made.steps(), "steps and questions") as told:
         for _ in made.make(workers, told):
             files = made.write(output, _command())
     for file in files:
@@ -201,14 +199,6 @@ def _command() -> str:
 
 def _going_on(runs: Path) -> Any:
     return interruptible(lambda: f"what was trained is kept in {runs}; the same command goes on behind it")
-
-
-@contextmanager
-def _bar(title: str, total: int) -> Iterator[Told]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda more: progress.advance(task, more)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,8 @@ class Table:
     asked: Asked
     """Tasks, limit and cache; its model is the one that all rows begin with."""
     arms: Sequence[Arm]
-    untouched: dict[Run, Measured]
-    found: dict[Arm, Found]
-
-    @classmethod
-    def of(cls, settings: Settings, asked: Asked, arms: Sequence[Arm]) -> Table:
-        """Without a row yet."""
-        return cls(settings, asked, arms, {}, {})
+    untouched: dict[Run, Measured] = field(default_factory=dict)
+    found: dict[Arm, Found] = field(default_factory=dict)
 
     def steps(self) -> int:
         """Of all commands, and questions of all measurements."""

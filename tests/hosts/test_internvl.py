@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import transformers
+from family import check_kept
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from reference import Cut, Reference, _Image, check_stages, importance, prompt_of, rollout, select
+from reference import Cut, Reference, _Image, importance, rollout, select
 from torch import Tensor, nn
 from transformers import InternVLConfig, InternVLVisionConfig
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -19,7 +20,7 @@ import ivtp
 from ivtp import PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
 from ivtp.hosts.internvl import HOST
-from ivtp.hosts.tiny import IMAGE, settle, tiny_images
+from ivtp.hosts.tiny import IMAGE, settle
 from ivtp.methods.topk import METHOD as TOPK
 
 SIDE, ACROSS = 8, 2
@@ -102,20 +103,9 @@ def intern_attention(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tenso
     ids=str,
 )
 def test_what_stays_is_what_the_reference_keeps(small: tuple[Any, Any], options: dict[str, Any]) -> None:
-    model, processor = small
     options = {"keep": 5, "guide": "text", "llm_layers": 6, **options}
-    reference = InternVLReference(model, None, PruneConfig.of(**options))
-    expected = []
-    for question, sizes in ONE_TILE:
-        content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        text, images = text.replace(IMAGE, f"<img>{IMAGE}</img>"), tiny_images(question, sizes)
-        expected.append(reference.run(prompt_of(processor, text, question, images, reference.num_patches)))
-    with torch.no_grad(), ivtp.attach(model, processor, **options) as pruner:
-        logits = model(**HOST.tiny_inputs(model, processor, ONE_TILE)).logits
-    check_stages(pruner.trace, expected)
-    for row, result in zip(logits, expected, strict=True):
-        torch.testing.assert_close(row[-1].double(), result.logits[-1], atol=1e-4, rtol=0)
+    reference = InternVLReference(small[0], None, PruneConfig.of(**options))
+    check_kept(HOST, *small, reference, ONE_TILE, options, slot=f"<img>{IMAGE}</img>")
 
 
 def test_a_square_is_chosen_by_the_attention_that_all_of_it_receives(small: tuple[Any, Any]) -> None:

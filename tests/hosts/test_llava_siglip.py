@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from reference import Reference, check_stages, prompt_of
+from family import check_kept
+from reference import Reference
 
 import ivtp
 from ivtp import PruneConfig
 from ivtp.errors import ConfigError, UnsupportedModelError
 from ivtp.hosts.llava_siglip import HOST
-from ivtp.hosts.tiny import tiny_images
 
 PROMPTS = (("What is left of the dog?", ((50, 40),)), ("How many bananas are there?", ((30, 90), (84, 84))))
 
@@ -36,20 +35,8 @@ def small() -> tuple[Any, Any]:
     ids=str,
 )
 def test_what_stays_is_what_the_reference_keeps(small: tuple[Any, Any], options: dict[str, Any]) -> None:
-    model, processor = small
     options = {"keep": 8, "guide": "text", "llm_layers": 6, **options}
-    reference = Reference(model, None, PruneConfig.of(**options))
-    expected = []
-    for question, sizes in PROMPTS:
-        content = [*[{"type": "image"}] * len(sizes), {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        images = tiny_images(question, sizes)
-        expected.append(reference.run(prompt_of(processor, text, question, images, reference.num_patches)))
-    with torch.no_grad(), ivtp.attach(model, processor, **options) as pruner:
-        logits = model(**HOST.tiny_inputs(model, processor, PROMPTS)).logits
-    check_stages(pruner.trace, expected)
-    for row, result in zip(logits, expected, strict=True):
-        torch.testing.assert_close(row[-1].double(), result.logits[-1], atol=1e-4, rtol=0)
+    check_kept(HOST, *small, Reference(small[0], None, PruneConfig.of(**options)), PROMPTS, options)
 
 
 def test_the_guide_that_needs_a_text_side_says_what_to_do(small: tuple[Any, Any]) -> None:

@@ -169,7 +169,7 @@ def measured(right: Sequence[int]) -> Measured:
 def test_rows_are_compared_with_their_own_seed_and_with_no_training(data: Path) -> None:
     wanted = arms((64,), (FULL, "topk", "ivtp", "qformer"), 2)
     settings = Settings(data, Path("runs"))
-    made = Table.of(settings, Asked("micro", ("micro_gqa",)), wanted)
+    made = Table(settings, Asked("micro", ("micro_gqa",)), wanted)
     facts = {"command": "x", "steps": 2, "minutes": 1.5, "flops": 2e15, "losses": [1.0]}
     right = {(FULL, 42): 9, (FULL, 43): 8, ("topk", 42): 5, ("topk", 43): 6, ("ivtp", 42): 7, ("qformer", 42): 3}
     for (name, seed), count in right.items():
@@ -195,7 +195,7 @@ def test_rows_are_compared_with_their_own_seed_and_with_no_training(data: Path) 
 
 
 def test_what_is_written_has_every_row_with_its_cost(data: Path, tmp_path: Path) -> None:
-    made = Table.of(Settings(data, Path("runs")), Asked("micro", ("micro_gqa",)), arms((64,), (FULL, "topk"), 2))
+    made = Table(Settings(data, Path("runs")), Asked("micro", ("micro_gqa",)), arms((64,), (FULL, "topk"), 2))
     for arm in made.arms:
         facts = {"command": "python -m ivtp", "steps": 2, "minutes": 1.5, "flops": 2e15, "losses": [1.0]}
         made.found[arm] = Found(measured([1, 0]), (facts,))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,3 +188,14 @@ def _write(text: str, escaped: str) -> None:
         text = escaped
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def bar(total: int, title: str) -> Iterator[Callable[[int], Any]]:
+    """A progress bar over so many steps on the standard error, where that is a terminal; it is told of each more."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda more: progress.advance(task, more)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ivtp.cli import arguments as given
-from ivtp.cli.console import err, out
+from ivtp.cli.console import bar, err, out
 from ivtp.cli.door import interruptible, quiet
 from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
@@ -102,7 +100,7 @@ def reproduce(
     own = tuple(image or ()), tuple(question or ())
     request = base.Request(asked, methods, tuple(keep or ()), workers, *own)
     with interruptible(lambda: left):
-        result: base.Result = load_named("evaluation.reproduce", name, "make")(request, _bar)
+        result: base.Result = load_named("evaluation.reproduce", name, "make")(request, bar)
     result = replace(result, about=base.about(request, shlex.join(["ivtp", *sys.argv[1:]])) | result.about)
     files = base.write(output, name, result)
     from rich.markdown import Markdown
@@ -122,13 +120,3 @@ def _refuse_unread(context: typer.Context, name: str) -> None:
         source = context.get_parameter_source(known)
         if not read and source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"{parameter.opts[0]} has no use in {name}; leave it out")
-
-
-@contextmanager
-def _bar(total: int, title: str) -> Iterator[Callable[[int], Any]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda more: progress.advance(task, more)

@@ -70,7 +70,7 @@ def sizes(model: Any) -> Sizes:
     if isinstance(model, str | Path):
         known = _well_known(str(model))
         folder = None if known else _folder_of(model)
-        config = model_config(model)
+        config = known[1] if known else _local_config(model, folder)
     else:
         config = getattr(model, "config", model)
         folder = local_folder(getattr(model, "name_or_path", None))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.llava_like import LlavaLike
-from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_llama, tiny_tokenizer
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, for_images, settle, tiny_llama, tiny_tokenizer
 from ivtp.plan import Geometry
 from ivtp.stock import best_canvas
 from ivtp.towers.intern_vit import ACROSS, InternVitTower
@@ -130,12 +130,6 @@ class InternVLHost(LlavaLike):
         )
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-        class ForImages(InternVLProcessor):  # type: ignore[misc]  # transformers is untyped here
-            """The stock processor without its part for videos, which torchvision alone can make."""
-
-            def __init__(self, image_processor: Any, tokenizer: Any, **settings: Any) -> None:
-                super().__init__(image_processor, tokenizer, None, **settings)
-
         marks = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": "<video>"}
         tokenizer = tiny_tokenizer(context_image_token=IMAGE, **marks)
         config = InternVLConfig(
@@ -153,7 +147,7 @@ class InternVLHost(LlavaLike):
             image_seq_length=16,
             tie_word_embeddings=False,
         )
-        processor = ForImages(
+        processor = for_images(InternVLProcessor)(
             GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, max_patches=4),
             tokenizer,
             image_seq_length=16,

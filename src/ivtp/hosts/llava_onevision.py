@@ -12,7 +12,7 @@ from ivtp.errors import InputError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.llava_like import LlavaLike
 from ivtp.hosts.tiles import TilesHost
-from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_llama, tiny_siglip, tiny_tokenizer
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, for_images, settle, tiny_llama, tiny_siglip, tiny_tokenizer
 from ivtp.towers.siglip import SiglipTower
 
 _STOCK: dict[str, dict[str, int]] = {
@@ -105,12 +105,6 @@ class LlavaOnevisionHost(TilesHost):
             LlavaOnevisionImageProcessorPil,
         )
 
-        class ForImages(LlavaOnevisionProcessor):  # type: ignore[misc]  # transformers is untyped here
-            """The stock processor without its part for videos, which torchvision alone can make."""
-
-            def __init__(self, image_processor: Any, tokenizer: Any, **settings: Any) -> None:
-                super().__init__(image_processor, tokenizer, None, **settings)
-
         tokenizer = tiny_tokenizer()
         tiles = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]  # (height, width)
         config = LlavaOnevisionConfig(
@@ -123,7 +117,7 @@ class LlavaOnevisionHost(TilesHost):
             vision_aspect_ratio="anyres_max_2",
             tie_word_embeddings=False,
         )
-        processor = ForImages(
+        processor = for_images(LlavaOnevisionProcessor)(
             LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=tiles),
             tokenizer,
             num_image_tokens=16,

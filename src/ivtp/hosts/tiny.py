@@ -127,3 +127,15 @@ def settle(model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int) -> n
     inner.generation_config.eos_token_id = tokenizer.eos_token_id
     inner.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+def for_images(processor: Any) -> Any:
+    """A stock processor class without its part for videos, which torchvision alone can make."""
+
+    class ForImages(processor):  # type: ignore[misc]  # transformers is untyped here
+        """It takes an image processor and a tokenizer."""
+
+        def __init__(self, image_processor: Any, tokenizer: Any, **settings: Any) -> None:
+            super().__init__(image_processor, tokenizer, None, **settings)
+
+    return ForImages
