@@ -68,11 +68,12 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
     Rows before `first` have the weight 0 and may be left out.
     """
-    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    # the kernel knows no tokens that see what comes behind them
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and tap.prefix is None else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last, tap.prefix
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -102,6 +103,7 @@ def _uncompiled_column_sum(
     causal: bool,
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
+    prefix: Tensor | None,
     weights: Tensor,
     first: int,
 ) -> Tensor:
@@ -109,7 +111,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -165,6 +167,8 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
+    if tap.prefix is not None:
+        hidden = hidden & ~(tap.prefix & tap.prefix.gather(1, row[:, None]))
     if tap.valid is not None:
         hidden = hidden | ~tap.valid
     if tap.hidden_from_last is not None:
@@ -202,10 +206,11 @@ def _room(tap: AttentionTap, rows: int) -> Tensor:
 def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tensor) -> Tensor:
     """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32, in `room`.
 
-    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
+    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on, unless it has a prefix:
+    seen = `stop`, else T.
     """
     batch, heads, length, width = tap.query.shape
-    seen = stop if tap.causal else length
+    seen = stop if tap.causal and tap.prefix is None else length
     query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
     logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
@@ -220,7 +225,10 @@ def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
     # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
     lowest = torch.finfo(logits.dtype).min
     if tap.causal:  # earlier keys are seen by all rows of the block
-        later = torch.ones(block, block, dtype=torch.bool, device=logits.device).triu(1)
+        later = torch.ones(block, seen - start, dtype=torch.bool, device=logits.device).triu(1)
+        if tap.prefix is not None:
+            rows, keys = tap.prefix[:, start : start + block], tap.prefix[:, start:]
+            later = (later & ~(rows.unsqueeze(2) & keys.unsqueeze(1))).unsqueeze(1)
         logits[..., start:].masked_fill_(later, lowest)
     if tap.valid is not None:
         logits.masked_fill_(~tap.valid[:, None, None, :seen], lowest)

@@ -20,3 +20,5 @@ class AttentionTap:
     """(B, T) bool: keys that may be seen; None when there is no padding."""
     hidden_from_last: Tensor | None = None
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
+    prefix: Tensor | None = None
+    """(B, T) bool: tokens of a causal layer that see each other whatever their order; None: there are none."""

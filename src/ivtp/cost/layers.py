@@ -23,8 +23,8 @@ def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
 
 
 def projector(g: Geometry) -> float:
-    """Two linear layers, for one token."""
-    return 2.0 * (g.vision_hidden * g.text_hidden + g.text_hidden**2)
+    """Its linear layers, for one token."""
+    return 2.0 * (g.vision_hidden * g.text_hidden + (g.projector_matrices - 1) * g.text_hidden**2)
 
 
 def text_layer(g: Geometry, attention: int, mlp: int) -> float:

@@ -40,17 +40,18 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     changed = dict(inputs)
     if first.shift is not None:
-        changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
+        begins = first.get_seq_length() + host.first_position
+        changed["position_ids"] = _positions(inputs.get("position_ids"), begins, tokens) - first.shift
     given = inputs.get("attention_mask")
     if first.prompt_valid is not None:
         changed["attention_mask"] = _logical_mask(given, first, tokens)
     return changed, _masks_of_layers(host, layers, given, tokens)
 
 
-def _positions(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
+def _positions(given: Tensor | None, begins: int, tokens: Tensor) -> Tensor:
     if given is not None:
         return given
-    return torch.arange(tokens.shape[1], device=tokens.device)[None] + layer.get_seq_length()
+    return torch.arange(tokens.shape[1], device=tokens.device)[None] + begins
 
 
 def _logical_mask(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:

@@ -77,9 +77,11 @@ class TextTower(Tower):
         valid: Tensor | None,
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
+        prefix: Tensor | None = None,
     ) -> Any:
         """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
 
-        `visible(batch, head, query, key)` may hide more. Raises `InputError` where a kernel without a mask is asked to.
+        `visible(batch, head, query, key)` may hide more, and the columns of `prefix` (B, T) see each other whatever
+        their order. Raises `InputError` where a kernel without a mask is asked to.
         """
         raise NotImplementedError
