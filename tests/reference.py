@@ -143,6 +143,10 @@ class Reference:
         self.vision_groups = list(zip(vision, counts[: len(vision)], strict=True))
         self.llm_groups = list(zip(llm, counts[len(vision) :], strict=True))
 
+    def bend(self, logits: Tensor) -> Tensor:
+        """What a decoder does to its logits before they are masked."""
+        return logits
+
     def run(self, prompt: Prompt, later: Sequence[int] = ()) -> Result:
         """Prefill of `prompt`, then all `later` tokens at once against what the cache mode lets them see."""
         result = Result()
@@ -394,7 +398,7 @@ class Reference:
             own = slice(head * size, (head + 1) * size)
             shared = slice(head // share * size, (head // share + 1) * size)
             query, key = self._rotate(q[:, own], positions), self._rotate(k[:, shared], positions)
-            logits = (query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
+            logits = self.bend(query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
             maps.append(logits.softmax(-1))
             outputs.append((maps[-1] @ v[:, shared].double()).to(x.dtype))
         return x + attention.o_proj(torch.cat(outputs, -1)), torch.stack(maps).mean(0), v

@@ -114,8 +114,9 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     path = MICRO if str(name) == "micro" else name
     advice = 'use "micro", a folder with a transformers checkpoint, or a hub id'
-    if any(str(name) in host_class(host).stock for host in list_hosts()):
-        advice = f"did you mean llava-hf/{name}-hf, its hub id?"
+    for host in map(host_class, list_hosts()):
+        if str(name) in host.stock:
+            advice = f"did you mean {host.hub.format(name)}, its hub id?"
     return read_checkpoint(path, read, what="model", advice=advice)
 
 

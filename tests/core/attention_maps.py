@@ -14,6 +14,8 @@ def full_map(tap: AttentionTap) -> Tensor:
     query, key = tap.query.double(), tap.key.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = query @ key.transpose(2, 3) * tap.scale
+    if tap.softcap is not None:
+        logits = tap.softcap * torch.tanh(logits / tap.softcap)
     if tap.causal:
         later = torch.ones_like(logits[0, 0]).triu(1).bool().expand(len(logits), -1, -1)
         if tap.prefix is not None:
@@ -44,7 +46,7 @@ def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
 def taps(draw: st.DrawFn, longest: int, prefixes: bool = False) -> tuple[AttentionTap, Tensor]:
     """A layer of any kind that a model has, and weights (B, T), which are 0 for padding as a rollout's are.
 
-    With `prefixes` tokens of a causal one may see each other whatever their order.
+    With `prefixes` tokens of a causal one may see each other whatever their order, and logits may be capped.
     """
     batch, key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     length, width = draw(st.integers(1, longest)), draw(st.sampled_from([8, 64, 80, 96, 128]))
@@ -68,7 +70,9 @@ def taps(draw: st.DrawFn, longest: int, prefixes: bool = False) -> tuple[Attenti
         hidden = torch.rand(batch, length, generator=generator) < 0.3
         hidden[:, -1] = False
     prefix = None
+    softcap = draw(st.sampled_from([None, 1.5])) if prefixes else None
     if prefixes and draw(st.booleans()):
         prefix = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.2, 0.9]))
         prefix[:, -1] = draw(st.booleans())
-    return AttentionTap(query, key, key, 1.5 * width**-0.5, draw(st.booleans()), valid, hidden, prefix), weights
+    scale, causal = 1.5 * width**-0.5, draw(st.booleans())
+    return AttentionTap(query, key, key, scale, causal, valid, hidden, prefix, softcap), weights

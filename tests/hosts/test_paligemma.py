@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from reference import Prompt, Reference, check_stages, prompt_of
+from tiny import with_cache
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import ivtp
 from ivtp import PruneConfig
@@ -20,6 +22,7 @@ from ivtp.hosts.tiny import tiny_images
 from ivtp.plug import find_host
 from ivtp.prompt.chat import prompt_writer
 from ivtp.prompt.instruction import InstructionReader
+from ivtp.registry import host_class
 from ivtp.stock import set_kernel
 from tests.methods import naive
 
@@ -28,13 +31,27 @@ ONE = (("What is left of the dog?", ((50, 40),)), ("How many bananas are there, 
 PROMPTS = (ONE[0], ("How many bananas are there?", ((30, 90), (84, 84))))
 
 
-@pytest.fixture(scope="module")
-def small() -> tuple[Any, Any]:
-    return HOST.tiny()
+@pytest.fixture(scope="module", params=["paligemma", "paligemma2"])
+def small(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    return host_class(str(request.param)).tiny()
+
+
+class Normed(nn.Module):
+    """A module with one of the reference's norms behind it."""
+
+    def __init__(self, inner: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.norm = inner, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Reference._norm(self.norm, self.inner(x))
 
 
 class InBothDirections(Reference):
-    """The reference on a PaliGemma: Gemma's sums are Llama's once its norms and embeddings are multiplied out."""
+    """The reference on a PaliGemma: Gemma's sums are Llama's once its norms and embeddings are multiplied out.
+
+    Those of Gemma 2 are, once its norms behind each half, and what it divides logits by, belong to its matrices.
+    """
 
     both_ways = True
 
@@ -49,7 +66,18 @@ class InBothDirections(Reference):
                 if type(module).__name__.endswith("RMSNorm"):
                     module.weight += 1
                     module.variance_epsilon = module.eps
+            for layer in inner.language_model.layers:
+                attention = layer.self_attn
+                attention.q_proj.weight *= attention.scaling * attention.head_dim**0.5
+                if hasattr(layer, "post_feedforward_layernorm"):
+                    attention.o_proj = Normed(attention.o_proj, layer.post_attention_layernorm)
+                    layer.mlp = Normed(layer.mlp, layer.post_feedforward_layernorm)
+                    layer.post_attention_layernorm = layer.pre_feedforward_layernorm
+        self.cap = find_host(model).text.softcap
         super().__init__(model, None, config)
+
+    def bend(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 def slow_prompt(processor: Any, question: str, sizes: Any, suffix: str = "") -> Prompt:
@@ -158,7 +186,8 @@ class Decoder:
     def key_norms(self, number: int) -> list[float]:
         """L1 norms of a layer's keys, turned by positions that begin at 0."""
         layer = self.module.layers[number]
-        key = layer.self_attn.k_proj(layer.input_layernorm(self.hidden)).view(1, -1, 1, layer.self_attn.head_dim)
+        key = layer.self_attn.k_proj(layer.input_layernorm(self.hidden))
+        key = key.view(1, len(self.columns), -1, layer.self_attn.head_dim)
         (cos, sin), (first, second) = (part.unsqueeze(2) for part in self.turn(0)), key.chunk(2, dim=-1)
         turned = key * cos + torch.cat([-second, first], dim=-1) * sin
         return turned.abs().sum(dim=(2, 3))[0].double().tolist()
@@ -301,3 +330,33 @@ def test_a_conversation_is_refused_in_a_line(small: tuple[Any, Any]) -> None:
     with pytest.raises(LoadError, match="one question") as caught:
         writer.write([("user", "Why?"), ("assistant", "Because."), ("user", "And?")])
     assert "\n" not in str(caught.value)
+
+
+def test_what_goes_beyond_the_sliding_window_is_refused_in_a_line() -> None:
+    """Of a prompt at once, of an answer where it gets there; within it the model answers."""
+    model, processor = host_class("paligemma2").tiny()
+    (question, sizes), length = ONE[0], 60
+    inputs = HOST.tiny_inputs(model, processor, [(question, sizes)])
+    assert inputs["input_ids"].shape[1] < length - 2
+    with torch.no_grad(), ivtp.attach(model, processor, method="divprune", keep=4) as pruner:
+        pruner.host.text.window = length
+        long = HOST.tiny_inputs(model, processor, [(question * 3, sizes)])
+        for call in (lambda: model(**long), lambda: model.generate(**inputs, max_new_tokens=30)):
+            with pytest.raises(InputError, match="see 60 at once") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+        model.generate(**inputs, max_new_tokens=3)
+        assert pruner.trace.kept().shape == (1, 4)
+
+
+def test_a_cache_with_a_sliding_window_is_filled_like_any_other() -> None:
+    """`generate` makes one by the config of the model."""
+    model, processor = host_class("paligemma2").tiny()
+    inputs = HOST.tiny_inputs(model, processor, ONE)
+    cache = DynamicCache(config=model.config)
+    assert any(cache.is_sliding)
+    with torch.no_grad(), ivtp.attach(model, processor, method="fastv", keep=4):
+        model(**inputs, **with_cache(model, cache))
+        model(**inputs, **with_cache(model, other := DynamicCache()))
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(mine.keys, theirs.keys)

@@ -68,12 +68,12 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
     Rows before `first` have the weight 0 and may be left out.
     """
-    # the kernel knows no tokens that see what comes behind them
-    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and tap.prefix is None else None
+    plain = tap.prefix is None and tap.softcap is None  # the kernel knows neither
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and plain else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last, tap.prefix
+        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last, tap.prefix, tap.softcap
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -104,6 +104,7 @@ def _uncompiled_column_sum(
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
     prefix: Tensor | None,
+    softcap: float | None,
     weights: Tensor,
     first: int,
 ) -> Tensor:
@@ -111,7 +112,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix, softcap)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -163,7 +164,7 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     batch, heads, length, width = tap.query.shape
     query = tap.query[torch.arange(batch, device=row.device), :, row].float()  # (B, H, d)
     query = query.view(batch, tap.key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
-    logits = (query @ tap.key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
+    logits = _capped(tap, (query @ tap.key.float().transpose(2, 3) * tap.scale).view(batch, heads, length))
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
@@ -214,9 +215,14 @@ def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tens
     query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
     logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
-    logits = logits.view(batch, heads, stop - start, seen)
+    logits = _capped(tap, logits).view(batch, heads, stop - start, seen)
     _hide(tap, logits, start)
     return torch.softmax(logits, dim=-1, out=logits)
+
+
+def _capped(tap: AttentionTap, logits: Tensor) -> Tensor:
+    """The logits, in place, as `AttentionTap.softcap` bends them."""
+    return logits if tap.softcap is None else logits.div_(tap.softcap).tanh_().mul_(tap.softcap)
 
 
 def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:

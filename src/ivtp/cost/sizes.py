@@ -66,7 +66,7 @@ def sizes(model: Any) -> Sizes:
     """The sizes of a model in any of the forms that `flops` takes."""
     if isinstance(model, Geometry):
         return Sizes(model, _openai_text_side(model, 1), {})
-    name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
+    name = _size_name(model) if isinstance(model, str) else None
     folder: Path | None = None
     if isinstance(model, str | Path):
         folder = None if _stock_host(name) else _folder_of(model)
@@ -109,9 +109,15 @@ def model_config(model: str | Path) -> Any:
 
     Raises `LoadError` where there is none on this machine.
     """
-    name = str(model).removeprefix("llava-hf/").removesuffix("-hf")
+    name = _size_name(str(model))
     host = _stock_host(name)
     return host.stock_config(name) if host else _local_config(model, _folder_of(model))
+
+
+def _size_name(model: str) -> str:
+    """The name of a well-known size where `model` is the hub id of its checkpoint, or else `model`."""
+    ids = {host.hub.format(size): size for host in host_classes().values() for size in host.stock}
+    return str(ids.get(model, model))
 
 
 def _stock_host(name: str | None) -> Any:

@@ -76,6 +76,8 @@ class Host:
     """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
+    hub: ClassVar[str] = "llava-hf/{}-hf"
+    """Hub id of the checkpoint of a size, with {} for its name."""
     of_columns: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that describe its columns one by one, with 0 for those of a question; they leave the call,
     and what they say is in `prefix`."""

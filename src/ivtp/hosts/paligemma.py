@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,10 @@ from ivtp.hosts.tiny import IMAGE, PROMPTS, settle, tiny_images, tiny_llama, tin
 from ivtp.plan import Geometry
 from ivtp.towers.siglip import SiglipTower
 
-_STOCK = {"paligemma-3b-224": 224, "paligemma-3b-448": 448, "paligemma-3b-896": 896}
-"""Pixels of a side of what the tower reads."""
+_STOCK = ("paligemma-3b-pt-224", "paligemma-3b-pt-448", "paligemma-3b-pt-896")
+"""They end in the pixels of a side of what the tower reads."""
+VOCABULARY = 257216
+"""Of the released checkpoints."""
 _DECODER = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
@@ -29,13 +31,14 @@ class PaliGemmaHost(LlavaLike):
     Images and question see each other in both directions, also what is left of them; the pseudo CLS token sees all and
     is seen by nothing. The mean over all patches, of their attention and of their features, stands for CLS.
 
-    Refuses: a call without `token_type_ids`, which say what is read in both directions; FlashAttention; Gemma 2 and
-    other decoders with sliding-window layers; methods that need a CLS token or a text side.
+    Refuses: a call without `token_type_ids`, which say what is read in both directions; FlashAttention; decoders with
+    sliding-window layers; methods that need a CLS token or a text side.
     """
 
     name = "paligemma"
     model_class = "PaliGemmaForConditionalGeneration"
-    stock = tuple(_STOCK)
+    stock: ClassVar[tuple[str, ...]] = _STOCK
+    hub = "google/{}"
     gives = frozenset({"grid"})
     tower = SiglipTower
     settings = ()
@@ -45,8 +48,8 @@ class PaliGemmaHost(LlavaLike):
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """A PaliGemma config, whatever its decoder."""
-        return getattr(config, "model_type", None) == "paligemma"
+        """A PaliGemma config, whatever its decoder; Gemma 2 makes another family of it."""
+        return getattr(config, "model_type", None) == "paligemma" and config.text_config.model_type != "gemma2"
 
     @classmethod
     def geometry(cls, config: Any) -> Geometry:
@@ -59,19 +62,26 @@ class PaliGemmaHost(LlavaLike):
     @classmethod
     def stock_config(cls, name: str) -> Any:
         """PaliGemma of the given image size, with SigLIP-so400m/14 and Gemma 2B."""
-        from transformers import PaliGemmaConfig, SiglipVisionConfig
+        from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
 
-        return PaliGemmaConfig(
-            vision_config=SiglipVisionConfig(
-                hidden_size=1152,
-                intermediate_size=4304,
-                num_hidden_layers=27,
-                num_attention_heads=16,
-                image_size=_STOCK[name],
-                patch_size=14,
-                vision_use_head=False,
-            )
+        vision = SiglipVisionConfig(
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=27,
+            num_attention_heads=16,
+            image_size=int(name.rpartition("-")[2]),
+            patch_size=14,
+            vision_use_head=False,
         )
+        text = GemmaConfig(
+            hidden_size=2048,
+            intermediate_size=16384,
+            num_hidden_layers=18,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            vocab_size=VOCABULARY,
+        )
+        return PaliGemmaConfig(vision_config=vision, text_config=text)
 
     def project(self, features: Tensor) -> Tensor:
         """The post layer norm, and the only matrix."""
@@ -110,8 +120,8 @@ class PaliGemmaHost(LlavaLike):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
-        """36 patches, 5 encoder and 8 decoder layers, one head of keys for all queries."""
-        from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
+        """36 patches, 6 encoder and 8 decoder layers, one head of keys for all queries."""
+        from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration, PaliGemmaProcessor
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
         images = SiglipImageProcessorPil(size={"height": 84, "width": 84}, image_seq_length=36)
@@ -119,8 +129,8 @@ class PaliGemmaHost(LlavaLike):
         tokenizer = processor.tokenizer
         decoder = {**tiny_llama(tokenizer).to_dict(), "head_dim": 16, "num_key_value_heads": 1}
         config = PaliGemmaConfig(
-            vision_config=tiny_siglip(num_hidden_layers=5, image_size=84, patch_size=14),
-            text_config=GemmaConfig(**{name: decoder[name] for name in _DECODER}),
+            vision_config=tiny_siglip(num_hidden_layers=6, image_size=84, patch_size=14),
+            text_config=cls.tiny_decoder({name: decoder[name] for name in _DECODER}),
             image_token_index=processor.image_token_id,
             projection_dim=decoder["hidden_size"],
             tie_word_embeddings=False,
@@ -133,6 +143,13 @@ class PaliGemmaHost(LlavaLike):
                 if "norm" in name:
                     weight -= 1
         return model, processor
+
+    @classmethod
+    def tiny_decoder(cls, sizes: dict[str, Any]) -> Any:
+        """The config of its decoder."""
+        from transformers import GemmaConfig
+
+        return GemmaConfig(**sizes)
 
     @classmethod
     def tiny_inputs(

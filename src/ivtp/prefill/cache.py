@@ -38,6 +38,12 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     for layer in layers:
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    window, total = host.text.window, first.get_seq_length() + tokens.shape[1]
+    if window is not None and total > window:
+        raise InputError(
+            f"prompt and answer have {total} tokens, and layers of {host.name} see {window} at once; "
+            "a pruned prompt goes on within this window: ask for fewer new tokens"
+        )
     changed = dict(inputs)
     if first.shift is not None:
         begins = first.get_seq_length() + host.first_position

@@ -234,6 +234,7 @@ class DecoderStage(Stage):
             valid=sequence.valid if sequence.padded else None,
             hidden_from_last=self.prompts.answer_in(sequence) if self.seen[-1].guide else None,
             prefix=self.prompts.prefix_in(sequence),
+            softcap=self.tower.softcap,
         )
 
     def _index(self) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
@@ -16,7 +16,7 @@ from ivtp.core.untraced import untraced
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
-from ivtp.stock import is_offloading
+from ivtp.stock import is_offloading, keep_whole
 
 
 @dataclass(frozen=True)
@@ -140,10 +140,15 @@ def read_prompts(
 
     `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
     """
-    _check_cache(inputs.get("past_key_values"))
+    _open_cache(inputs.get("past_key_values"))
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
+    if host.text.window is not None and ids.shape[1] + 2 > host.text.window:  # the guide is one
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, and layers of {host.name} see {host.text.window} at once; "
+            "prompts within this window can be pruned: use smaller images or fewer"
+        )
     finite = inputs["pixel_values"].isfinite().all()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise InputError(
@@ -169,15 +174,15 @@ def read_prompts(
     return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix)
 
 
-def _check_cache(cache: Any) -> None:
+def _open_cache(cache: Any) -> None:
+    """Let an empty cache keep whatever it is given; refuse others."""
     if cache is None:
         return
     if cache.get_seq_length() > 0:
         raise InputError(
             "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
         )
-    fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
-    if fixed or is_offloading(cache):
+    if not isinstance(cache, Cache) or is_offloading(cache) or not keep_whole(cache):
         kind = "offloaded" if is_offloading(cache) else type(cache).__name__
         raise InputError(
             f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "

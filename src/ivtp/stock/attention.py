@@ -26,6 +26,11 @@ def set_kernel(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+def heeds_softcap(config: Any) -> bool:
+    """Whether the kernel of that config bends logits as a model asks: PyTorch's own cannot, and lets them be."""
+    return kernel_name(config) != "sdpa"
+
+
 def kernel(module: nn.Module, config: Any) -> Callable[..., Any]:
     """The function that computes the attention of `module` as `config` says; eager ones stand beside their module."""
     eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")

@@ -56,6 +56,14 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """A decoder: its layers also take masks and positions, which are cut as the tokens are."""
 
+    window: int | None = None
+    """Tokens, the last one included, of which some layers see no earlier one; None: all see all that stand before."""
+
+    @property
+    def softcap(self) -> float | None:
+        """`AttentionTap.softcap` of its layers, as their kernel computes them."""
+        return None
+
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm of (..., D) behind the last layer."""
         raise NotImplementedError
