@@ -79,7 +79,7 @@ def test_rows_still_sum_to_one(aggregation: str) -> None:
     torch.testing.assert_close(row.sum(1), torch.ones(2))
 
 
-@given(taps(longest=40), st.integers(1, 50))
+@given(taps(longest=40, prefixes=True), st.integers(1, 50))
 def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     layer: tuple[AttentionTap, Tensor], block: int
 ) -> None:
@@ -88,6 +88,20 @@ def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     found = column_sum_in_blocks(tap, weights, block)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found, weighted_column_sum(tap, weights), atol=1e-6, rtol=1e-5)
+
+
+@given(taps(longest=40, prefixes=True), st.data())
+def test_a_row_is_that_of_the_full_map(layer: tuple[AttentionTap, Tensor], data: st.DataObject) -> None:
+    """Of one number for all samples, and of a number for each; a row that sees no key is nobody's."""
+    tap, _ = layer
+    batch, length = tap.query.shape[0], tap.query.shape[2]
+    rows = data.draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch))
+    full = full_map(tap)
+    each, same = attention_row(tap, torch.tensor(rows)), attention_row(tap, rows[0])
+    for sample, row in enumerate(rows):
+        for found, place in ((each, row), (same, rows[0])):
+            if full[sample, place].sum() > 0:
+                torch.testing.assert_close(found[sample].double(), full[sample, place], atol=1e-6, rtol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):

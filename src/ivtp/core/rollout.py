@@ -87,11 +87,13 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
 def _column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
     """`weighted_column_sum` of tokens: `weights` (B, T) times (T, T)."""
-    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    plain = tap.prefix is None and tap.softcap is None  # the kernel knows neither
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and plain else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.token_key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        seen = tap.causal, tap.valid, tap.hidden_from_last, tap.prefix, tap.softcap
+        parts = tap.query, tap.token_key, tap.scale, *seen
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -121,6 +123,8 @@ def _uncompiled_column_sum(
     causal: bool,
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
+    prefix: Tensor | None,
+    softcap: float | None,
     weights: Tensor,
     first: int,
 ) -> Tensor:
@@ -128,7 +132,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix, softcap)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -178,10 +182,12 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     batch, heads, length, width = tap.query.shape
     query = tap.query[torch.arange(batch, device=row.device), :, row].float()  # (B, H, d)
     query = query.view(batch, tap.token_key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
-    logits = (query @ tap.token_key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
+    logits = _capped(tap, (query @ tap.token_key.float().transpose(2, 3) * tap.scale).view(batch, heads, length))
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
+    if tap.prefix is not None:
+        hidden = hidden & ~(tap.prefix & tap.prefix.gather(1, row[:, None]))
     if tap.valid is not None:
         hidden = hidden | ~tap.valid
     if tap.hidden_from_last is not None:
@@ -219,16 +225,22 @@ def _room(tap: AttentionTap, rows: int) -> Tensor:
 def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tensor) -> Tensor:
     """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32, in `room`.
 
-    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
+    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on, unless it has a prefix:
+    seen = `stop`, else T.
     """
     batch, heads, length, width = tap.query.shape
-    seen = stop if tap.causal else length
+    seen = stop if tap.causal and tap.prefix is None else length
     query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
     logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
-    logits = logits.view(batch, heads, stop - start, seen)
+    logits = _capped(tap, logits).view(batch, heads, stop - start, seen)
     _hide(tap, logits, start)
     return torch.softmax(logits, dim=-1, out=logits)
+
+
+def _capped(tap: AttentionTap, logits: Tensor) -> Tensor:
+    """The logits, in place, as `AttentionTap.softcap` bends them."""
+    return logits if tap.softcap is None else logits.div_(tap.softcap).tanh_().mul_(tap.softcap)
 
 
 def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
@@ -237,7 +249,10 @@ def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
     # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
     lowest = torch.finfo(logits.dtype).min
     if tap.causal:  # earlier keys are seen by all rows of the block
-        later = torch.ones(block, block, dtype=torch.bool, device=logits.device).triu(1)
+        later = torch.ones(block, seen - start, dtype=torch.bool, device=logits.device).triu(1)
+        if tap.prefix is not None:
+            rows, keys = tap.prefix[:, start : start + block], tap.prefix[:, start:]
+            later = (later & ~(rows.unsqueeze(2) & keys.unsqueeze(1))).unsqueeze(1)
         logits[..., start:].masked_fill_(later, lowest)
     if tap.valid is not None:
         logits.masked_fill_(~tap.valid[:, None, None, :seen], lowest)

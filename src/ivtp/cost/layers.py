@@ -23,8 +23,9 @@ def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
 
 
 def projector(g: Geometry) -> float:
-    """Two linear layers, for one visual token."""
-    return 2.0 * (g.unit * g.vision_hidden * g.text_hidden + g.text_hidden**2)
+    """Its linear layers, for one visual token."""
+    first = g.unit * g.vision_hidden * g.text_hidden
+    return 2.0 * (first + (g.projector_matrices - 1) * g.text_hidden**2)
 
 
 def text_layer(g: Geometry, attention: int, mlp: int) -> float:

@@ -38,19 +38,26 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     for layer in layers:
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    window, total = host.text.window, first.get_seq_length() + tokens.shape[1]
+    if window is not None and total > window:
+        raise InputError(
+            f"prompt and answer have {total} tokens, and layers of {host.name} see {window} at once; "
+            "a pruned prompt goes on within this window: ask for fewer new tokens"
+        )
     changed = dict(inputs)
     if first.shift is not None:
-        changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
+        begins = first.get_seq_length() + host.first_position
+        changed["position_ids"] = _positions(inputs.get("position_ids"), begins, tokens) - first.shift
     given = inputs.get("attention_mask")
     if first.prompt_valid is not None:
         changed["attention_mask"] = _logical_mask(given, first, tokens)
     return changed, _masks_of_layers(host, layers, given, tokens)
 
 
-def _positions(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
+def _positions(given: Tensor | None, begins: int, tokens: Tensor) -> Tensor:
     if given is not None:
         return given
-    return torch.arange(tokens.shape[1], device=tokens.device)[None] + layer.get_seq_length()
+    return torch.arange(tokens.shape[1], device=tokens.device)[None] + begins
 
 
 def _logical_mask(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:

@@ -70,16 +70,6 @@ class DecoderStage(Stage):
         """What the layer that runs now sees."""
         return self.seen[-1].sequence
 
-    def entry_mask(self, hidden: Tensor) -> Tensor:
-        """The mask that the decoder is handed: of padding, or whole where the guide must not see the answer."""
-        valid = self.sequence.valid.long()
-        visible = self._visible()
-        if visible is not None:
-            whole: Tensor = self.tower.causal_mask(hidden, valid, visible)
-            return whole
-        # also given without padding: gaps in the positions must not be taken for packed sequences
-        return valid
-
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) within or behind a layer; later layers get `layer_inputs`."""
         part, sequence = self.seen[-1], self.sequence
@@ -130,14 +120,19 @@ class DecoderStage(Stage):
         kwargs = {**kwargs, "position_ids": None}
         if self._turn is None and self.method.reads_states:
             self._turn = self._first_turn(*kwargs["position_embeddings"])
-        if len(self.seen) == 1:
-            return kwargs
         if self._inputs is None:  # once for all layers up to the next cut
-            self._inputs = {
-                "attention_mask": self._mask(hidden),
-                **self.tower.cut_positions(kwargs, self._index()),
-            }
+            self._inputs = self._own_inputs(hidden, kwargs)
         return {**kwargs, **self._inputs}
+
+    def _own_inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those keyword arguments of a layer that are not as the decoder makes them."""
+        visible, prefix = self._visible(), self.prompts.prefix_in(self.sequence)
+        if len(self.seen) == 1 and visible is None and prefix is None:
+            return {}
+        needed = self.sequence.padded or visible is not None or prefix is not None
+        valid = self.sequence.valid.long() if needed else None
+        mask = {"attention_mask": self.tower.causal_mask(hidden, valid, visible, prefix=prefix)}
+        return mask if len(self.seen) == 1 else {**mask, **self.tower.cut_positions(kwargs, self._index())}
 
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
@@ -238,6 +233,8 @@ class DecoderStage(Stage):
             causal=True,
             valid=sequence.valid if sequence.padded else None,
             hidden_from_last=self.prompts.answer_in(sequence) if self.seen[-1].guide else None,
+            prefix=self.prompts.prefix_in(sequence),
+            softcap=self.tower.softcap,
         )
 
     def _index(self) -> Tensor:
@@ -248,11 +245,6 @@ class DecoderStage(Stage):
             index = part.index if index is None else index.gather(1, part.index)
         assert index is not None
         return index
-
-    def _mask(self, hidden: Tensor) -> Any:
-        visible = self._visible()
-        needed = self.sequence.padded or visible is not None
-        return self.tower.causal_mask(hidden, self.sequence.valid.long() if needed else None, visible)
 
     def _visible(self) -> Callable[..., Tensor] | None:
         """Hides the answer from the guide, the last column; None where there is nothing to hide."""

@@ -69,11 +69,13 @@ class Prefill:
             self._plug, self.method, self.prompts, sequence, [e.sources for e in encoded], embeddings.detach()
         )
         self._decoder.install(self._seats)
+        left = (*self.host.media, *self.host.of_columns)
         return {
-            **{name: None if name in self.host.media else value for name, value in inputs.items()},
+            **{name: None if name in left else value for name, value in inputs.items()},
             "input_ids": None,
             "inputs_embeds": embeddings,
-            "attention_mask": self._decoder.entry_mask(embeddings),
+            # also given without padding: gaps in the positions must not be taken for packed sequences
+            "attention_mask": sequence.valid.long(),
             "position_ids": sequence.position,
         }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a cache is called among a forward's arguments: from 5.24 on, and before."""
@@ -25,6 +26,14 @@ def is_offloading(cache: Any) -> bool:
 def is_filled(layer: Any) -> bool:
     """Whether a cache layer holds tokens: those of layers that never ran have no tensors."""
     return bool(getattr(layer, "is_initialized", False))
+
+
+def keep_whole(cache: Any) -> bool:
+    """Let an empty cache keep all tokens in all layers, also those that would keep a window's; whether it can."""
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return False
+    cache.layers[:] = [DynamicLayer() if type(layer) is not DynamicLayer else layer for layer in cache.layers]
+    return True
 
 
 def contents(layer: Any) -> tuple[Tensor, Tensor]:
