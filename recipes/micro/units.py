@@ -24,14 +24,16 @@ class Unit:
     examples: tuple[Example, ...]
 
 
-def collect(split: str, questions: int, seed: int = 0, *, even: bool = False) -> list[list[Unit]]:
+def collect(
+    split: str, questions: int, seed: int = 0, *, even: bool = False, formats: Sequence[str] = ()
+) -> list[list[Unit]]:
     """``questions`` units of every format, grouped by the photo that they are about; VizWiz has its own, bad ones.
 
-    ``even`` takes equally many of each of CROWDS for every format, except where a format hardly asks about such photos
-    (LLaVA-Bench's captions of many objects); then others take their place. Raises `ConfigError` where a format finds
-    too few clear questions.
+    ``formats`` are those alone that ask, in place of all. ``even`` takes equally many of each of CROWDS for every
+    format, except where a format hardly asks about such photos (LLaVA-Bench's captions of many objects); then others
+    take their place. Raises `ConfigError` where a format finds too few clear questions.
     """
-    names = list_formats()
+    names = formats or list_formats()
     missing = dict.fromkeys(names, questions)
     room = {(name, crowd): _part(questions, place + crowd) for place, name in enumerate(names) for crowd in range(3)}
     groups: list[list[Unit]] = []
