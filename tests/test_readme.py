@@ -152,6 +152,8 @@ def test_tables_show_simple_and_crowded_photos_apart(tmp_path: Path, monkeypatch
     assert first.startswith("| all 576 tokens | 70.0 (60.0–80.0) | 80.0 | 40.0 | 5.0 |")
     assert others[-1].startswith("| `tome` |")
     whole = tables.compared()
-    assert whole.count("`ivtp`") == 3
+    assert whole.count("| `ivtp` |") == 5
     assert "32: 8-12 objects" in whole
-    assert "| none (-9.0 to +1.0) | +2.0 (+1.0 to +3.0) | – |" in whole
+    assert "| to all tokens | 16 tokens | 32 tokens | 64 tokens |" in whole
+    for cells in ("none (-9.0 to +1.0)", "+2.0 (+1.0 to +3.0)", "–"):  # against all tokens, IVTP and the best
+        assert f"| `tome` | {' | '.join([cells] * 3)} |" in whole
