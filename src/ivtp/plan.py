@@ -77,6 +77,8 @@ class Geometry:
     """None: the family's own projector, which gives a token for each patch."""
     unit: int = 1
     """Encoder tokens behind one visual token, which are cut together: 4 where the projector reads 2 x 2 of them."""
+    marks: int = 0
+    """Tokens that the family's processor writes around the slots of each image."""
 
     @property
     def visual_tokens(self) -> int:

@@ -169,6 +169,14 @@ def test_without_transformers_choice_of_a_tiling_images_have_other_tiles_than_th
     assert stock.best_tiling((64, 64), resolutions) == (64, 64)
 
 
+def test_without_transformers_choice_of_a_canvas_images_have_other_tiles_than_the_processors() -> None:
+    """The one whose shape is nearest to an image's, as (columns, rows); a large image has the most of equals."""
+    assert stock.best_canvas((20, 60), (32, 32), 4) == (3, 1)
+    assert stock.best_canvas((60, 20), (32, 32), 4) == (1, 3)
+    assert stock.best_canvas((30, 30), (32, 32), 4) == (1, 1)
+    assert stock.best_canvas((64, 64), (32, 32), 4) == (2, 2)
+
+
 def test_without_a_projector_and_tower_at_these_names_no_part_is_found(tiny: Tiny) -> None:
     inner: Any = tiny.model().model
     assert isinstance(inner, modeling_llava.LlavaModel)

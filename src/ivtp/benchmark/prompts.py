@@ -52,7 +52,7 @@ def _random(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
     ids = text_ids(subject, point.batch, point.text - point.images, seed)
     slots = ids.new_full((point.batch, point.images * subject.host.size.num_patches), subject.host.image_token)
     ids = torch.cat([ids[:, :1], slots, ids[:, 1:]], dim=1)
-    side = subject.model.config.vision_config.image_size
+    side = _side(subject)
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(point.batch * point.images, 3, side, side, generator=draw).to(subject.model.dtype)
     columns = {name: torch.zeros_like(ids) for name in subject.host.of_columns}
@@ -60,7 +60,7 @@ def _random(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
 
 
 def _worded(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
-    processor, side = subject.processor, subject.model.config.vision_config.image_size
+    processor, side = subject.processor, _side(subject)
     text = _text(processor, point)
     draw = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (point.batch * point.images, side, side, 3), generator=draw, dtype=torch.uint8)
@@ -69,6 +69,12 @@ def _worded(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
     made = subject.host.process(processor, [text] * point.batch, rows)
     columns = {name: made[name] for name in ("input_ids", "attention_mask", *subject.host.of_columns)}
     return {**columns, "pixel_values": made["pixel_values"].to(subject.model.dtype)}
+
+
+def _side(subject: Subject) -> int:
+    """Pixels along the square that the encoder sees at once; some configs name both sides of it."""
+    size: Any = subject.model.config.vision_config.image_size
+    return int(size if isinstance(size, int) else size[0])
 
 
 def _text(processor: Any, point: Point) -> str:

@@ -46,7 +46,7 @@ def flops(
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = _with_compressor(sizes(model), compressor, keep)
     method = _method_or_none(known, method)
-    (patches, visible), separators, note = _image(known, image_size, images)
+    (patches, visible), others, note = _image(known, image_size, images)
     largest = dataclasses.replace(known.geometry, num_patches=patches)
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
@@ -55,7 +55,7 @@ def flops(
         known.geometry,
         chosen,
         [(patches, visible)] * images,
-        text_tokens=text_tokens + images * (separators - 1),
+        text_tokens=text_tokens + images * (others + known.geometry.marks - 1),
         batch=batch,
         relevance=clip,
         instruction_tokens=instruction_tokens,
@@ -66,7 +66,7 @@ def flops(
 
 def prompt_tokens(columns: int, geometry: Geometry, images: int = 1) -> int:
     """The `text_tokens` of a prompt whose ids have `columns` columns, one for each patch of its images."""
-    return columns - images * (geometry.visual_tokens - 1)
+    return columns - images * (geometry.visual_tokens + geometry.marks - 1)
 
 
 def _with_compressor(known: Sizes, compressor: str | None, keep: int | str) -> Sizes:

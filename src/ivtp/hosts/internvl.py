@@ -62,7 +62,7 @@ class InternVLHost(LlavaLike):
                 f"downsample_ratio={config.downsample_ratio} is not prunable; {1 / ACROSS} of the released models is"
             )
         found, unit = super().geometry(config), ACROSS**2
-        return dataclasses.replace(found, num_patches=found.num_patches // unit, unit=unit)
+        return dataclasses.replace(found, num_patches=found.num_patches // unit, unit=unit, marks=2)
 
     @classmethod
     def stock_config(cls, name: str) -> Any:
