@@ -88,7 +88,7 @@ def predictors(
     data: Data,
     out: Annotated[Path, typer.Option(metavar="FILE", help="safetensors file for the predictors")],
     keep: Keep = 64,
-    steps: Annotated[int, typer.Option(min=1, help="steps")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="steps")] = 100,
     batch: Annotated[int, typer.Option(min=1, help="photos of a step")] = 16,
     model: Model = "micro",
 ) -> None:
@@ -163,7 +163,7 @@ def table(
     lora: Annotated[bool, typer.Option("--lora", help="adapters in place of the decoder's own weights")] = False,
     batch: Batch = 16,
     max_steps: MaxSteps = None,
-    predictor_steps: Annotated[int, typer.Option(min=1, help="steps of DynamicViT's predictors")] = 200,
+    predictor_steps: Annotated[int, typer.Option(min=1, help="steps of DynamicViT's predictors")] = 100,
     tasks: Annotated[str, typer.Option(help="micro12, or some of its tasks, with commas")] = "micro12",
     limit: Annotated[int | None, typer.Option(min=1, help="questions of each benchmark; default: all")] = None,
     workers: Workers = 1,

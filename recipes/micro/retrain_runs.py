@@ -61,7 +61,7 @@ class Settings:
     batch: int = 16
     max_steps: int | None = None
     """In place of one epoch of each stage."""
-    predictor_steps: int = 200
+    predictor_steps: int = 100
 
     @cached_property
     def records(self) -> dict[str, list[Record]]:

@@ -12,6 +12,8 @@ from ivtp.evaluation.asked import Asked, Row, Run
 from ivtp.evaluation.reproduce import base
 from ivtp.evaluation.run import count_questions
 from ivtp.evaluation.sweep import Measured, sweep
+from ivtp.training.stages import PRETRAIN
+from recipes.micro.retrain_predictors import LEARNING_RATE
 from recipes.micro.retrain_runs import (
     FIRST_SEED,
     FULL,
@@ -137,7 +139,12 @@ class Table:
             "records": {name: len(records) for name, records in settings.records.items()},
             "seeds": sorted({arm.seed for arm in self.arms}),
             "stage": settings.stage.name,
-            "learning rate": settings.learning_rate,
+            "learning rates": {
+                PRETRAIN.name: PRETRAIN.learning_rate,
+                settings.stage.name: settings.learning_rate,
+                "predictors": LEARNING_RATE,
+            },
+            "steps": sorted({found.training[-1]["steps"] for found in self.found.values()}),
             "batch": settings.batch,
         }
         return base.write(folder, NAME, base.Result(TITLE, made, page(made, about), about))
@@ -158,11 +165,12 @@ def page(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
 
 
 def _intro(about: Mapping[str, Any]) -> str:
-    records = " and ".join(f"{count} records ({name})" for name, count in about["records"].items())
+    steps = " or ".join(map(str, about["steps"]))
     return (
         f"{about['rows']} rows. Every row begins with the weights of `{about['model']}` and learns from the same "
-        f"{records} in the same order, {about['batch']} a step, by `{about['stage']}` at a learning rate of "
-        f"{about['learning rate']:g}; compressors run the first stage before. Minutes are of one CPU core."
+        f"records in the same order: {steps} steps of {about['batch']} in `{about['stage']}`, at a learning rate of "
+        f"{about['learning rates'][about['stage']]:g}. Compressors run the first stage before, at "
+        f"{about['learning rates'][PRETRAIN.name]:g}. Minutes are of one CPU core."
     )
 
 
