@@ -237,4 +237,4 @@ def test_a_run_of_the_full_model_takes_no_options() -> None:
 
 
 def test_untrained_methods_say_so() -> None:
-    assert table1.label({"method": "dynamicvit"}) == "dynamicvit (untrained)"
+    assert table1.label({"method": "dynamicvit", "name": "dynamicvit"}) == "dynamicvit (untrained)"

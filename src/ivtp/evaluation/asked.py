@@ -52,6 +52,8 @@ class Run:
     method: str
     keep: int | str = 64
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    name: str = ""
+    """Of its row; empty: the method's."""
 
     def asked(self, of: Asked) -> Asked:
         """Of the same model and tasks."""

@@ -102,7 +102,7 @@ def _check(model: str, run: Run) -> None:
 
 def row(run: Run, found: Measured, against: Iterable[tuple[str, Measured]] = ()) -> Row:
     """A run's figures in points, 0 to 100, with 95% bootstrap intervals; differences to others are paired."""
-    made: Row = {"method": run.method}
+    made: Row = {"name": run.name or run.method, "method": run.method}
     made |= {"keep": "all" if run.method == "none" else run.keep, "options": dict(run.options)}
     made |= with_interval("mean", found.mean, found.draws)
     for name, other in against:

@@ -41,7 +41,7 @@ def lines_of(rows: list[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] != "none":
-            found.setdefault(row["method"], []).append(row)
+            found.setdefault(row["name"], []).append(row)
     for own in found.values():
         own.sort(key=lambda row: row["keep"])
     return dict(sorted(found.items(), key=lambda item: -sum(row["mean"] for row in item[1]) / len(item[1])))

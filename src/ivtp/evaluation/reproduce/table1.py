@@ -35,8 +35,7 @@ def label(row: Row) -> str:
     """A method's name; one that has to be trained says that it is not."""
     if row["method"] == "none":
         return "all tokens"
-    name = str(row["method"])
-    return f"{name} (untrained)" if method_class(name).info.trainable else name
+    return f"{row['name']} (untrained)" if method_class(row["method"]).info.trainable else str(row["name"])
 
 
 def table(rows: Sequence[Row]) -> str:
