@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,13 +15,33 @@ from ivtp.core.select import take
 from ivtp.core.sequence import TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
-from ivtp.stock import contents, fill, is_filled
+from ivtp.stock import contents, fill, is_filled, is_offloading
+
+if TYPE_CHECKING:
+    from ivtp.prefill.turns import Conversation
 
 
 def is_prefill(inputs: dict[str, Any]) -> bool:
     """Whether these are the first tokens of a prompt: nothing is cached yet."""
     cache = inputs.get("past_key_values")
     return cache is None or cache.get_seq_length() == 0
+
+
+def conversation_in(cache: Cache) -> Conversation | None:
+    """What a cache remembers of its prompts; None where nothing of it was pruned, or its rows have changed."""
+    first = cache.layers[0]
+    return first.conversation if isinstance(first, PrunedLayer) else None
+
+
+def check_cache(cache: Any) -> None:
+    """Raise `InputError` for a cache whose layers cannot be shortened."""
+    fixed = not isinstance(cache, Cache) or any(type(x) not in (DynamicLayer, PrunedLayer) for x in cache.layers)
+    if fixed or is_offloading(cache):
+        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
+        raise InputError(
+            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
+            "a DynamicCache that is not offloaded"
+        )
 
 
 def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
@@ -38,6 +58,7 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     for layer in layers:
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    _check_rows(first, len(tokens))
     changed = dict(inputs)
     if first.shift is not None:
         changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
@@ -45,6 +66,15 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     if first.prompt_valid is not None:
         changed["attention_mask"] = _logical_mask(given, first, tokens)
     return changed, _masks_of_layers(host, layers, given, tokens)
+
+
+def _check_rows(layer: PrunedLayer, rows: int) -> None:
+    held = len(contents(layer)[0])
+    if held != rows:
+        raise InputError(
+            f"the cache holds {held} prompts and the call has {rows} rows; for n beams or returned sequences a prompt "
+            "call cache.batch_repeat_interleave(n) first"
+        )
 
 
 def _positions(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
@@ -91,6 +121,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     padding among the kept prompt tokens (None: no padding), `prompt_length` is the unpruned length of what the prefill
     read, `fixed_length` that of its prompt without drafted tokens,
     `shift` (B, 1) what compact positions lie behind, and `part` is the same for layers that hold the same tokens.
+    `conversation` is what the next turn may need to know; None where the rows are not its prompts any more.
     """
 
     def __init__(
@@ -102,6 +133,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         prompt_valid: Tensor | None,
         shift: Tensor | None,
         part: int,
+        conversation: Conversation | None = None,
     ) -> None:
         super().__init__()
         fill(self, keys, values)
@@ -111,6 +143,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.prompt_valid = prompt_valid
         self.shift = shift
         self.part = part
+        self.conversation = conversation
         self.expected = False
         """Whether the attached pruner has prepared the step that comes next."""
 
@@ -157,7 +190,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         """Empty the layer; what was pruned is forgotten with it."""
         super().reset()
         self.removed, self.prompt_length, self.fixed_length = 0, 0, 0
-        self.prompt_valid = self.shift = None
+        self.prompt_valid = self.shift = self.conversation = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the batch for beam search."""
@@ -167,11 +200,13 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
+        self.conversation = None
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
+        self.conversation = None
         self._map_rows(lambda rows: rows[indices])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -194,11 +229,18 @@ class Seen:
 
 
 def prune_cache(
-    cache: Cache, seen: Many[Seen], *, prompt_length: int, fixed_length: int, shift: Tensor | None, evict: bool
+    cache: Cache,
+    seen: Many[Seen],
+    *,
+    prompt_length: int,
+    fixed_length: int,
+    shift: Tensor | None,
+    evict: bool,
+    conversation: Conversation,
 ) -> None:
     """Shorten every layer of `cache` in place, to the final tokens (`evict`) or to what that layer saw.
 
-    The guide token never stays. The lengths and `shift` are what `PrunedLayer` needs to know.
+    The guide token never stays. The lengths, `shift` and `conversation` are what `PrunedLayer` needs to know.
     """
     for number, layer in enumerate(cache.layers):
         if not is_filled(layer):
@@ -211,7 +253,7 @@ def prune_cache(
             keys, values = take(keys, index, dim=2), take(values, index, dim=2)
         valid = sequence.valid if sequence.padded else None
         cache.layers[number] = PrunedLayer(
-            keys, values, prompt_length, fixed_length, valid, shift, part=0 if evict else place
+            keys, values, prompt_length, fixed_length, valid, shift, 0 if evict else place, conversation
         )
 
 

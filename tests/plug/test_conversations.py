@@ -1,0 +1,342 @@
+"""A cache that is handed back for the next turn of a conversation: what it keeps, and what is chosen again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import FOLLOW_UP, NUM_PATCHES, Tiny, samples, with_cache
+from torch import Tensor
+from transformers import DynamicCache, pipeline
+
+from ivtp.errors import InputError
+
+Inputs = dict[str, Tensor]
+
+
+def generate(model: Any, inputs: Inputs, cache: Any = None, **options: Any) -> Any:
+    """Five tokens, their logits and the cache."""
+    given = {} if cache is None else {"past_key_values": cache}
+    options = {"max_new_tokens": 5, "do_sample": False, **given, **options}
+    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+
+
+def next_turn(tiny: Tiny, inputs: Inputs, answer: Tensor, question: str = FOLLOW_UP) -> Inputs:
+    """The inputs of the whole conversation: `answer` (B, T) are the first turn's prompts and answers."""
+    text = tiny.processor.tokenizer(f" USER: {question} ASSISTANT:", add_special_tokens=False, return_tensors="pt")
+    ids = torch.cat([answer, text["input_ids"].expand(len(answer), -1)], 1)
+    grown = ids.shape[1] - inputs["attention_mask"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), grown, dtype=torch.long)], 1)
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def without_pixels(inputs: Inputs) -> Inputs:
+    return {name: value for name, value in inputs.items() if name != "pixel_values"}
+
+
+def logits(output: Any) -> Tensor:
+    return torch.stack(output.logits)
+
+
+# ---- what the first turn kept stays ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two images", "mixed"])
+def test_images_of_earlier_turns_may_be_handed_over_again(tiny: Tiny, name: str) -> None:
+    """As a processor hands them over with the whole conversation; they are in the cache."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, name))
+    with tiny.attach(model) as pruner:
+        first = generate(model, inputs)
+        kept = pruner.trace.kept()
+        again = next_turn(tiny, inputs, first.sequences)
+        held = copy.deepcopy(first.past_key_values)
+        without = generate(model, without_pixels(again), held)
+        whole = generate(model, again, first.past_key_values)
+        assert torch.equal(pruner.trace.kept(), kept)
+    assert torch.equal(logits(whole), logits(without))
+    assert whole.past_key_values.get_seq_length() == whole.sequences.shape[1] - 1
+    sizes = [layer.keys.shape[-2] for layer in whole.past_key_values.layers]
+    assert sizes == [layer.keys.shape[-2] for layer in held.layers]
+
+
+@pytest.mark.parametrize("repruning", ["first", "turn"])
+@pytest.mark.parametrize("name", ["two images", "mixed"])
+def test_with_all_tokens_kept_turns_are_stock(tiny: Tiny, name: str, repruning: str) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, name))
+    first = generate(model, inputs)
+    again = next_turn(tiny, inputs, first.sequences)
+    stock = generate(model, without_pixels(again), first.past_key_values)
+    with tiny.attach(model, keep=NUM_PATCHES, repruning=repruning):
+        held = generate(model, inputs).past_key_values
+        second = generate(model, again, held)
+    valid = again["attention_mask"].bool().all(dim=1)
+    torch.testing.assert_close(logits(second)[:, valid], logits(stock)[:, valid], atol=1e-4, rtol=0)
+    assert second.sequences.tolist() == stock.sequences.tolist()
+
+
+@pytest.mark.parametrize("repruning", ["first", "turn"])
+def test_a_pipeline_chats_on_its_cache(tiny: Tiny, repruning: str) -> None:
+    sample, model = samples(tiny, "one")[0], tiny.model()
+    chat = [{"role": "user", "content": [{"type": "image", "image": sample.images[0]}, _text(sample.question)]}]
+    with tiny.attach(model, repruning=repruning):
+        pipe = pipeline("image-text-to-text", model=model, processor=tiny.processor)
+
+        def ask(chat: list[Any], cache: Any = None) -> list[Any]:
+            options = {"do_sample": False, **({} if cache is None else {"past_key_values": cache})}
+            return pipe(text=chat, max_new_tokens=5, generate_kwargs=options)[0]["generated_text"]
+
+        cache = DynamicCache()
+        chat = [*ask(chat, cache), {"role": "user", "content": [_text(FOLLOW_UP)]}]
+        cached, fresh = ask(chat, cache), ask(chat)
+        assert cache.get_seq_length() > NUM_PATCHES > cache.layers[0].keys.shape[-2] / 2
+        if repruning == "turn":
+            assert cached == fresh
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def test_another_conversation_does_not_go_on_with_the_cache(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model):
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        again["input_ids"][0, 2] += 1
+        with pytest.raises(InputError, match="does not begin with"):
+            generate(model, again, first.past_key_values)
+
+
+def test_the_trace_is_of_the_conversation_that_goes_on(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model) as pruner:
+        first = generate(model, inputs)
+        kept = pruner.trace.kept()
+        generate(model, tiny.inputs(*samples(tiny, "two images")))
+        generate(model, next_turn(tiny, inputs, first.sequences), first.past_key_values)
+        assert torch.equal(pruner.trace.kept(), kept)
+
+
+# ---- the new question chooses again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["all images", "no images"])
+@pytest.mark.parametrize("cache", ["evict", "layered"])
+@pytest.mark.parametrize("name", ["two images", "mixed"])
+def test_a_turn_that_chooses_again_is_the_conversation_in_one_pass(
+    tiny: Tiny, name: str, cache: str, given: str
+) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, name))
+    with tiny.attach(model, repruning="turn", cache=cache) as pruner:
+        first = generate(model, inputs)
+        kept = pruner.trace.kept()
+        again = next_turn(tiny, inputs, first.sequences)
+        expected = generate(model, again)
+        anew = pruner.trace.kept()
+        second = generate(model, again if given == "all images" else without_pixels(again), first.past_key_values)
+        assert torch.equal(pruner.trace.kept(), anew)
+        assert torch.equal(pruner.trace.before[0].kept(), kept)
+        assert not torch.equal(anew, kept), "the question should matter"
+    torch.testing.assert_close(logits(second), logits(expected), atol=1e-4, rtol=0)
+    held, fresh = second.past_key_values, expected.past_key_values
+    assert second.past_key_values is first.past_key_values
+    assert held.get_seq_length() == fresh.get_seq_length()
+    assert [layer.keys.shape for layer in held.layers] == [layer.keys.shape for layer in fresh.layers]
+
+
+def test_choosing_again_does_not_encode_again(tiny: Tiny) -> None:
+    model, inputs, encoded = tiny.model(), tiny.inputs(*samples(tiny, "two images")), []
+    model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    with tiny.attach(model, repruning="turn") as pruner:
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        assert len(encoded) == 1
+        generate(model, again, first.past_key_values)
+        assert len(encoded) == 1
+        cost = pruner.trace.flops
+        generate(model, again)
+        assert len(encoded) == 2
+        assert cost < pruner.trace.flops
+
+
+def test_other_options_read_the_images_again(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "two images"))
+    with tiny.attach(model, repruning="turn") as pruner:
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        with pruner.using(keep=4):
+            with pytest.raises(InputError, match="pixel_values of all images"):
+                generate(model, without_pixels(again), first.past_key_values)
+            expected = generate(model, again)
+            torch.testing.assert_close(
+                logits(generate(model, again, first.past_key_values)), logits(expected), atol=1e-4, rtol=0
+            )
+
+
+def test_a_method_whose_encoder_reads_the_question_encodes_again(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model, method="cdpruner", repruning="turn") as pruner:
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        expected = generate(model, again)
+        kept = pruner.trace.kept()
+        with pytest.raises(InputError, match="pixel_values of all images"):
+            generate(model, without_pixels(again), first.past_key_values)
+        second = generate(model, again, first.past_key_values)
+        assert torch.equal(pruner.trace.kept(), kept)
+    torch.testing.assert_close(logits(second), logits(expected), atol=1e-4, rtol=0)
+
+
+def test_a_method_that_no_question_moves_reads_the_new_turn_alone(tiny: Tiny) -> None:
+    model, inputs, columns = tiny.model(), tiny.inputs(*samples(tiny, "one")), []
+    with tiny.attach(model, method="topk", repruning="turn"):
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        expected = generate(model, again)
+        model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: columns.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        second = generate(model, again, first.past_key_values)
+    torch.testing.assert_close(logits(second), logits(expected), atol=1e-4, rtol=0)
+    assert columns[0] == again["input_ids"].shape[1] - first.sequences.shape[1] + 1
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_beams_choose_again_together(tiny: Tiny, options: dict[str, int]) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "batch"))
+    with tiny.attach(model, repruning="turn"):
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        expected = generate(model, again, **options).sequences
+        assert generate(model, again, first.past_key_values, **options).sequences.tolist() == expected.tolist()
+
+
+def test_beams_on_a_cache_without_rows_for_them_are_refused(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model):
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        with pytest.raises(InputError, match="batch_repeat_interleave"):
+            generate(model, again, copy.deepcopy(first.past_key_values), num_beams=3)
+        first.past_key_values.batch_repeat_interleave(3)
+        assert generate(model, again, first.past_key_values, num_beams=3).sequences.shape[0] == 1
+
+
+@pytest.mark.parametrize("repruning", ["first", "turn"])
+def test_every_returned_sequence_goes_on(tiny: Tiny, repruning: str) -> None:
+    """Three answers to one prompt, a next turn behind each of them."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model, repruning=repruning):
+        torch.manual_seed(0)
+        first = generate(model, inputs, do_sample=True, num_return_sequences=3)
+        three = {"attention_mask": inputs["attention_mask"].expand(3, -1)}
+        again = next_turn(tiny, three, first.sequences)
+        together = generate(model, again, copy.deepcopy(first.past_key_values))
+        for row in range(3):
+            held = copy.deepcopy(first.past_key_values)
+            held.batch_select_indices(torch.tensor([row]))
+            alone = {name: value[row : row + 1] for name, value in again.items()}
+            if repruning == "turn":  # a cache with other rows has forgotten whose images it holds
+                alone["pixel_values"] = inputs["pixel_values"]
+            expected = generate(model, alone, held)
+            torch.testing.assert_close(logits(together)[:, row], logits(expected)[:, 0], atol=1e-4, rtol=0)
+
+
+def test_drafted_tokens_do_not_lead_a_later_choice(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    draft = tiny.model()
+    draft.lm_head.weight.data.mul_(-1)
+    with tiny.attach(model, repruning="turn") as pruner:
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        expected = generate(model, again).sequences
+        kept = pruner.trace.kept()
+        held = first.past_key_values
+        assert generate(model, again, held, assistant_model=draft).sequences.tolist() == expected.tolist()
+        assert torch.equal(pruner.trace.kept(), kept)
+
+
+def test_a_failed_turn_leaves_the_cache_as_it_was(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model, repruning="turn"):
+        first = generate(model, inputs)
+        again = next_turn(tiny, inputs, first.sequences)
+        held = first.past_key_values
+        expected = generate(model, again, copy.deepcopy(held)).sequences
+        with pytest.raises(ValueError, match="max_length"):
+            model.generate(**again, past_key_values=held, num_beams=3, max_length=5)
+        assert generate(model, again, held).sequences.tolist() == expected.tolist()
+
+
+# ---- attached, detached, other callers ------------------------------------------------------------------------
+
+
+def test_attached_in_the_middle(tiny: Tiny) -> None:
+    """A cache of the stock model goes on as it is, or the whole conversation is pruned."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    first = generate(model, inputs)
+    again = next_turn(tiny, inputs, first.sequences)
+    held = [copy.deepcopy(first.past_key_values) for _ in range(3)]
+    stock = generate(model, without_pixels(again), held.pop())
+    with tiny.attach(model) as pruner:
+        assert torch.equal(logits(generate(model, again, held.pop())), logits(stock))
+        with pruner.using(repruning="turn"):
+            with pytest.raises(InputError, match="pixel_values of all images"):
+                generate(model, without_pixels(again), held[0])
+            expected = generate(model, again)
+            torch.testing.assert_close(logits(generate(model, again, held[0])), logits(expected), atol=1e-4, rtol=0)
+
+
+def test_detached_in_the_middle(tiny: Tiny) -> None:
+    """The stock model goes on with what was kept."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model):
+        first = generate(model, inputs)
+        again = without_pixels(next_turn(tiny, inputs, first.sequences))
+        expected = generate(model, again, copy.deepcopy(first.past_key_values))
+    assert torch.equal(logits(generate(model, again, first.past_key_values)), logits(expected))
+
+
+def test_the_new_turn_alone_is_enough_where_nothing_is_chosen_again(tiny: Tiny) -> None:
+    """As stock takes it: the new tokens beside the mask of all."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model) as pruner:
+        first = generate(model, inputs)
+        again = without_pixels(next_turn(tiny, inputs, first.sequences))
+        expected = logits(generate(model, again, copy.deepcopy(first.past_key_values)))
+        alone = {**again, "input_ids": again["input_ids"][:, first.past_key_values.get_seq_length() :]}
+        assert torch.equal(logits(generate(model, alone, copy.deepcopy(first.past_key_values))), expected)
+        with pruner.using(repruning="turn"), pytest.raises(InputError, match="all of its input_ids"):
+            generate(model, alone, first.past_key_values)
+
+
+def test_a_conversation_without_images_is_stock(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "no image"))
+    first = generate(model, inputs)
+    again = next_turn(tiny, inputs, first.sequences)
+    stock = logits(generate(model, again, first.past_key_values))
+    with tiny.attach(model, repruning="turn"):
+        held = generate(model, inputs).past_key_values
+        assert torch.equal(logits(generate(model, again, held)), stock)
+
+
+def test_a_copied_cache_goes_on_and_does_not_copy_the_model(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with tiny.attach(model, repruning="turn"):
+        first = generate(model, inputs)
+        again = without_pixels(next_turn(tiny, inputs, first.sequences))
+        held = [copy.deepcopy(first.past_key_values), first.past_key_values]
+        one, other = (generate(model, again, cache).sequences.tolist() for cache in held)
+    assert one == other
+
+
+def test_a_cache_through_forward_keeps_what_it_has(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    found = []
+    for repruning in ("first", "turn"):
+        with torch.no_grad(), tiny.attach(model, repruning=repruning):
+            cache = model(**inputs, use_cache=True).past_key_values
+            found.append(model(input_ids=torch.tensor([[17, 100]]), **with_cache(model, cache)).logits)
+    assert torch.equal(*found)
