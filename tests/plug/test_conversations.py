@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FOLLOW_UP, NUM_PATCHES, Tiny, samples, with_cache
+from tiny import FOLLOW_UP, NUM_PATCHES, QUESTIONS, Tiny, samples, with_cache
 from torch import Tensor
 from transformers import DynamicCache, pipeline
 
+import ivtp
 from ivtp.errors import InputError
+from ivtp.registry import method_class
 
 Inputs = dict[str, Tensor]
+MODES = [{"cache": c, "positions": p} for c in ("evict", "layered") for p in ("original", "compact")]
 
 
 def generate(model: Any, inputs: Inputs, cache: Any = None, **options: Any) -> Any:
@@ -30,6 +33,34 @@ def next_turn(tiny: Tiny, inputs: Inputs, answer: Tensor, question: str = FOLLOW
     grown = ids.shape[1] - inputs["attention_mask"].shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), grown, dtype=torch.long)], 1)
     return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def with_images(
+    tiny: Tiny, inputs: Inputs, answer: Tensor, questions: list[tuple[str, int]], seed: int = 70
+) -> tuple[Inputs, Inputs]:
+    """The inputs of a conversation whose next turn, padded on the left, shows each row so many new images.
+
+    Once with these images alone, and once with all.
+    """
+    new = [tiny.sample(question, images=count, seed=seed + 10 * row) for row, (question, count) in enumerate(questions)]
+    prompts = tiny.inputs(*new)
+    ids, mask = (prompts[name] for name in ("input_ids", "attention_mask"))
+    start = tiny.processor.tokenizer.bos_token_id
+    mask = mask.masked_fill(ids == start, 0)  # it opens a prompt, not a turn
+    again = next_turn(tiny, inputs, answer, "")
+    length = answer.shape[1]
+    later = {
+        "input_ids": torch.cat([again["input_ids"][:, :length], ids], 1),
+        "attention_mask": torch.cat([again["attention_mask"][:, :length], mask], 1),
+    }
+    if not any(count for _, count in questions):
+        return later, {**later, **({"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {})}
+    image = tiny.processor.image_token_id
+    counts = [(row == image).sum().item() // NUM_PATCHES for row in inputs["input_ids"]]
+    old = list(inputs.get("pixel_values", torch.zeros(0, 3, 24, 24)).split(counts))
+    fresh = prompts["pixel_values"].split([count for _, count in questions])
+    both = torch.cat([part for pair in zip(old, fresh, strict=True) for part in pair])
+    return {**later, "pixel_values": prompts["pixel_values"]}, {**later, "pixel_values": both}
 
 
 def without_pixels(inputs: Inputs) -> Inputs:
@@ -99,6 +130,90 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(
+    "new", [[(QUESTIONS[0], 1)], [(QUESTIONS[1], 2), (QUESTIONS[2], 0), (QUESTIONS[3], 1)]], ids=len
+)
+def test_a_first_image_behind_turns_of_text_is_pruned_as_in_one_pass(
+    tiny: Tiny, new: Any, mode: dict[str, str]
+) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*(tiny.sample(QUESTIONS[row], images=0) for row in range(len(new))))
+    with tiny.attach(model, **mode) as pruner:
+        first = generate(model, inputs)
+        again, _ = with_images(tiny, inputs, first.sequences, new)
+        expected, trace = generate(model, again), pruner.trace
+        second = generate(model, again, first.past_key_values)
+        assert pruner.trace.kept().tolist() == trace.kept().tolist()
+        assert [[w.used for w in row] for row in pruner.trace.words] == [[w.used for w in row] for row in trace.words]
+        assert pruner.trace.before == ()
+    torch.testing.assert_close(logits(second), logits(expected), atol=2e-4, rtol=0)
+    assert second.sequences.tolist() == expected.sequences.tolist()
+    assert second.past_key_values.get_seq_length() == again["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("method", [m for m in ivtp.list_methods() if method_class(m).info.stage != "vision"])
+def test_methods_that_cut_the_decoder_do_so_behind_a_cache(tiny: Tiny, method: str) -> None:
+    model, inputs = tiny.model(), tiny.inputs(tiny.sample(QUESTIONS[2], images=0))
+    with tiny.attach(model, method=method) as pruner:
+        first = generate(model, inputs)
+        again, _ = with_images(tiny, inputs, first.sequences, [(QUESTIONS[0], 2)])
+        expected, kept = generate(model, again), pruner.trace.kept()
+        second = generate(model, again, first.past_key_values)
+        assert pruner.trace.kept().tolist() == kept.tolist()
+    torch.testing.assert_close(logits(second), logits(expected), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("given", ["new images", "all images"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_new_image_is_pruned_behind_one_that_was(tiny: Tiny, mode: dict[str, str], given: str) -> None:
+    """Where no question moves what is kept, turn by turn is one pass; and a further turn goes on with both."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "mixed"))
+    new = [(QUESTIONS[0], 1), (QUESTIONS[1], 0), (QUESTIONS[3], 2), (QUESTIONS[2], 1)]
+    with tiny.attach(model, method="topk", **mode) as pruner:
+        first = generate(model, inputs)
+        kept = pruner.trace.kept()
+        alone, both = with_images(tiny, inputs, first.sequences, new)
+        expected = generate(model, both)
+        second = generate(model, alone if given == "new images" else both, first.past_key_values)
+        torch.testing.assert_close(logits(second), logits(expected), atol=2e-4, rtol=0)
+        assert torch.equal(pruner.trace.before[0].kept(), kept)
+        assert pruner.trace.images == (1, 0, 2, 1)
+        third = next_turn(tiny, both, second.sequences)
+        expected = generate(model, third)
+        last = generate(model, third, second.past_key_values)
+        torch.testing.assert_close(logits(last), logits(expected), atol=2e-4, rtol=0)
+
+
+def test_a_new_image_behind_a_cache_that_the_question_shaped(tiny: Tiny) -> None:
+    """As behind a stock cache of just the tokens that are left, at their positions."""
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with torch.no_grad(), tiny.attach(model) as pruner:
+        first = generate(model, inputs)
+        held = first.past_key_values
+        plain = DynamicCache()
+        for number, layer in enumerate(held.layers):
+            plain.update(layer.keys.clone(), layer.values.clone(), number)
+        again, _ = with_images(tiny, inputs, first.sequences, [(QUESTIONS[1], 1)])
+        length = held.get_seq_length()
+        rest = again["input_ids"][:, length:]
+        mask = again["attention_mask"]
+        found = model(
+            input_ids=rest, attention_mask=mask, pixel_values=again["pixel_values"], **with_cache(model, held)
+        )
+        trace = pruner.trace
+        expected = model(
+            input_ids=rest,
+            attention_mask=torch.cat([torch.ones(1, plain.get_seq_length(), dtype=torch.long), mask[:, length:]], 1),
+            position_ids=torch.arange(length, mask.shape[1])[None],
+            pixel_values=again["pixel_values"],
+            **with_cache(model, plain),
+        )
+        assert torch.equal(trace.kept(), pruner.trace.kept())
+        assert len(trace.before) == 1
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=0)
+    assert {layer.get_seq_length() for layer in held.layers} == {mask.shape[1]}
+
+
 def test_another_conversation_does_not_go_on_with_the_cache(tiny: Tiny) -> None:
     model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
     with tiny.attach(model):
@@ -144,6 +259,34 @@ def test_a_turn_that_chooses_again_is_the_conversation_in_one_pass(
     assert second.past_key_values is first.past_key_values
     assert held.get_seq_length() == fresh.get_seq_length()
     assert [layer.keys.shape for layer in held.layers] == [layer.keys.shape for layer in fresh.layers]
+
+
+@pytest.mark.parametrize("given", ["new images", "all images"])
+def test_new_images_are_chosen_from_beside_those_of_earlier_turns(tiny: Tiny, given: str) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "mixed"))
+    new = [(QUESTIONS[0], 1), (QUESTIONS[1], 0), (QUESTIONS[3], 2), (QUESTIONS[2], 1)]
+    with tiny.attach(model, repruning="turn") as pruner:
+        first = generate(model, inputs)
+        alone, both = with_images(tiny, inputs, first.sequences, new)
+        expected, kept = generate(model, both), pruner.trace.kept()
+        second = generate(model, alone if given == "new images" else both, first.past_key_values)
+        assert torch.equal(pruner.trace.kept(), kept)
+        assert pruner.trace.images == (2, 2, 2, 2)
+        third = next_turn(tiny, both, second.sequences)
+        last = generate(model, without_pixels(third), second.past_key_values)
+        assert len(pruner.trace.before) == 2
+        expected_last = generate(model, third)
+    torch.testing.assert_close(logits(second), logits(expected), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(last), logits(expected_last), atol=1e-4, rtol=0)
+
+
+def test_a_forward_behind_a_cache_cannot_choose_again(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(*samples(tiny, "one"))
+    with torch.no_grad(), tiny.attach(model, repruning="turn"):
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.ones(1, 2 * inputs["input_ids"].shape[1], dtype=torch.long)
+        with pytest.raises(InputError, match='use generate, or repruning="first"'):
+            model(**{**inputs, "attention_mask": mask}, **with_cache(model, cache))
 
 
 def test_choosing_again_does_not_encode_again(tiny: Tiny) -> None:

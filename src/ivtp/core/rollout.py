@@ -68,11 +68,11 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
     Rows before `first` have the weight 0 and may be left out.
     """
-    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and tap.past is None else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last, tap.past
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -102,6 +102,7 @@ def _uncompiled_column_sum(
     causal: bool,
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
+    past: Tensor | None,
     weights: Tensor,
     first: int,
 ) -> Tensor:
@@ -109,7 +110,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, past)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -169,7 +170,12 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
         hidden = hidden | ~tap.valid
     if tap.hidden_from_last is not None:
         hidden = hidden | (tap.hidden_from_last & (row == length - 1)[:, None])
-    return logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
+    logits = logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min)
+    attention = logits.softmax(dim=-1)
+    if tap.past is not None:
+        past = tap.past.gather(2, row[:, None, None].expand(-1, heads, 1))  # (B, H, 1)
+        attention = attention * _own_share(logits.unsqueeze(2), past).squeeze(2)
+    return attention.mean(dim=1)
 
 
 @functools.cache
@@ -211,7 +217,34 @@ def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tens
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
     logits = logits.view(batch, heads, stop - start, seen)
     _hide(tap, logits, start)
-    return torch.softmax(logits, dim=-1, out=logits)
+    if tap.past is None:
+        return torch.softmax(logits, dim=-1, out=logits)
+    share = _own_share(logits, tap.past[:, :, start:stop])
+    return torch.softmax(logits, dim=-1, out=logits).mul_(share)
+
+
+def _own_share(logits: Tensor, past: Tensor) -> Tensor:
+    """(B, H, block, 1) what of the attention with these logits (B, H, block, T) the past (B, H, block) leaves them."""
+    return torch.sigmoid(logits.logsumexp(dim=-1, keepdim=True) - past.unsqueeze(-1))
+
+
+@torch.no_grad()
+def past_mass(query: Tensor, key: Tensor, scale: float, valid: Tensor | None) -> Tensor:
+    """`AttentionTap.past` (B, H, T) of queries (B, H, T, d) and the keys (B, H_kv, P, d) of a cache before them.
+
+    `valid` (B, P) bool marks keys that may be seen; None: all.
+    """
+    batch, heads, length, width = query.shape
+    block = min(max(CELLS // (batch * heads * key.shape[2]), FEWEST_ROWS), MOST_ROWS)
+    grouped = query.float().view(batch, key.shape[1], -1, length, width)
+    keys = key.float().transpose(2, 3).unsqueeze(2)  # (B, H_kv, 1, d, P)
+    found = []
+    for start in range(0, length, block):
+        logits = grouped[..., start : start + block, :] @ keys * scale  # (B, H_kv, H/H_kv, block, P)
+        if valid is not None:
+            logits.masked_fill_(~valid[:, None, None, None], torch.finfo(logits.dtype).min)
+        found.append(logits.logsumexp(dim=-1))
+    return torch.cat(found, dim=-1).view(batch, heads, length)
 
 
 def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:

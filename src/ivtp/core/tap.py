@@ -20,3 +20,6 @@ class AttentionTap:
     """(B, T) bool: keys that may be seen; None when there is no padding."""
     hidden_from_last: Tensor | None = None
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
+    past: Tensor | None = None
+    """(B, H, T) what every query also sees of a cache before the first token, where T counts new tokens alone: the
+    logarithm of its keys' sum of exponentials, in float32; None without one."""

@@ -31,7 +31,9 @@ from ivtp.plug.calls import (
     without_guide,
 )
 from ivtp.plug.changes import Changes, exclusive
+from ivtp.plug.turns import turn_in_forward
 from ivtp.prefill.cache import check_cache, continue_inputs, is_prefill
+from ivtp.prefill.past import behind
 from ivtp.prefill.probe import AttentionProbe
 from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
@@ -239,24 +241,22 @@ class Pruner:
         self.thread.record = self._last = None
         self.host.check_call(inputs)
         _check_training(self.host)
-        cache = inputs.get("past_key_values")
+        cache, past, turn = inputs.get("past_key_values"), None, call.turn
         if cache is not None:
-            if not is_prefill(inputs):
-                raise InputError(
-                    "an image can only be pruned in the first prompt of a cache; start a new cache with the whole "
-                    "conversation"
-                )
             check_cache(cache)
+        if not is_prefill(inputs):
+            past, inputs = behind(cache, inputs)
+            turn = turn or turn_in_forward(self.host, self.method, cache, inputs)
         prompts = read_prompts(
             inputs,
             self.host,
             labels=call.labels,
-            prompt_length=call.prompt_length,
+            prompt_length=None if call.prompt_length is None else call.prompt_length - (turn.past if turn else 0),
             repeats=call.repeats,
-            images=call.turn.visuals if call.turn else None,
+            images=turn.visuals if turn else None,
         )
         method, guide_maker = self._equipment.method, self._equipment.guide_maker
-        prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes, call.turn)
+        prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes, turn, past)
         self._prefill, self._owner = prefill, _this_thread()
         return prefill.start(inputs)
 

@@ -17,7 +17,7 @@ from ivtp.methods.base import Method
 from ivtp.prefill.cache import check_cache, conversation_in
 from ivtp.prefill.images import Read
 from ivtp.prefill.record import Record
-from ivtp.prefill.turns import Turn, reads_in_encoder
+from ivtp.prefill.turns import Conversation, Turn, reads_in_encoder
 from ivtp.prompt.batch import misfit, share_out
 from ivtp.stock import CACHE_NAMES, is_drafting
 
@@ -47,10 +47,31 @@ def find_turn(
     if ids is None or any(is_drafting(config) for config in configs):
         return None
     call = _Call(host, cache, ids, arguments)
-    depends = reads_in_encoder(method) or any(cut.where == "llm" for cut in method.plan.cuts)
-    if method.config.repruning == "turn" and depends and call.shows_images:
+    if _chooses_again(method) and call.shows_images:
         return call.read_again(method)
     return call.go_on()
+
+
+def turn_in_forward(host: Host, method: Method, cache: Cache, inputs: dict[str, Any]) -> Turn:
+    """The turn of a forward with images beside a filled cache: all of them are new. Raises `InputError`."""
+    if _chooses_again(method):
+        raise InputError(
+            'repruning="turn" needs the whole conversation to choose again, which a forward behind a cache does not '
+            'have; use generate, or repruning="first"'
+        )
+    return Turn(tuple(range(len(host.visuals(inputs)))), before=_with_record(conversation_in(cache)))
+
+
+def _chooses_again(method: Method) -> bool:
+    """Whether another question may keep other tokens, and is to."""
+    depends = reads_in_encoder(method) or any(cut.where == "llm" for cut in method.plan.cuts)
+    return method.config.repruning == "turn" and depends
+
+
+def _with_record(conversation: Conversation | None) -> tuple[Record, ...]:
+    """The records of all turns of a conversation that pruned."""
+    record = conversation.record if conversation else None
+    return (*record.before, record) if record else ()
 
 
 @contextmanager
@@ -74,9 +95,9 @@ class _Call:
         self.mask: Tensor | None = arguments.get("attention_mask")
         self.is_whole = self.mask is None or self.mask.shape[-1] == ids.shape[1]
         self.slots = (ids == host.image_token).cpu()  # (B, T)
-        conversation = conversation_in(cache)
-        self.record = conversation.record if conversation else None
-        self.conversation = conversation.spread(len(ids)) if conversation else None
+        self.held = conversation_in(cache)
+        self.record = self.held.record if self.held else None
+        self.conversation = self.held.spread(len(ids)) if self.held else None
         self.has_media = arguments.get(host.media[0]) is not None
         self.given = host.visuals(arguments) if self.has_media else []
 
@@ -98,7 +119,11 @@ class _Call:
         new = _counts(self.slots[:, past:])
         rows = share_out(new, self.given) or self._behind(new)
         images = tuple(m for row in rows for m in row)
-        return LaterTurn(Turn(images, past, False, self._before()) if images else None, self.record)
+        begun = None
+        if self.is_whole:
+            valid = torch.ones_like(self.ids) if self.mask is None else self.mask
+            begun = self.ids[:, :past].cpu(), valid[:, :past].cpu().bool()
+        return LaterTurn(Turn(images, past, False, _with_record(self.held), begun) if images else None, self.record)
 
     def read_again(self, method: Method) -> LaterTurn:
         """All images are chosen from again: stage 1 is kept where the question does not change it."""
@@ -119,10 +144,7 @@ class _Call:
             if rows is None:
                 raise misfit(counts, self.given)
             images = [m for row, own in enumerate(rows) for m in self._reused(own, known[row] if known else ())]
-        return LaterTurn(Turn(tuple(images), 0, True, self._before()), self.record, self.cache)
-
-    def _before(self) -> tuple[Record, ...]:
-        return (*self.record.before, self.record) if self.record else ()
+        return LaterTurn(Turn(tuple(images), 0, True, _with_record(self.held)), self.record, self.cache)
 
     def _behind(self, new: list[int]) -> list[list[int]]:
         """Of all images of the conversation those in each row's new turn, which has so many slots."""

@@ -18,6 +18,7 @@ from ivtp.hosts.base import Host
 from ivtp.stock import contents, fill, is_filled, is_offloading
 
 if TYPE_CHECKING:
+    from ivtp.prefill.past import Past
     from ivtp.prefill.turns import Conversation
 
 
@@ -58,17 +59,18 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     for layer in layers:
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-    _check_rows(first, len(tokens))
+    check_rows(first, len(tokens))
     changed = dict(inputs)
     if first.shift is not None:
         changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
     given = inputs.get("attention_mask")
     if first.prompt_valid is not None:
-        changed["attention_mask"] = _logical_mask(given, first, tokens)
+        changed["attention_mask"] = logical_mask(given, first, first.get_seq_length() + tokens.shape[1])
     return changed, _masks_of_layers(host, layers, given, tokens)
 
 
-def _check_rows(layer: PrunedLayer, rows: int) -> None:
+def check_rows(layer: Any, rows: int) -> None:
+    """Raise `InputError` for a cache layer of other than so many rows."""
     held = len(contents(layer)[0])
     if held != rows:
         raise InputError(
@@ -83,11 +85,10 @@ def _positions(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tens
     return torch.arange(tokens.shape[1], device=tokens.device)[None] + layer.get_seq_length()
 
 
-def _logical_mask(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
-    """(B, logical length + new): the padding of the kept prompt tokens, right-aligned where the prompt ends."""
+def logical_mask(given: Tensor | None, layer: PrunedLayer, total: int) -> Tensor:
+    """(B, total): the padding of the kept prompt tokens, right-aligned where the prompt ends, and what is `given`."""
     assert layer.prompt_valid is not None
     valid = layer.prompt_valid
-    total = layer.get_seq_length() + tokens.shape[1]
     if given is None:
         given = valid.new_ones((valid.shape[0], total))
     head = valid.new_zeros((valid.shape[0], layer.prompt_length - valid.shape[1]))
@@ -105,7 +106,8 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
     hidden = torch.empty(*tokens.shape[:2], 0, dtype=keys.dtype, device=tokens.device)
     for number, layer in enumerate(layers):
         if layer.part not in made:
-            valid = _logical_mask(given, layer, tokens) if layer.prompt_valid is not None else given
+            total = layer.get_seq_length() + tokens.shape[1]
+            valid = logical_mask(given, layer, total) if layer.prompt_valid is not None else given
             alone = DynamicCache()
             alone.layers = [layer]
             made[layer.part] = host.text.causal_mask(hidden, valid, cache=alone)
@@ -237,24 +239,41 @@ def prune_cache(
     shift: Tensor | None,
     evict: bool,
     conversation: Conversation,
+    past: Past | None = None,
 ) -> None:
     """Shorten every layer of `cache` in place, to the final tokens (`evict`) or to what that layer saw.
 
-    The guide token never stays. The lengths, `shift` and `conversation` are what `PrunedLayer` needs to know.
+    What was cached before, the `past`, stays; the guide token never does. The lengths, `shift` and `conversation` are
+    what `PrunedLayer` needs to know.
     """
+    parts: dict[tuple[int, int], int] = {}
     for number, layer in enumerate(cache.layers):
         if not is_filled(layer):
             continue
         place = max(i for i, part in enumerate(seen) if part.first_layer <= number)
         sequence, index = _final_tokens(seen[place:]) if evict else _own_tokens(seen[place])
         keys, values = contents(layer)
-        if index is not None:
-            index = index.to(keys.device)
-            keys, values = take(keys, index, dim=2), take(values, index, dim=2)
         valid = sequence.valid if sequence.padded else None
-        cache.layers[number] = PrunedLayer(
-            keys, values, prompt_length, fixed_length, valid, shift, 0 if evict else place, conversation
-        )
+        kept = 0 if past is None else past.keys[number]
+        if index is not None:
+            index = index.to(keys.device) + kept
+            if kept:
+                index = torch.cat([torch.arange(kept, device=index.device).expand(len(index), -1), index], dim=1)
+            keys, values = take(keys, index, dim=2), take(values, index, dim=2)
+        if past is not None:
+            valid = _joined(past.valid(number), valid, kept, sequence)
+        own = (0 if evict else place, 0 if past is None else past.part(number))
+        part = parts.setdefault(own, len(parts))
+        cache.layers[number] = PrunedLayer(keys, values, prompt_length, fixed_length, valid, shift, part, conversation)
+
+
+def _joined(before: Tensor | None, own: Tensor | None, kept: int, sequence: TokenSequence) -> Tensor | None:
+    """(B, kept + T) bool: what is no padding of the `kept` tokens before a prompt and of its own; None: all."""
+    if before is None and own is None:
+        return None
+    if before is None:
+        before = sequence.valid.new_ones(len(sequence.valid), kept)
+    return torch.cat([before.to(sequence.valid.device), sequence.valid if own is None else own], dim=1)
 
 
 def _final_tokens(parts: Many[Seen]) -> tuple[TokenSequence, Tensor | None]:

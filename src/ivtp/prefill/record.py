@@ -74,6 +74,8 @@ class Record:
     """Which of the prompts' images were read in an earlier turn."""
     before: tuple[Record, ...]
     """Of the earlier turns of the conversation that pruned."""
+    past: tuple[int, ...] = ()
+    """Tokens that each decoder layer had cached before."""
 
     @functools.cached_property
     def trace(self) -> PruneTrace:
@@ -163,6 +165,7 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
             relevance=relevance,
             instruction_tokens=words,
             encoded=encoded,
+            past=record.past,
         ).total
 
     if again:

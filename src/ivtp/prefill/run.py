@@ -17,6 +17,7 @@ from ivtp.prefill.cache import prune_cache
 from ivtp.prefill.decoder import DecoderStage
 from ivtp.prefill.encoder import Encoded
 from ivtp.prefill.images import Read, encode
+from ivtp.prefill.past import Past
 from ivtp.prefill.record import Record, Stopwatch
 from ivtp.prefill.stage import Plug, Seats
 from ivtp.prefill.turns import Conversation, Turn, reads_in_encoder
@@ -38,15 +39,17 @@ class Prefill:
         prompts: PromptBatch,
         seats: Seats,
         turn: Turn | None = None,
+        past: Past | None = None,
     ) -> None:
         """`prompts` are on the host; hooks go into `seats`, whose owner takes them out when the prefill ends.
 
-        `turn` says which images of a later turn are read already.
+        `turn` says which images of a later turn are read already, and `past` is cached in front of it.
         """
         self.host = plug.host
         self.method = method
         self.guide_maker = guide_maker
         self._plug, self._seats = plug, seats
+        self._past = past
         self._turn = turn or Turn(tuple(range(len(prompts.visuals))))
         self._on_host = prompts.with_instructions(guide_maker.read) if reads_question(method) else prompts
         self._guides: list[Guide] = []
@@ -80,9 +83,17 @@ class Prefill:
             embeddings = torch.cat([embeddings, guides.to(embeddings.dtype)], dim=1)
             sequence = sequence.with_guide(self.prompts.answer_in(sequence))
         self._decoder = DecoderStage(
-            self._plug, self.method, self.prompts, sequence, [e.sources for e in encoded], embeddings.detach()
+            self._plug,
+            self.method,
+            self.prompts,
+            sequence,
+            [e.sources for e in encoded],
+            embeddings.detach(),
+            self._past,
         )
         self._decoder.install(self._seats)
+        if self._past is not None:
+            self._past.expect()
         return {
             **{name: None if name in self.host.media else value for name, value in inputs.items()},
             "input_ids": None,
@@ -114,16 +125,19 @@ class Prefill:
             watch=self.watch,
             read_before=tuple(isinstance(image, Read) for image in self._turn.images),
             before=self._turn.before,
+            past=tuple(self._past.keys) if self._past else (),
         )
         if cache is not None:
+            length = self._past.length if self._past else 0
             prune_cache(
                 cache,
                 decoder.seen,
-                prompt_length=self.prompts.length,
-                fixed_length=self.prompts.fixed_length,
+                prompt_length=length + self.prompts.length,
+                fixed_length=length + self.prompts.fixed_length,
                 shift=self._shift,
                 evict=self.method.config.cache == "evict",
                 conversation=self._conversation(record),
+                past=self._past,
             )
         self.watch.stop()
         decoder.release()
@@ -138,7 +152,13 @@ class Prefill:
         if self.method.config.repruning == "turn" and not reads_in_encoder(self.method):
             following = iter(self._reads)
             images = [tuple(next(following).detached() for _ in range(n)) for n in prompts.images[own]]
-        return Conversation(prompts.ids[own, columns], prompts.tokens.valid[own, columns], record, tuple(images))
+        begun = self._turn.begun
+        if self._past is not None and begun is None:
+            return Conversation(record=record)
+        ids, valid = prompts.ids[own, columns], prompts.tokens.valid[own, columns]
+        if begun is not None:
+            ids, valid = torch.cat([begun[0], ids], dim=1), torch.cat([begun[1], valid], dim=1)
+        return Conversation(ids, valid, record, tuple(images))
 
     def _embed(self, encoded: list[Encoded]) -> tuple[TokenSequence, Tensor]:
         """The decoder's tokens after stage 1 and their embeddings (B, T', D), image features in their slots."""
@@ -156,6 +176,9 @@ class Prefill:
         if compact:
             gone = slots.removed([e.patches for e in encoded])
             self._shift = on_device(gone, index.device).unsqueeze(1)
+        if self._past is not None and self._past.shift is not None:
+            before = on_device(self._past.shift, index.device)
+            self._shift = before if self._shift is None else self._shift + before
         return sequence, embeddings
 
     @torch.no_grad()

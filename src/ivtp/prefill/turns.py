@@ -39,7 +39,7 @@ class Conversation:
     def spread(self, rows: int) -> Conversation | None:
         """The same for so many rows: several for each prompt, as for returned sequences; None where that cannot be."""
         repeats, rest = divmod(rows, max(len(self.ids), 1))
-        if rest or not repeats or self.record is None:
+        if rest or not repeats or not len(self.ids):
             return None
         ids, valid = (own.repeat_interleave(repeats, dim=0) for own in (self.ids, self.valid))
         return Conversation(ids, valid, self.record, tuple(row for row in self.images for _ in range(repeats)))
@@ -71,6 +71,8 @@ class Turn:
     """Whether the whole conversation is read, into a cache that was emptied."""
     before: tuple[Record, ...] = ()
     """Of the earlier turns that pruned."""
+    begun: tuple[Tensor, Tensor] | None = None
+    """On the host the past columns (B, past) of the prompts, and bool which are no padding; None: not known."""
 
     @property
     def visuals(self) -> list[Visual | int]:
