@@ -9,9 +9,11 @@ import pytest
 import torch
 from tiny import FOLLOW_UP, NUM_PATCHES, QUESTIONS, Tiny, samples, with_cache
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, pipeline
 
 import ivtp
+from ivtp.cost.prefill import unread_encoder
 from ivtp.errors import InputError
 from ivtp.registry import method_class
 
@@ -302,6 +304,32 @@ def test_choosing_again_does_not_encode_again(tiny: Tiny) -> None:
         generate(model, again)
         assert len(encoded) == 2
         assert cost < pruner.trace.flops
+
+
+@pytest.mark.parametrize("method", ["ivtp", "fastv", "pyramiddrop"])
+def test_a_turn_costs_what_a_counter_sees(tiny: Tiny, method: str) -> None:
+    """Behind a cache, and where stage 1 is done already; what is chosen again is not encoded again."""
+    model, inputs = tiny.model("eager"), tiny.inputs(*samples(tiny, "two images"))
+    tiny.clip[0].set_attn_implementation("eager")
+    with torch.no_grad(), tiny.attach(model, method=method) as pruner:
+        first = generate(model, inputs)
+        alone, both = with_images(tiny, inputs, first.sequences, [(QUESTIONS[0], 1)])
+        held, length = copy.deepcopy(first.past_key_values), first.past_key_values.get_seq_length()
+        with FlopCounterMode(display=False) as counter:
+            rest = {**alone, "input_ids": alone["input_ids"][:, length:]}
+            model(**rest, **with_cache(model, held))
+        # of the layers behind the one that is read CLIP's guide alone needs the output
+        unread = 0.0 if method == "ivtp" else unread_encoder(pruner.host.size, pruner.method.plan, NUM_PATCHES)
+        assert pruner.trace.flops + unread == pytest.approx(counter.get_total_flops(), rel=0.01)
+        with pruner.using(repruning="turn"):
+            cache = generate(model, inputs).past_key_values
+            said, seen = [], []
+            for held in (None, cache):
+                with FlopCounterMode(display=False) as counter:
+                    generate(model, both, held, max_new_tokens=1)
+                said.append(pruner.trace.flops)
+                seen.append(counter.get_total_flops())
+    assert said[0] - said[1] + 2 * unread == pytest.approx(seen[0] - seen[1], rel=0.01)
 
 
 def test_other_options_read_the_images_again(tiny: Tiny) -> None:
