@@ -15,7 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ivtp.core import rollout
-from ivtp.core.rollout import attention_row, column_sum_in_blocks, importance, rollout_row, weighted_column_sum
+from ivtp.core.rollout import (
+    attention_row,
+    column_sum_in_blocks,
+    importance,
+    past_mass,
+    rollout_row,
+    weighted_column_sum,
+)
 from ivtp.core.tap import AttentionTap
 
 AGGREGATIONS = ("residual", "mean", "max", "multiply", "layer")
@@ -134,6 +141,42 @@ def test_no_tensor_is_as_large_as_the_maps(
     with LargestTensor() as largest:
         rollout_row([tap, tap], 0, aggregation)
     assert 0 < largest.elements < batch * heads * length * length
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    past=st.integers(1, 80),
+    length=st.integers(1, 70),
+    padding=st.integers(0, 3),
+    groups=st.sampled_from([1, 2, 4]),
+    aggregation=st.sampled_from(AGGREGATIONS),
+)
+def test_behind_a_cache_a_row_is_that_of_the_whole(
+    seed: int, past: int, length: int, padding: int, groups: int, aggregation: str
+) -> None:
+    """No new token is seen by a cached one: the rows of the new ones are enough."""
+    whole = make_taps(seed, 3, past + length, causal=True, padding=min(padding, past), groups=groups)
+    taps = [
+        AttentionTap(
+            *(part[:, :, past:] for part in (tap.query, tap.key, tap.value)),
+            tap.scale,
+            causal=True,
+            past=past_mass(
+                tap.query[:, :, past:],
+                tap.key[:, :, :past],
+                tap.scale,
+                None if tap.valid is None else tap.valid[:, :past],
+            ),
+        )
+        for tap in whole
+    ]
+    row = rollout_row(taps, length - 1, aggregation)
+    torch.testing.assert_close(row, rollout_row(whole, -1, aggregation)[:, past:], atol=1e-5, rtol=1e-4)
+    each = torch.tensor([length - 1, length // 2])
+    torch.testing.assert_close(
+        attention_row(taps[0], each), attention_row(whole[0], past + each)[:, past:], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_torch_takes_over_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,11 @@ def text_layer(g: Geometry, attention: int, mlp: int) -> float:
     return linear + products + 2.0 * mlp * g.text_mlp_matrices * g.text_hidden * g.text_mlp
 
 
+def past_keys(g: Geometry, queries: int, keys: int) -> float:
+    """The products of a decoder layer's `queries` with `keys` that are cached, or of those weights with the values."""
+    return 2.0 * queries * keys * g.text_heads * g.text_head_dim
+
+
 def attention_rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:
     """Attention rows of a layer of `length` tokens and `width` channels in all heads, recomputed.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
@@ -16,7 +15,6 @@ from ivtp.core.untraced import untraced
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
-from ivtp.stock import is_offloading, keep_whole
 
 
 @dataclass(frozen=True)
@@ -134,13 +132,19 @@ class PromptBatch:
 
 @untraced
 def read_prompts(
-    inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
+    inputs: dict[str, Any],
+    host: Host,
+    *,
+    labels: Tensor | None,
+    prompt_length: int | None,
+    repeats: int,
+    images: Sequence[Visual | int] | None = None,
 ) -> PromptBatch:
     """Check the model's inputs and find the image slots, on the host. Raises `InputError`; nothing has run by then.
 
-    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
+    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere. `images` are those
+    of the prompts in their order: known ones, and the numbers of those that the call hands over; None: just these.
     """
-    _open_cache(inputs.get("past_key_values"))
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
@@ -149,12 +153,15 @@ def read_prompts(
             f"the prompt has {ids.shape[1]} tokens, and layers of {host.name} see {host.text.window} at once; "
             "prompts within this window can be pruned: use smaller images or fewer"
         )
-    finite = inputs["pixel_values"].isfinite().all()
+    pixels = inputs.get("pixel_values")
+    finite = True if pixels is None else pixels.isfinite().all()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    visuals = host.visuals(inputs)
+    visuals = [] if pixels is None else host.visuals(inputs)
+    if images is not None:
+        visuals = [visuals[image] if isinstance(image, int) else image for image in images]
     ids, mask, position, labels = (
         None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
     )
@@ -174,34 +181,14 @@ def read_prompts(
     return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix)
 
 
-def _open_cache(cache: Any) -> None:
-    """Let an empty cache keep whatever it is given; refuse others."""
-    if cache is None:
-        return
-    if cache.get_seq_length() > 0:
-        raise InputError(
-            "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
-        )
-    if not isinstance(cache, Cache) or is_offloading(cache) or not keep_whole(cache):
-        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
-        raise InputError(
-            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
-            "a DynamicCache that is not offloaded"
-        )
-
-
 def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) -> tuple[Placeholders, list[int]]:
     """Where the images of every row go, and which of the given ones they are."""
     mask = ids == host.image_token
     columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     counts, ends = torch.stack([mask.sum(dim=1), torch.where(mask, columns, 0).amax(dim=1)]).tolist()
-    rows = _share_out(counts[::repeats], visuals)
+    rows = share_out(counts[::repeats], visuals)
     if rows is None or any(counts[row] != counts[row - row % repeats] for row in range(len(counts))):
-        each = sorted({len(v.token) for v in visuals})
-        raise InputError(
-            f"the prompt has {sum(counts)} image slots for {len(visuals)} image(s) of {' or '.join(map(str, each))} "
-            "slots each; build it with the model's processor, one <image> for each picture"
-        )
+        raise misfit(counts, visuals)
     own = [row for row in rows for _ in range(repeats)]
     given = [m for row in own for m in row]
     held = torch.cat([visuals[m].token for m in given]) if given else torch.zeros(0, dtype=torch.long)
@@ -212,7 +199,16 @@ def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) ->
     return Placeholders(mask, patch, image, patches, tail=ids.shape[1] - min(ends)), given
 
 
-def _share_out(counts: list[int], visuals: list[Visual]) -> list[list[int]] | None:
+def misfit(counts: Sequence[int], visuals: Sequence[Visual]) -> InputError:
+    """The error of rows with so many image slots, which `visuals` do not fill."""
+    each = sorted({len(v.token) for v in visuals})
+    return InputError(
+        f"the prompt has {sum(counts)} image slots for {len(visuals)} image(s) of {' or '.join(map(str, each))} "
+        "slots each; build it with the model's processor, one <image> for each picture"
+    )
+
+
+def share_out(counts: Sequence[int], visuals: Sequence[Visual]) -> list[list[int]] | None:
     """The images of each row, which has so many slots; None where they do not fit."""
     rows: list[list[int]] = []
     following = 0

@@ -28,12 +28,11 @@ def is_filled(layer: Any) -> bool:
     return bool(getattr(layer, "is_initialized", False))
 
 
-def keep_whole(cache: Any) -> bool:
-    """Let an empty cache keep all tokens in all layers, also those that would keep a window's; whether it can."""
-    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return False
-    cache.layers[:] = [DynamicLayer() if type(layer) is not DynamicLayer else layer for layer in cache.layers]
-    return True
+def keep_whole(cache: Any) -> None:
+    """Let those layers of a cache that are empty keep all tokens, also where they would keep a window's."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer and not is_filled(layer):
+            cache.layers[number] = DynamicLayer()
 
 
 def contents(layer: Any) -> tuple[Tensor, Tensor]:
