@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -150,23 +151,27 @@ def test_no_tensor_is_as_large_as_the_maps(
     length=st.integers(1, 70),
     padding=st.integers(0, 3),
     groups=st.sampled_from([1, 2, 4]),
+    softcap=st.sampled_from([None, 2.0]),
     aggregation=st.sampled_from(AGGREGATIONS),
 )
 def test_behind_a_cache_a_row_is_that_of_the_whole(
-    seed: int, past: int, length: int, padding: int, groups: int, aggregation: str
+    seed: int, past: int, length: int, padding: int, groups: int, softcap: float | None, aggregation: str
 ) -> None:
     """No new token is seen by a cached one: the rows of the new ones are enough."""
     whole = make_taps(seed, 3, past + length, causal=True, padding=min(padding, past), groups=groups)
+    whole = [dataclasses.replace(tap, softcap=softcap) for tap in whole]
     taps = [
         AttentionTap(
             *(part[:, :, past:] for part in (tap.query, tap.key, tap.value)),
             tap.scale,
             causal=True,
+            softcap=softcap,
             past=past_mass(
                 tap.query[:, :, past:],
                 tap.key[:, :, :past],
                 tap.scale,
                 None if tap.valid is None else tap.valid[:, :past],
+                softcap,
             ),
         )
         for tap in whole

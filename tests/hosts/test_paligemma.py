@@ -360,3 +360,24 @@ def test_a_cache_with_a_sliding_window_is_filled_like_any_other() -> None:
         model(**inputs, **with_cache(model, other := DynamicCache()))
     for mine, theirs in zip(cache.layers, other.layers, strict=True):
         assert torch.equal(mine.keys, theirs.keys)
+
+
+def test_a_new_image_behind_a_cache_is_refused(small: tuple[Any, Any]) -> None:
+    """What is cached cannot see it, and stock places its columns wrongly."""
+    model, processor = small
+    model = copy.deepcopy(model)
+    first, both = (HOST.tiny_inputs(model, processor, [prompt]) for prompt in (ONE[0], (ONE[0][0], ONE[0][1] * 2)))
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    seen = first["input_ids"].shape[1]
+    later = {**both, "input_ids": torch.cat([first["input_ids"], both["input_ids"]], 1)}
+    later["attention_mask"] = torch.ones_like(later["input_ids"])
+    later["token_type_ids"] = torch.zeros_like(later["input_ids"])
+    later["pixel_values"] = torch.cat([first["pixel_values"], both["pixel_values"]])
+    with torch.no_grad(), ivtp.attach(model, processor, method="divprune", keep=8):
+        held = model.generate(**first, **options).past_key_values
+        held.crop(seen - held.get_seq_length())
+        with pytest.raises(InputError, match="both directions"):
+            model.generate(**later, past_key_values=copy.deepcopy(held), **options)
+        alone = {name: value[:, seen:] for name, value in later.items() if name.endswith("_ids")}
+        with pytest.raises(InputError, match="both directions"):
+            model(**alone, pixel_values=both["pixel_values"], **with_cache(model, held))

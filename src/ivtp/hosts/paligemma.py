@@ -32,7 +32,8 @@ class PaliGemmaHost(LlavaLike):
     is seen by nothing. The mean over all patches, of their attention and of their features, stands for CLS.
 
     Refuses: a call without `token_type_ids`, which say what is read in both directions; FlashAttention; decoders with
-    sliding-window layers; methods that need a CLS token or a text side.
+    sliding-window layers; methods that need a CLS token or a text side; a new image behind the cache of earlier turns,
+    which the stock model misplaces (with `repruning="turn"` the conversation is read in one pass).
     """
 
     name = "paligemma"

@@ -59,7 +59,8 @@ def turn_in_forward(host: Host, method: Method, cache: Cache, inputs: dict[str, 
             'repruning="turn" needs the whole conversation to choose again, which a forward behind a cache does not '
             'have; use generate, or repruning="first"'
         )
-    return Turn(tuple(range(len(host.visuals(inputs)))), before=_with_record(conversation_in(cache)))
+    given = tuple(host.visuals(inputs))
+    return Turn(tuple(range(len(given))), given, before=_with_record(conversation_in(cache)))
 
 
 def _chooses_again(method: Method) -> bool:
@@ -91,7 +92,7 @@ class _Call:
 
     def __init__(self, host: Host, cache: Cache, ids: Tensor, arguments: dict[str, Any]) -> None:
         host.check_media(arguments)
-        self.cache, self.ids = cache, ids
+        self.host, self.cache, self.ids, self.arguments = host, cache, ids, arguments
         self.mask: Tensor | None = arguments.get("attention_mask")
         self.is_whole = self.mask is None or self.mask.shape[-1] == ids.shape[1]
         self.slots = (ids == host.image_token).cpu()  # (B, T)
@@ -99,7 +100,6 @@ class _Call:
         self.record = self.held.record if self.held else None
         self.conversation = self.held.spread(len(ids)) if self.held else None
         self.has_media = arguments.get(host.media[0]) is not None
-        self.given = host.visuals(arguments) if self.has_media else []
 
     @property
     def shows_images(self) -> bool:
@@ -116,14 +116,14 @@ class _Call:
             )
         if not self.has_media:
             return LaterTurn(None, self.record)
-        new = _counts(self.slots[:, past:])
-        rows = share_out(new, self.given) or self._behind(new)
+        given, rows = self._behind(past)
         images = tuple(m for row in rows for m in row)
         begun = None
         if self.is_whole:
             valid = torch.ones_like(self.ids) if self.mask is None else self.mask
             begun = self.ids[:, :past].cpu(), valid[:, :past].cpu().bool()
-        return LaterTurn(Turn(images, past, False, _with_record(self.held), begun) if images else None, self.record)
+        turn = Turn(images, tuple(given), past, False, _with_record(self.held), begun)
+        return LaterTurn(turn if images else None, self.record)
 
     def read_again(self, method: Method) -> LaterTurn:
         """All images are chosen from again: stage 1 is kept where the question does not change it."""
@@ -132,34 +132,66 @@ class _Call:
             raise InputError(
                 'repruning="turn" reads the whole conversation again; pass all of its input_ids, not the new turn alone'
             )
-        counts, known = _counts(self.slots), self._known(method)
-        images = _behind_known(counts, known, self.given)
-        if images is None:
-            rows = share_out(counts, self.given)
-            if rows is None and not known:
-                raise InputError(
-                    'repruning="turn" needs the pixel_values of all images of the conversation: the cache keeps none '
-                    "that this method and its options could choose from again"
-                )
-            if rows is None:
-                raise misfit(counts, self.given)
-            images = [m for row, own in enumerate(rows) for m in self._reused(own, known[row] if known else ())]
-        return LaterTurn(Turn(tuple(images), 0, True, _with_record(self.held)), self.record, self.cache)
+        known = self._known(method)
+        found = self._share(self._slots_behind(known)) if known else None
+        if found is not None:
+            given, rows = found
+            reads: Sequence[tuple[Read, ...]] = known
+        else:
+            given, rows = self._share_all(needed=not known)
+            reads = [_reused(known[row], own, given) if known else () for row, own in enumerate(rows)]
+            rows = [own[len(read) :] for read, own in zip(reads, rows, strict=True)]
+        images = tuple(image for pair in zip(reads, rows, strict=True) for own in pair for image in own)
+        return LaterTurn(Turn(images, tuple(given), 0, True, _with_record(self.held)), self.record, self.cache)
 
-    def _behind(self, new: list[int]) -> list[list[int]]:
-        """Of all images of the conversation those in each row's new turn, which has so many slots."""
-        whole = _counts(self.slots)
-        rows = share_out(whole, self.given)
-        if rows is None:
-            raise misfit(whole, self.given)
+    def _visuals(self, slots: Tensor) -> list[Visual]:
+        """The images that the call hands over, where they are those of these `slots` (B, T). Raises `InputError`."""
+        if not self.has_media:
+            return []
+        return self.host.visuals({**self.arguments, "input_ids": torch.where(slots, self.host.image_token, -1)})
+
+    def _share(self, slots: Tensor) -> tuple[list[Visual], list[list[int]]] | None:
+        """The same, and which of them each row has; None where they are not those of these slots."""
+        try:
+            given = self._visuals(slots)
+        except InputError:
+            return None
+        rows = share_out(_counts(slots), given)
+        return None if rows is None else (given, rows)
+
+    def _share_all(self, *, needed: bool = False) -> tuple[list[Visual], list[list[int]]]:
+        """The same of the whole conversation. Raises `InputError`; it says so where all images are `needed`."""
+        found = self._share(self.slots)
+        if found is not None:
+            return found
+        given = self._visuals(self.slots)
+        if needed:
+            raise InputError(
+                'repruning="turn" needs the pixel_values of all images of the conversation: the cache keeps none '
+                "that this method and its options could choose from again"
+            )
+        raise misfit(_counts(self.slots), given)
+
+    def _behind(self, past: int) -> tuple[list[Visual], list[list[int]]]:
+        """Those of each row's new turn, behind `past` columns; the call hands over these alone or all."""
+        new = self.slots & (torch.arange(self.slots.shape[1]) >= past)
+        found = self._share(new)
+        if found is not None:
+            return found
+        given, rows = self._share_all()
         later = []
-        for row, own in enumerate(rows):
-            sizes = [len(self.given[m].token) for m in own]
-            first = next((i for i in range(len(own) + 1) if sum(sizes[i:]) == new[row]), None)
+        for count, own in zip(_counts(new), rows, strict=True):
+            sizes = [len(given[m].token) for m in own]
+            first = next((i for i in range(len(own) + 1) if sum(sizes[i:]) == count), None)
             if first is None:
                 raise InputError("an image lies across the end of what the cache holds; start a new cache")
             later.append(own[first:])
-        return later
+        return given, later
+
+    def _slots_behind(self, known: Sequence[Sequence[Read]]) -> Tensor:
+        """(B, T) bool: the slots behind those of the known images, which come first."""
+        held = torch.tensor([sum(len(read.visual.token) for read in row) for row in known])
+        return self.slots & (self.slots.cumsum(dim=1) > held[:, None])
 
     def _known(self, method: Method) -> tuple[tuple[Read, ...], ...]:
         """The images of each row that the cache keeps, as the method would read them; empty where it does not."""
@@ -169,21 +201,10 @@ class _Call:
         same = talk.record.method.config == method.config
         return talk.images if same and talk.begins_unpadded(self.ids, self.mask) else ()
 
-    def _reused(self, own: list[int], known: tuple[Read, ...]) -> list[Read | int]:
-        """The images of a row, read already where they are the known ones."""
-        reads = known if all(_alike(r.visual, self.given[m]) for r, m in zip(known, own, strict=False)) else ()
-        return [*reads, *own[len(reads) :]]
 
-
-def _behind_known(
-    counts: list[int], known: tuple[tuple[Read, ...], ...], given: Sequence[Visual]
-) -> list[Read | int] | None:
-    """The images of all rows, of which the `given` ones stand behind the known ones; None where they do not fit."""
-    if not known:
-        return None
-    left = [count - sum(len(read.visual.token) for read in row) for count, row in zip(counts, known, strict=True)]
-    rows = share_out(left, given) if min(left) >= 0 else None
-    return None if rows is None else [image for pair in zip(known, rows, strict=True) for own in pair for image in own]
+def _reused(known: tuple[Read, ...], own: list[int], given: Sequence[Visual]) -> tuple[Read, ...]:
+    """The `known` images of a row where the first of its `own` ones, among those `given`, are the same."""
+    return known if all(_alike(read.visual, given[m]) for read, m in zip(known, own, strict=False)) else ()
 
 
 def _alike(one: Visual, other: Visual) -> bool:

@@ -50,7 +50,7 @@ class Prefill:
         self.guide_maker = guide_maker
         self._plug, self._seats = plug, seats
         self._past = past
-        self._turn = turn or Turn(tuple(range(len(prompts.visuals))))
+        self._turn = turn or Turn(tuple(range(len(prompts.visuals))), prompts.visuals)
         self._on_host = prompts.with_instructions(guide_maker.read) if reads_question(method) else prompts
         self._guides: list[Guide] = []
         self._clip_tokens: list[int] = []
@@ -107,7 +107,7 @@ class Prefill:
         """Of each image of the prompts what the encoder reads, or what it made of it in an earlier turn."""
         if all(isinstance(image, Read) for image in self._turn.images):
             return list(self._turn.images)  # type: ignore[arg-type]  # mypy does not follow `all`
-        tiles = self.host.tiles(inputs, self.host.visuals(inputs))
+        tiles = self.host.tiles(inputs, self._turn.given)
         return [tiles[image] if isinstance(image, int) else image for image in self._turn.images]
 
     def finish(self, cache: Cache | None) -> tuple[Record, Tensor | None]:

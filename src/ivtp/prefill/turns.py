@@ -65,6 +65,8 @@ class Turn:
 
     images: tuple[Read | int, ...]
     """Of the prompts that are read now, in their order: read in an earlier turn, or a number among the call's."""
+    given: tuple[Visual, ...]
+    """The images that the call hands over."""
     past: int = 0
     """Columns of the call's prompts that are in the cache and do not reach the model again."""
     anew: bool = False
@@ -75,9 +77,9 @@ class Turn:
     """On the host the past columns (B, past) of the prompts, and bool which are no padding; None: not known."""
 
     @property
-    def visuals(self) -> list[Visual | int]:
+    def visuals(self) -> list[Visual]:
         """The images, as prompts are read with them."""
-        return [image if isinstance(image, int) else image.visual for image in self.images]
+        return [self.given[image] if isinstance(image, int) else image.visual for image in self.images]
 
 
 def reads_in_encoder(method: Method) -> bool:

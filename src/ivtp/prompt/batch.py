@@ -138,12 +138,12 @@ def read_prompts(
     labels: Tensor | None,
     prompt_length: int | None,
     repeats: int,
-    images: Sequence[Visual | int] | None = None,
+    images: Sequence[Visual] | None = None,
 ) -> PromptBatch:
     """Check the model's inputs and find the image slots, on the host. Raises `InputError`; nothing has run by then.
 
     `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere. `images` are those
-    of the prompts in their order: known ones, and the numbers of those that the call hands over; None: just these.
+    of the prompts in their order; None: those that the call hands over.
     """
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
@@ -159,9 +159,7 @@ def read_prompts(
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    visuals = [] if pixels is None else host.visuals(inputs)
-    if images is not None:
-        visuals = [visuals[image] if isinstance(image, int) else image for image in images]
+    visuals = host.visuals(inputs) if images is None else list(images)
     ids, mask, position, labels = (
         None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
     )
