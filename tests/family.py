@@ -52,7 +52,10 @@ class Family:
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
         """A stock model, in evaluation mode, without any hook."""
         model = copy.deepcopy(self._stock).to(dtype)
-        model.set_attn_implementation(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except ValueError:  # a decoder without that kernel keeps its own
+            model.set_attn_implementation({"vision_config": attention})
         return model
 
     def inputs(self, *prompts: Prompt, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -109,6 +109,9 @@ class Reference:
     Of a SigLIP tower the mean of all rows and of all patches stands for CLS; `clip` is None then.
     """
 
+    both_ways = False
+    """Whether a prompt's tokens see each other whatever their order; the pseudo CLS token and an answer are none."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -140,6 +143,10 @@ class Reference:
         self.vision_groups = list(zip(vision, counts[: len(vision)], strict=True))
         self.llm_groups = list(zip(llm, counts[len(vision) :], strict=True))
 
+    def bend(self, logits: Tensor) -> Tensor:
+        """What a decoder does to its logits before they are masked."""
+        return logits
+
     def run(self, prompt: Prompt, later: Sequence[int] = ()) -> Result:
         """Prefill of `prompt`, then all `later` tokens at once against what the cache mode lets them see."""
         result = Result()
@@ -165,7 +172,8 @@ class Reference:
         cuts: dict[int, set[int]] = {}
         if guide is not None:
             cuts = self._decide(sequence, guide, result, prompt.answer)
-        self._answer(sequence, cuts, list(later), result)
+        prompt_rows = [i for i in sequence.index if prompt.answer is None or i < prompt.answer]
+        self._answer(sequence, cuts, list(later), result, len(prompt_rows) if self.both_ways else 0)
         return result
 
     # Stage 1
@@ -318,6 +326,8 @@ class Reference:
         cuts: dict[int, set[int]] = {}
         for index, layer in enumerate(self.decoder.layers[: self.options.llm_layers]):
             allowed = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+            if self.both_ways:
+                allowed[:-1, :-1] = True
             x, attention, values = self._decoder_attention(layer, x, positions, allowed)
             maps.append(attention)
             if index in ends:
@@ -347,8 +357,13 @@ class Reference:
             chosen += [own[i] for i in select(scores[own], keep)]
         return sorted(chosen)
 
-    def _answer(self, sequence: _Sequence, cuts: dict[int, set[int]], later: list[int], result: Result) -> None:
-        """All decoder layers without the pseudo CLS token, the cuts given; later tokens see what is cached."""
+    def _answer(
+        self, sequence: _Sequence, cuts: dict[int, set[int]], later: list[int], result: Result, mutual: int
+    ) -> None:
+        """All decoder layers without the pseudo CLS token, the cuts given; later tokens see what is cached.
+
+        The first `mutual` tokens see each other whatever their order.
+        """
         prompt = len(sequence.index)
         rows = [*range(prompt), *range(prompt, prompt + len(later))]
         positions = [*sequence.positions, *range(sequence.following, sequence.following + len(later))]
@@ -362,7 +377,8 @@ class Reference:
             allowed = torch.zeros(len(rows), len(rows), dtype=torch.bool)
             for i, query in enumerate(rows):
                 for j, key in enumerate(rows):
-                    allowed[i, j] = key <= query and (query < prompt or key >= prompt or key in cached)
+                    before = key <= query or max(key, query) < mutual
+                    allowed[i, j] = before and (query < prompt or key >= prompt or key in cached)
             x, _, _ = self._decoder_attention(layer, x, [positions[row] for row in rows], allowed)
             if index in cuts:
                 stay = [i for i, row in enumerate(rows) if row >= prompt or row in cuts[index]]
@@ -386,7 +402,7 @@ class Reference:
             own = slice(head * size, (head + 1) * size)
             shared = slice(head // share * size, (head // share + 1) * size)
             query, key = self._rotate(q[:, own], positions), self._rotate(k[:, shared], positions)
-            logits = (query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
+            logits = self.bend(query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
             maps.append(logits.softmax(-1))
             outputs.append((maps[-1] @ v[:, shared].double()).to(x.dtype))
         return x + attention.o_proj(torch.cat(outputs, -1)), torch.stack(maps).mean(0), v

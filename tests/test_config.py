@@ -28,6 +28,7 @@ from ivtp.errors import ConfigError
         ("positions", "new"),
         ("cache", "drop"),
         ("budget", "mean"),
+        ("repruning", "never"),
         ("schedule", ()),
         ("schedule", (10, 20)),
         ("schedule", (10, 0)),

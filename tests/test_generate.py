@@ -99,7 +99,8 @@ def test_images_of_a_question_cost_what_a_prefill_counts(name: str, count: int) 
     """A family may read one of several in another way than the only one; here they are wide enough for tiles."""
     model, processor = host_class(name).tiny()
     question, pictures = "What is left of the dog?", [Image.new("RGB", (60, 30))] * count
-    text = len(processor.tokenizer(prompt_for(processor, question, images=count))["input_ids"])
+    made = host_class(name).process(processor, [prompt_for(processor, question, images=count)], [pictures])["input_ids"]
+    text = int((made != model.config.image_token_id).sum()) + count
     expected = ivtp.flops(model, method="none", text_tokens=text, images=count, image_size=(60, 30)).total
     answer = ivtp.ask(model, processor, pictures, question, method="none", max_new_tokens=1)
     assert Cost.of(model, answer).full == pytest.approx(expected, rel=1e-12)

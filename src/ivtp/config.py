@@ -17,6 +17,7 @@ Positions = Literal["original", "compact"]
 CacheMode = Literal["evict", "layered"]
 Logits = Literal["full", "kept"]
 Budget = Literal["image", "prompt"]
+Repruning = Literal["first", "turn"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class PruneConfig:
     logits: Logits = "full"
     """A forward gives logits for every column of the prompt, as losses and metrics of trainers expect (a pruned token's
     column repeats the one before it), or for the tokens that are left. `generate` reads the last column alone."""
+    repruning: Repruning = "first"
+    """Of a cache that `generate` is handed back for the next turn of a conversation what was kept stays, and the new
+    turn is read behind it; or the new question chooses again, the decoder reads the whole conversation again, and the
+    answer is what it would be without that cache."""
     seed: int = 0
     """Seed of the methods that draw at random."""
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -71,7 +76,7 @@ class PruneConfig:
         """The same with other fields or options of the method; another method begins with what is for all methods."""
         names = [f.name for f in dataclasses.fields(self)]
         if options.get("method", self.method) != self.method:
-            names = ["keep", "positions", "cache", "logits", "seed"]
+            names = ["keep", "positions", "cache", "logits", "repruning", "seed"]
         kept = {name: getattr(self, name) for name in names}
         own = kept.pop("options", {})
         return PruneConfig.of(**{**kept, **own, **options})
@@ -108,6 +113,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "cache": get_args(CacheMode),
     "logits": get_args(Logits),
     "budget": get_args(Budget),
+    "repruning": get_args(Repruning),
 }
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)%", re.ASCII)
 _BUDGETS = re.compile(r"(\d+(?:\.\d+)?%|[1-9]\d*)\+(\d+(?:\.\d+)?%|[1-9]\d*)", re.ASCII)

@@ -22,11 +22,10 @@ from ivtp.errors import ConfigError, ImageError, InputError, LoadError, OutputEr
 from ivtp.files.checkpoint import check_finite, check_weights, read_checkpoint
 from ivtp.files.sidecar import MICRO, local_folder, sidecar
 from ivtp.guide.familiar import KEY, watching
-from ivtp.hosts.base import process
 from ivtp.images import is_sequence, load_image
 from ivtp.plug import Pruner, attach, check_unpruned, compression_of, exclusive, find_host
 from ivtp.plug.compressing import read_compression, write_compression
-from ivtp.prompt.chat import ChatTemplate, check_template, image_token_of
+from ivtp.prompt.chat import check_template, image_token_of, prompt_writer
 from ivtp.prompt.question import check_question
 from ivtp.registry import host_class, list_hosts, method_name
 from ivtp.trace import Grids, PruneTrace
@@ -177,7 +176,8 @@ def _notes(model: Any, tokens: int) -> tuple[str, ...]:
 def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
     """One user turn with images before the question, as the chat template of processor or tokenizer writes it.
 
-    Raises `LoadError` without a template that can be rendered, and `InputError` for a question with an image token.
+    A processor that takes none writes what stands around them itself, when it is called with the prompt. Raises
+    `LoadError` without a template that can be rendered, and `InputError` for a question with an image token.
     """
     token = image_token_of(processor)
     if token in question:
@@ -185,7 +185,7 @@ def prompt_for(processor: Any, question: str, *, images: int = 1) -> str:
             f"the question contains {token!r}, which this model reads as the place of a picture; "
             f"write it in another way, for example {token.strip('<|>')!r}"
         )
-    return ChatTemplate.required(processor).write([("user", question)], images=images)
+    return prompt_writer(processor).write([("user", question)], images=images)
 
 
 def ask(
@@ -268,7 +268,7 @@ def _answer(
     """One prompt with its pictures to its answer."""
     check_question(question)
     prompt = prompt_for(processor, question, images=len(pictures))
-    inputs = process(processor, [prompt], [pictures]).to(model.device, model.dtype)
+    inputs = host.process(processor, [prompt], [pictures]).to(model.device, model.dtype)
     began = time.perf_counter()
     (text,) = complete(model, processor, inputs, max_new_tokens, streamer=streamer)
     seconds = time.perf_counter() - began

@@ -71,6 +71,8 @@ class Geometry:
     text_mlp_matrices: int
     """Weight matrices of one feed-forward block: 3 when gated, else 2."""
     vocab_size: int
+    projector_matrices: int = 2
+    """Linear layers of the projector: the first widens a token to the decoder's hidden size."""
     compressed: Compressed | None = None
     """None: the family's own projector, which gives a token for each patch."""
     unit: int = 1

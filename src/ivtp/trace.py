@@ -120,6 +120,8 @@ class PruneTrace:
     """Patches of each image of each row; empty: `num_patches` everywhere."""
     grids: tuple[tuple[Grids, ...], ...] = ()
     """What the patches of each image of each row form; empty: one square."""
+    before: tuple[PruneTrace, ...] = ()
+    """Of the earlier turns of the conversation whose cache was handed back, those that pruned, in their order."""
     pictures: tuple[Any, ...] = ()
     """The images of the only row, where they were known as such: `ivtp.ask` puts them there; a model sees pixels."""
 
@@ -145,6 +147,7 @@ class PruneTrace:
             "flops_each": list(self.flops_each),
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "before": [trace.to_dict() for trace in self.before],
         }
 
     def draw(self, file: str | Path | None = None, *, image: Any = None, **options: Any) -> Image.Image:

@@ -14,8 +14,13 @@ def full_map(tap: AttentionTap) -> Tensor:
     query, key = tap.query.double(), tap.token_key.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = query @ key.transpose(2, 3) * tap.scale
+    if tap.softcap is not None:
+        logits = tap.softcap * torch.tanh(logits / tap.softcap)
     if tap.causal:
-        logits = logits.masked_fill(torch.ones_like(logits[0, 0]).triu(1).bool(), float("-inf"))
+        later = torch.ones_like(logits[0, 0]).triu(1).bool().expand(len(logits), -1, -1)
+        if tap.prefix is not None:
+            later = later & ~(tap.prefix[:, None] & tap.prefix[:, :, None])
+        logits = logits.masked_fill(later[:, None], float("-inf"))
     if tap.valid is not None:
         logits = logits.masked_fill(~tap.valid[:, None, None], float("-inf"))
     if tap.hidden_from_last is not None:
@@ -38,8 +43,11 @@ def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
 
 
 @st.composite
-def taps(draw: st.DrawFn, longest: int) -> tuple[AttentionTap, Tensor]:
-    """A layer of any kind that a model has, and weights (B, T), which are 0 for padding as a rollout's are."""
+def taps(draw: st.DrawFn, longest: int, prefixes: bool = False) -> tuple[AttentionTap, Tensor]:
+    """A layer of any kind that a model has, and weights (B, T), which are 0 for padding as a rollout's are.
+
+    With `prefixes` tokens of a causal one may see each other whatever their order, and logits may be capped.
+    """
     batch, key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     length, width = draw(st.integers(1, longest)), draw(st.sampled_from([8, 64, 80, 96, 128]))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -61,4 +69,10 @@ def taps(draw: st.DrawFn, longest: int) -> tuple[AttentionTap, Tensor]:
     if draw(st.booleans()):
         hidden = torch.rand(batch, length, generator=generator) < 0.3
         hidden[:, -1] = False
-    return AttentionTap(query, key, key, 1.5 * width**-0.5, draw(st.booleans()), valid, hidden), weights
+    prefix = None
+    softcap = draw(st.sampled_from([None, 1.5])) if prefixes else None
+    if prefixes and draw(st.booleans()):
+        prefix = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.2, 0.9]))
+        prefix[:, -1] = draw(st.booleans())
+    scale, causal = 1.5 * width**-0.5, draw(st.booleans())
+    return AttentionTap(query, key, key, scale, causal, valid, hidden, prefix, softcap), weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -15,7 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ivtp.core import rollout
-from ivtp.core.rollout import attention_row, column_sum_in_blocks, importance, rollout_row, weighted_column_sum
+from ivtp.core.rollout import (
+    attention_row,
+    column_sum_in_blocks,
+    importance,
+    past_mass,
+    rollout_row,
+    weighted_column_sum,
+)
 from ivtp.core.tap import AttentionTap
 
 AGGREGATIONS = ("residual", "mean", "max", "multiply", "layer")
@@ -79,7 +87,7 @@ def test_rows_still_sum_to_one(aggregation: str) -> None:
     torch.testing.assert_close(row.sum(1), torch.ones(2))
 
 
-@given(taps(longest=40), st.integers(1, 50))
+@given(taps(longest=40, prefixes=True), st.integers(1, 50))
 def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     layer: tuple[AttentionTap, Tensor], block: int
 ) -> None:
@@ -88,6 +96,20 @@ def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     found = column_sum_in_blocks(tap, weights, block)
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(found, weighted_column_sum(tap, weights), atol=1e-6, rtol=1e-5)
+
+
+@given(taps(longest=40, prefixes=True), st.data())
+def test_a_row_is_that_of_the_full_map(layer: tuple[AttentionTap, Tensor], data: st.DataObject) -> None:
+    """Of one number for all samples, and of a number for each; a row that sees no key is nobody's."""
+    tap, _ = layer
+    batch, length = tap.query.shape[0], tap.query.shape[2]
+    rows = data.draw(st.lists(st.integers(0, length - 1), min_size=batch, max_size=batch))
+    full = full_map(tap)
+    each, same = attention_row(tap, torch.tensor(rows)), attention_row(tap, rows[0])
+    for sample, row in enumerate(rows):
+        for found, place in ((each, row), (same, rows[0])):
+            if full[sample, place].sum() > 0:
+                torch.testing.assert_close(found[sample].double(), full[sample, place], atol=1e-6, rtol=1e-5)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -120,6 +142,46 @@ def test_no_tensor_is_as_large_as_the_maps(
     with LargestTensor() as largest:
         rollout_row([tap, tap], 0, aggregation)
     assert 0 < largest.elements < batch * heads * length * length
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    past=st.integers(1, 80),
+    length=st.integers(1, 70),
+    padding=st.integers(0, 3),
+    groups=st.sampled_from([1, 2, 4]),
+    softcap=st.sampled_from([None, 2.0]),
+    aggregation=st.sampled_from(AGGREGATIONS),
+)
+def test_behind_a_cache_a_row_is_that_of_the_whole(
+    seed: int, past: int, length: int, padding: int, groups: int, softcap: float | None, aggregation: str
+) -> None:
+    """No new token is seen by a cached one: the rows of the new ones are enough."""
+    whole = make_taps(seed, 3, past + length, causal=True, padding=min(padding, past), groups=groups)
+    whole = [dataclasses.replace(tap, softcap=softcap) for tap in whole]
+    taps = [
+        AttentionTap(
+            *(part[:, :, past:] for part in (tap.query, tap.key, tap.value)),
+            tap.scale,
+            causal=True,
+            softcap=softcap,
+            past=past_mass(
+                tap.query[:, :, past:],
+                tap.key[:, :, :past],
+                tap.scale,
+                None if tap.valid is None else tap.valid[:, :past],
+                softcap,
+            ),
+        )
+        for tap in whole
+    ]
+    row = rollout_row(taps, length - 1, aggregation)
+    torch.testing.assert_close(row, rollout_row(whole, -1, aggregation)[:, past:], atol=1e-5, rtol=1e-4)
+    each = torch.tensor([length - 1, length // 2])
+    torch.testing.assert_close(
+        attention_row(taps[0], each), attention_row(whole[0], past + each)[:, past:], atol=1e-5, rtol=1e-4
+    )
 
 
 def test_torch_takes_over_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

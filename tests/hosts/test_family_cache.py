@@ -10,6 +10,7 @@ from family import BATCHES, KEEP, METHODS, ONE, TWO, Family, generated
 from tiny import with_cache
 
 import ivtp
+from ivtp.plug import find_host
 
 LATER = [17, 100, 200, 41]
 
@@ -88,6 +89,8 @@ def test_the_cache_holds_the_text_and_what_was_kept(family: Family, method: str,
 @pytest.mark.parametrize("method", METHODS)
 def test_sdpa_and_eager_agree(family: Family, method: str) -> None:
     inputs, found = family.inputs(*BATCHES["mixed"]), []
+    if len({find_host(family.model(attention)).text.softcap for attention in ("sdpa", "eager")}) > 1:
+        pytest.skip("this release of transformers caps the decoder's logits in one of both kernels alone")
     for attention in ("sdpa", "eager"):
         model = family.model(attention)
         with torch.no_grad(), family.attach(model, method) as pruner:

@@ -210,7 +210,7 @@ def test_an_unknown_option_is_named(method: str) -> None:
 
 
 OTHER_VALUES = {"schedule": (20, 14, 8), "budget": "prompt"}
-FOR_ALL = {"method", "keep", "positions", "cache", "logits", "seed", "options"}
+FOR_ALL = {"method", "keep", "positions", "cache", "logits", "repruning", "seed", "options"}
 
 
 def test_every_common_option_is_for_all_or_for_those_that_read_it() -> None:

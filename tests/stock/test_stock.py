@@ -109,6 +109,21 @@ def test_without_the_kernels_name_and_table_a_probe_changes_the_kernel(tiny: Tin
         torch.testing.assert_close(eager, fused)
 
 
+def test_without_this_name_every_draft_is_taken_for_a_new_turn(tiny: Tiny) -> None:
+    model, draft, seen = tiny.model(), tiny.model(), []
+    generate = draft.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["generation_config"])
+        return generate(*args, **kwargs)
+
+    draft.generate = watched
+    model.generate(**tiny.inputs(*samples(tiny, "one")), assistant_model=draft, max_new_tokens=4, do_sample=False)
+    assert seen
+    assert all(map(stock.is_drafting, seen))
+    assert not stock.is_drafting(model.generation_config)
+
+
 @pytest.mark.parametrize("behind", [0, 2])
 def test_without_transformers_own_mask_cut_layers_have_none(tiny: Tiny, behind: int) -> None:
     """Rows see what is before them and no padding; where a function hides more, they see less."""

@@ -67,7 +67,9 @@ def test_keys_are_turned_back(name: str, turned: int, stretch: float) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_decoder_of_halves_is_the_decoder(name: str) -> None:
     """Also for tokens that were left out: their positions are those that `cut_positions` gives."""
-    tower = find_host(host_class(name).tiny()[0]).text
+    model, _ = host_class(name).tiny()
+    model.set_attn_implementation("eager")  # without a mask some decoders have PyTorch's own kernel see later tokens
+    tower = find_host(model).text
     size = tower.layers[0].hidden_size
     embedded = torch.randn(2, 7, size, generator=torch.Generator().manual_seed(0))
     index = torch.tensor([[0, 2, 3, 6], [1, 2, 5, 6]])

@@ -25,7 +25,7 @@ class Prompt:
     """What every run of one configuration reads; no row is padded."""
 
     inputs: dict[str, Tensor]
-    """`input_ids` and `attention_mask` (B, T) and `pixel_values` (B * images, 3, H, W)."""
+    """`input_ids`, `attention_mask` and what else describes columns (B, T), `pixel_values` (B * images, 3, H, W)."""
     text_tokens: int
     """The prompt as `ivtp.flops` counts it: within a word of what was asked, where the text is made of words."""
     columns: int
@@ -55,7 +55,8 @@ def _random(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
     side = _side(subject)
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(point.batch * point.images, 3, side, side, generator=draw).to(subject.model.dtype)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    columns = {name: torch.zeros_like(ids) for name in subject.host.of_columns}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **columns}
 
 
 def _worded(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
@@ -65,9 +66,9 @@ def _worded(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
     noise = torch.randint(0, 256, (point.batch * point.images, side, side, 3), generator=draw, dtype=torch.uint8)
     pictures = [Image.fromarray(picture.numpy()) for picture in noise]
     rows = [pictures[first : first + point.images] for first in range(0, len(pictures), point.images)]
-    made = processor(images=rows, text=[text] * point.batch, return_tensors="pt")
-    pixels = made["pixel_values"].to(subject.model.dtype)
-    return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "pixel_values": pixels}
+    made = subject.host.process(processor, [text] * point.batch, rows)
+    columns = {name: made[name] for name in ("input_ids", "attention_mask", *subject.host.of_columns)}
+    return {**columns, "pixel_values": made["pixel_values"].to(subject.model.dtype)}
 
 
 def _side(subject: Subject) -> int:

@@ -20,7 +20,7 @@ from ivtp.cli.door import quiet
 from ivtp.config import PruneConfig
 
 _COLUMNS = ("name", "title", "year", "stage", "guided", "trainable", "merges")
-_FOR_ALL = ("keep", "positions", "cache", "logits", "seed")
+_FOR_ALL = ("keep", "positions", "cache", "logits", "repruning", "seed")
 _FLAGS = {"keep": "--keep", "seed": "--seed", "threshold": "--threshold"}
 
 

@@ -87,11 +87,13 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
 def _column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
     """`weighted_column_sum` of tokens: `weights` (B, T) times (T, T)."""
-    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
+    plain = tap.prefix is None and tap.softcap is None and tap.past is None  # the kernel knows none of them
+    fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and plain else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.token_key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        seen = tap.causal, tap.valid, tap.hidden_from_last, tap.prefix, tap.softcap, tap.past
+        parts = tap.query, tap.token_key, tap.scale, *seen
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -121,6 +123,9 @@ def _uncompiled_column_sum(
     causal: bool,
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
+    prefix: Tensor | None,
+    softcap: float | None,
+    past: Tensor | None,
     weights: Tensor,
     first: int,
 ) -> Tensor:
@@ -128,7 +133,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix, softcap, past)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -179,14 +184,22 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     query = tap.query[torch.arange(batch, device=row.device), :, row].float()  # (B, H, d)
     query = query.view(batch, tap.token_key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
     logits = (query @ tap.token_key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
+    logits = _capped(logits, tap.softcap)
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
+    if tap.prefix is not None:
+        hidden = hidden & ~(tap.prefix & tap.prefix.gather(1, row[:, None]))
     if tap.valid is not None:
         hidden = hidden | ~tap.valid
     if tap.hidden_from_last is not None:
         hidden = hidden | (tap.hidden_from_last & (row == length - 1)[:, None])
-    return logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min).softmax(dim=-1).mean(dim=1)
+    logits = logits.masked_fill(hidden[:, None], torch.finfo(logits.dtype).min)
+    attention = logits.softmax(dim=-1)
+    if tap.past is not None:
+        past = tap.past.gather(2, row[:, None, None].expand(-1, heads, 1))  # (B, H, 1)
+        attention = attention * _own_share(logits.unsqueeze(2), past).squeeze(2)
+    return attention.mean(dim=1)
 
 
 @functools.cache
@@ -219,16 +232,50 @@ def _room(tap: AttentionTap, rows: int) -> Tensor:
 def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tensor) -> Tensor:
     """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32, in `room`.
 
-    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on: seen = `stop`, else T.
+    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on, unless it has a prefix:
+    seen = `stop`, else T.
     """
     batch, heads, length, width = tap.query.shape
-    seen = stop if tap.causal else length
+    seen = stop if tap.causal and tap.prefix is None else length
     query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
     logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
-    logits = logits.view(batch, heads, stop - start, seen)
+    logits = _capped(logits, tap.softcap).view(batch, heads, stop - start, seen)
     _hide(tap, logits, start)
-    return torch.softmax(logits, dim=-1, out=logits)
+    if tap.past is None:
+        return torch.softmax(logits, dim=-1, out=logits)
+    share = _own_share(logits, tap.past[:, :, start:stop])
+    return torch.softmax(logits, dim=-1, out=logits).mul_(share)
+
+
+def _own_share(logits: Tensor, past: Tensor) -> Tensor:
+    """(B, H, block, 1) what of the attention with these logits (B, H, block, T) the past (B, H, block) leaves them."""
+    return torch.sigmoid(logits.logsumexp(dim=-1, keepdim=True) - past.unsqueeze(-1))
+
+
+@torch.no_grad()
+def past_mass(query: Tensor, key: Tensor, scale: float, valid: Tensor | None, softcap: float | None = None) -> Tensor:
+    """`AttentionTap.past` (B, H, T) of queries (B, H, T, d) and the keys (B, H_kv, P, d) of a cache before them.
+
+    `valid` (B, P) bool marks keys that may be seen; None: all. `softcap` is `AttentionTap.softcap`.
+    """
+    batch, heads, length, width = query.shape
+    block = min(max(CELLS // (batch * heads * key.shape[2]), FEWEST_ROWS), MOST_ROWS)
+    grouped = query.float().view(batch, key.shape[1], -1, length, width)
+    keys = key.float().transpose(2, 3).unsqueeze(2)  # (B, H_kv, 1, d, P)
+    found = []
+    for start in range(0, length, block):
+        logits = grouped[..., start : start + block, :] @ keys * scale  # (B, H_kv, H/H_kv, block, P)
+        logits = _capped(logits, softcap)
+        if valid is not None:
+            logits.masked_fill_(~valid[:, None, None, None], torch.finfo(logits.dtype).min)
+        found.append(logits.logsumexp(dim=-1))
+    return torch.cat(found, dim=-1).view(batch, heads, length)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """The logits, in place, as `AttentionTap.softcap` bends them."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
@@ -237,7 +284,10 @@ def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
     # the most negative number, not -inf: a row without any visible key (padding) must stay free of NaN
     lowest = torch.finfo(logits.dtype).min
     if tap.causal:  # earlier keys are seen by all rows of the block
-        later = torch.ones(block, block, dtype=torch.bool, device=logits.device).triu(1)
+        later = torch.ones(block, seen - start, dtype=torch.bool, device=logits.device).triu(1)
+        if tap.prefix is not None:
+            rows, keys = tap.prefix[:, start : start + block], tap.prefix[:, start:]
+            later = (later & ~(rows.unsqueeze(2) & keys.unsqueeze(1))).unsqueeze(1)
         logits[..., start:].masked_fill_(later, lowest)
     if tap.valid is not None:
         logits.masked_fill_(~tap.valid[:, None, None, :seen], lowest)

@@ -22,6 +22,13 @@ class AttentionTap:
     """(B, T) bool: keys that may be seen; None when there is no padding."""
     hidden_from_last: Tensor | None = None
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
+    prefix: Tensor | None = None
+    """(B, T) bool: tokens of a causal layer that see each other whatever their order; None: there are none."""
+    softcap: float | None = None
+    """What the size of a logit stays below: x becomes softcap * tanh(x / softcap); None: it stays as it is."""
+    past: Tensor | None = None
+    """(B, H, T) what every query also sees of a cache before the first token, where T counts new tokens alone: the
+    logarithm of its keys' sum of exponentials, in float32; None without one."""
     units: Units = SINGLE
     """How the T tokens form the columns that are cut."""
 

@@ -23,8 +23,9 @@ def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
 
 
 def projector(g: Geometry) -> float:
-    """Two linear layers, for one visual token."""
-    return 2.0 * (g.unit * g.vision_hidden * g.text_hidden + g.text_hidden**2)
+    """Its linear layers, for one visual token."""
+    first = g.unit * g.vision_hidden * g.text_hidden
+    return 2.0 * (first + (g.projector_matrices - 1) * g.text_hidden**2)
 
 
 def text_layer(g: Geometry, attention: int, mlp: int) -> float:
@@ -33,6 +34,11 @@ def text_layer(g: Geometry, attention: int, mlp: int) -> float:
     linear = 2.0 * attention * g.text_hidden * (2 * query + 2 * key_value)
     products = 2.0 * 2 * attention**2 * query
     return linear + products + 2.0 * mlp * g.text_mlp_matrices * g.text_hidden * g.text_mlp
+
+
+def past_keys(g: Geometry, queries: int, keys: int) -> float:
+    """The products of a decoder layer's `queries` with `keys` that are cached, or of those weights with the values."""
+    return 2.0 * queries * keys * g.text_heads * g.text_head_dim
 
 
 def attention_rows(rows: Rows, length: int, text: int, heads: int, width: int) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ivtp.cost.layers import (
     attention_rows,
     encoder_layer,
+    past_keys,
     patch_embedding,
     projector,
     query_key,
@@ -70,13 +71,15 @@ def count_prompt(
     relevance: Relevance | None = None,
     instruction_tokens: int | None = None,
     encoded: bool = False,
+    past: Sequence[int] = (),
     name: str = "none",
 ) -> FlopsReport:
     """The cost of `batch` prompts, each of `text_tokens` tokens that are no patches, and of `images`.
 
     `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
     decoder alone, for prompts whose images are encoded already. Of `instruction_tokens`, which CLIP or a compressor
-    reads, None is the whole text, but at most one CLIP context.
+    reads, None is the whole text, but at most one CLIP context. `past` are tokens that each decoder layer has cached of
+    earlier turns; () is none.
     """
     if instruction_tokens is None:
         instruction_tokens = min(text_tokens, Relevance.context - 2)
@@ -95,6 +98,7 @@ def count_prompt(
         assert method is not None
         if cut.where == "llm":
             pruning += _decoder_choice(geometry, method, kinds, place, text_tokens)
+            pruning += sum(past_keys(geometry, decoder[tap][0], past[tap]) for tap in cut.taps if past)
         elif not encoded:
             pruning += sum(k.count * k.tiles * _encoder_choice(geometry, k, place, text_tokens) for k in kinds)
     if plan.guide_layers:
@@ -109,7 +113,11 @@ def count_prompt(
         text_tokens=text_tokens,
         vision=0.0 if encoded else batch * sum(k.count * k.tiles * _vision(geometry, k) for k in kinds),
         projector=0.0 if encoded else batch * _projected(geometry, kinds, instruction_tokens),
-        llm=batch * sum(text_layer(geometry, a, m) for a, m in decoder),
+        llm=batch
+        * (
+            sum(text_layer(geometry, a, m) for a, m in decoder)
+            + sum(2 * past_keys(geometry, decoder[i][0], keys) for i, keys in enumerate(past))
+        ),
         head=batch * 2.0 * decoder[-1][1] * geometry.text_hidden * geometry.vocab_size,
         pruning=batch * pruning,
         equivalent=largest.equivalent,

@@ -29,10 +29,9 @@ from ivtp.cost.prefill import count_prompt
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation.answers import Answers, file_of, source_of, weights_of
 from ivtp.generate import load
-from ivtp.hosts.base import process
 from ivtp.images import load_image
 from ivtp.plug import attach, find_host
-from ivtp.prompt.chat import ChatTemplate, Message
+from ivtp.prompt.chat import Message, prompt_writer
 from ivtp.registry import method_name
 
 LONGEST_ANSWER = 1024  # tokens, where a task names no limit; as lmms-eval's own models
@@ -101,7 +100,7 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         self.model, self.processor = load(pretrained, dtype=dtype, device=str(self.device))
         self.host = find_host(self.model)
         self.processor.tokenizer.padding_side = "left"
-        self.template = ChatTemplate.required(self.processor)
+        self.template = prompt_writer(self.processor)
         self.pruner = None
         if method_name(method) == "none":
             if options:
@@ -224,7 +223,8 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         return -float(likely.mean()), bool((logits.argmax(dim=-1) == said).all())
 
     def _inputs(self, prompts: list[Prompt]) -> Any:
-        made = process(self.processor, [prompt.text for prompt in prompts], [prompt.images for prompt in prompts])
+        texts, pictures = [prompt.text for prompt in prompts], [prompt.images for prompt in prompts]
+        made = self.host.process(self.processor, texts, pictures)
         return made.to(self.device, self.model.dtype)
 
     def _prompt(self, messages: Iterable[Any], asked: dict[str, Any]) -> Prompt:

@@ -82,6 +82,13 @@ class Host:
     """Names of well-known sizes, for `stock_config`."""
     hub: ClassVar[str] = "llava-hf/{}-hf"
     """The hub id of the checkpoint of such a size, with its name left out."""
+    of_columns: ClassVar[tuple[str, ...]] = ()
+    """Arguments of a call that describe its columns one by one, with 0 for those of a question; they leave the call,
+    and what they say is in `prefix`."""
+    first_position: ClassVar[int] = 0
+    """Position of the first token of a prompt that says nothing of positions."""
+    writes_prompts: ClassVar[str | None] = None
+    """Stock class of a processor that takes no chat template and itself writes what stands around the question."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     pads: ClassVar[bool] = False
@@ -131,6 +138,11 @@ class Host:
         raise NotImplementedError
 
     @classmethod
+    def process(cls, processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> Any:
+        """What the family's processor makes of prompts, as one padded batch: `texts`, each with its own `pictures`."""
+        return process(processor, texts, pictures)
+
+    @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
         """A random stock model of this family that runs in milliseconds, and a processor made for it, offline."""
         raise NotImplementedError
@@ -155,7 +167,7 @@ class Host:
             texts.append(processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
             pictures.append(tiny_images(question, sizes, seed))
         any_model: Any = model
-        return dict(process(processor, texts, pictures).to(any_model.device))
+        return dict(cls.process(processor, texts, pictures).to(any_model.device))
 
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` where the model is of the family but built in a way that cannot be pruned."""
@@ -205,6 +217,13 @@ class Host:
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """What the encoder reads of each image: (tiles, 3, H, W)."""
         raise NotImplementedError
+
+    def prefix(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, T) bool: the columns of a call that see each other in the decoder, whatever their order.
+
+        None where every column sees what stands before it. Raises `InputError` for a call that does not say it.
+        """
+        return None
 
     def separator(self) -> Tensor | None:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""

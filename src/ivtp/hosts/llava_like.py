@@ -25,6 +25,8 @@ class LlavaLike(Host):
 
     tower: ClassVar[type[PreNormTower]] = ClipTower
     """The kind of its vision tower."""
+    decoder: ClassVar[type[LlamaTower]] = LlamaTower
+    """The kind of its decoder."""
     settings: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     """Arguments of a forward that have to be those of the config."""
 
@@ -32,7 +34,7 @@ class LlavaLike(Host):
     def geometry(cls, config: Any) -> Geometry:
         """Sizes from a `LlavaConfig`. Raises `UnsupportedModelError` for towers and settings outside the family."""
         vision: dict[str, Any] = cls.tower.sizes(config.vision_config)
-        text: dict[str, Any] = LlamaTower.sizes(config.text_config)
+        text: dict[str, Any] = cls.decoder.sizes(config.text_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
         strategy = "default" if vision["vision_cls"] else "full"  # "default" leaves the first token out
         if not isinstance(feature, int) or config.vision_feature_select_strategy != strategy:
@@ -55,7 +57,7 @@ class LlavaLike(Host):
         self.multimodal = inner.model
         self.embedding = inner.get_input_embeddings()
         self.vision = self.tower(inner.model.vision_tower)
-        self.text = LlamaTower(inner.model.language_model)
+        self.text = self.decoder(inner.model.language_model)
         self._projector = inner.model.multi_modal_projector
         compressor = next((part for part in self._projector.modules() if isinstance(part, Compressor)), None)
         if compressor is not None:

@@ -37,7 +37,7 @@ __all__ = [
 Guide = Literal["instruction", "text", "clip", "weighted", "visual"]
 READS_CLIP: tuple[Guide, ...] = ("instruction", "weighted", "clip")
 """Guides that read the instruction with CLIP's text side."""
-_FOR_ALL = frozenset({"method", "keep", "positions", "cache", "logits", "seed", "options"})
+_FOR_ALL = frozenset({"method", "keep", "positions", "cache", "logits", "repruning", "seed", "options"})
 """Fields of `PruneConfig` that no method refuses."""
 
 

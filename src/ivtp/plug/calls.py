@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ivtp.core.select import take
 from ivtp.guide.pseudo_cls import GuideMaker
+from ivtp.hosts.base import Host
 from ivtp.methods.base import Method
+from ivtp.plug.turns import find_turn, refilled
 from ivtp.prefill.record import Record
+from ivtp.prefill.turns import Turn
 from ivtp.stock import EXPAND, forward_slot
 
 
@@ -29,6 +32,8 @@ class Call:
     """Tokens of the prompt of a `generate`; what comes behind was generated or drafted."""
     repeats: int = 1
     """Rows of that `generate` for each prompt: beams or returned sequences."""
+    turn: Turn | None = None
+    """Of a later turn of a conversation: the images that its prefill reads."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,19 @@ class Plugged(Protocol):
     """What the stand-ins need of the pruner."""
 
     thread: Thread
+    host: Host
     media: tuple[str, ...]
     """Arguments that describe images; the first one is there where there are any."""
 
+    def keep_record(self, record: Record | None) -> None:
+        """Take the record of the conversation that goes on for that of the call."""
+
     def exclusively(self) -> Any:
         """A context in which no other thread runs the model; True inside while the pruner is attached."""
+
+    @property
+    def method(self) -> Method:
+        """The method at work."""
 
     @property
     def full_logits(self) -> bool:
@@ -178,11 +191,20 @@ def generate_alone(model: Any, plugged: Plugged) -> Callable[..., Any]:
         with plugged.exclusively() as attached:
             if not attached:
                 return stock(*args, **kwargs)
-            configs = (args[1] if len(args) > 1 else kwargs.get("generation_config"), model.generation_config)
-            with plugged.thread.calling(Call()), ExitStack() as stack:
-                if kwargs.get(plugged.media[0]) is not None:
+            given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+            configs = [config for config in (given, model.generation_config) if config is not None]
+            ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+            later = find_turn(plugged.host, plugged.method, ids, kwargs, configs)
+            with plugged.thread.calling(Call(turn=later.turn if later else None)), ExitStack() as stack:
+                if later is not None:
+                    plugged.keep_record(later.record)
+                    if later.turn is None:
+                        kwargs = {name: value for name, value in kwargs.items() if name not in plugged.media}
+                    if later.refill is not None:
+                        stack.enter_context(refilled(later.refill))
+                if kwargs.get(plugged.media[0]) is not None or (later is not None and later.turn is not None):
                     kwargs.pop("prefill_chunk_size", None)
-                    stack.enter_context(_whole_prompts([config for config in configs if config is not None]))
+                    stack.enter_context(_whole_prompts(configs))
                 return stock(*args, **kwargs)
 
     return generate
@@ -209,9 +231,9 @@ def expand_for_beams(model: Any, plugged: Plugged) -> Callable[..., Any]:
     def expand(expand_size: int = 1, **kwargs: Any) -> Any:
         media = {name: kwargs.pop(name) for name in plugged.media if kwargs.get(name) is not None}
         ids, expanded = stock(expand_size=expand_size, **kwargs)
-        if media:
+        calls = plugged.thread.calls
+        if media or (calls and calls[-1].turn is not None):
             expanded.update(media)
-            calls = plugged.thread.calls
             if calls:
                 calls[-1] = replace(calls[-1], prompt_length=ids.shape[1], repeats=expand_size)
         return ids, expanded

@@ -31,7 +31,9 @@ from ivtp.plug.calls import (
     without_guide,
 )
 from ivtp.plug.changes import Changes, exclusive
-from ivtp.prefill.cache import continue_inputs, is_prefill
+from ivtp.plug.turns import turn_in_forward
+from ivtp.prefill.cache import check_cache, continue_inputs, is_prefill
+from ivtp.prefill.past import behind
 from ivtp.prefill.probe import AttentionProbe
 from ivtp.prefill.record import Record
 from ivtp.prefill.run import Prefill
@@ -177,6 +179,11 @@ class Pruner:
                 self._end_prefill()
                 raise
 
+    def keep_record(self, record: Record | None) -> None:
+        """Take the record of the conversation that goes on for that of the call."""
+        if record is not None:
+            self.thread.record, self.thread.recorded, self._last = record, True, record
+
     # ---- hooks ------------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
@@ -219,7 +226,8 @@ class Pruner:
     def _enter(self, inputs: dict[str, Any], call: Call) -> dict[str, Any]:
         self._end_prefill()
         self.host.check_media(inputs)
-        if inputs.get(self.media[0]) is None:
+        has_images = inputs.get(self.media[0]) is not None
+        if not has_images and not _reads_again(inputs, call):
             if inputs.get("mm_encoder_outputs"):
                 raise InputError("images that are encoded already cannot be pruned; pass pixel_values")
             if is_prefill(inputs):
@@ -233,11 +241,22 @@ class Pruner:
         self.thread.record = self._last = None
         self.host.check_call(inputs)
         _check_training(self.host)
+        cache, past, turn = inputs.get("past_key_values"), None, call.turn
+        if cache is not None:
+            check_cache(cache)
+        if not is_prefill(inputs):
+            past, inputs = behind(self.host, cache, inputs)
+            turn = turn or turn_in_forward(self.host, self.method, cache, inputs)
         prompts = read_prompts(
-            inputs, self.host, labels=call.labels, prompt_length=call.prompt_length, repeats=call.repeats
+            inputs,
+            self.host,
+            labels=call.labels,
+            prompt_length=None if call.prompt_length is None else call.prompt_length - (turn.past if turn else 0),
+            repeats=call.repeats,
+            images=turn.visuals if turn else None,
         )
         method, guide_maker = self._equipment.method, self._equipment.guide_maker
-        prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes)
+        prefill = Prefill(self._plug, method, guide_maker, prompts, self._step_changes, turn, past)
         self._prefill, self._owner = prefill, _this_thread()
         return prefill.start(inputs)
 
@@ -260,7 +279,7 @@ class Pruner:
         output = without_guide(output, prefill.method.plan.guide_layers)
         parts = output if isinstance(output, tuple) else (getattr(output, name, None) for name in CACHE_NAMES)
         record, features = prefill.finish(next((part for part in parts if isinstance(part, Cache)), None))
-        self.thread.record, self.thread.recorded, self._last = record, True, record
+        self.keep_record(record)
         if not isinstance(output, tuple):
             set_image_features(output, features)
         return output
@@ -310,6 +329,13 @@ def detach(model: nn.Module) -> None:
     pruner = pruner_of(model)
     if pruner is not None:
         pruner.detach()
+
+
+def _reads_again(inputs: dict[str, Any], call: Call) -> bool:
+    """Whether this is the prefill of a whole conversation, whose images need not be given."""
+    ids = inputs.get("input_ids")
+    again = call.turn is not None and call.turn.anew and is_prefill(inputs)
+    return again and ids is not None and ids.shape[1] >= (call.prompt_length or 0)
 
 
 @untraced

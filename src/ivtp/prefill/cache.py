@@ -5,23 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from ivtp.core.select import take
 from ivtp.core.sequence import TokenSequence
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
-from ivtp.stock import contents, fill, is_filled
+from ivtp.stock import contents, fill, is_filled, is_offloading, keep_whole
+
+if TYPE_CHECKING:
+    from ivtp.prefill.past import Past
+    from ivtp.prefill.turns import Conversation
 
 
 def is_prefill(inputs: dict[str, Any]) -> bool:
     """Whether these are the first tokens of a prompt: nothing is cached yet."""
     cache = inputs.get("past_key_values")
     return cache is None or cache.get_seq_length() == 0
+
+
+def conversation_in(cache: Cache) -> Conversation | None:
+    """What a cache remembers of its prompts; None where nothing of it was pruned, or its rows have changed."""
+    first = cache.layers[0]
+    return first.conversation if isinstance(first, PrunedLayer) else None
+
+
+def check_cache(cache: Any) -> None:
+    """Let empty layers keep whatever they are given. Raises `InputError` for a cache that cannot be shortened."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, PrunedLayer)
+    fixed = not isinstance(cache, Cache) or any(type(layer) not in kinds for layer in cache.layers)
+    if fixed or is_offloading(cache):
+        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
+        raise InputError(
+            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
+            "a DynamicCache that is not offloaded"
+        )
+    keep_whole(cache)
 
 
 def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
@@ -38,26 +61,43 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
     for layer in layers:
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    check_rows(first, len(tokens))
+    window, total = host.text.window, first.get_seq_length() + tokens.shape[1]
+    if window is not None and total > window:
+        raise InputError(
+            f"prompt and answer have {total} tokens, and layers of {host.name} see {window} at once; "
+            "a pruned prompt goes on within this window: ask for fewer new tokens"
+        )
     changed = dict(inputs)
     if first.shift is not None:
-        changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
+        begins = first.get_seq_length() + host.first_position
+        changed["position_ids"] = _positions(inputs.get("position_ids"), begins, tokens) - first.shift
     given = inputs.get("attention_mask")
     if first.prompt_valid is not None:
-        changed["attention_mask"] = _logical_mask(given, first, tokens)
+        changed["attention_mask"] = logical_mask(given, first, total)
     return changed, _masks_of_layers(host, layers, given, tokens)
 
 
-def _positions(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
+def check_rows(layer: Any, rows: int) -> None:
+    """Raise `InputError` for a cache layer of other than so many rows."""
+    held = len(contents(layer)[0])
+    if held != rows:
+        raise InputError(
+            f"the cache holds {held} prompts and the call has {rows} rows; for n beams or returned sequences a prompt "
+            "call cache.batch_repeat_interleave(n) first"
+        )
+
+
+def _positions(given: Tensor | None, begins: int, tokens: Tensor) -> Tensor:
     if given is not None:
         return given
-    return torch.arange(tokens.shape[1], device=tokens.device)[None] + layer.get_seq_length()
+    return torch.arange(tokens.shape[1], device=tokens.device)[None] + begins
 
 
-def _logical_mask(given: Tensor | None, layer: PrunedLayer, tokens: Tensor) -> Tensor:
-    """(B, logical length + new): the padding of the kept prompt tokens, right-aligned where the prompt ends."""
+def logical_mask(given: Tensor | None, layer: PrunedLayer, total: int) -> Tensor:
+    """(B, total): the padding of the kept prompt tokens, right-aligned where the prompt ends, and what is `given`."""
     assert layer.prompt_valid is not None
     valid = layer.prompt_valid
-    total = layer.get_seq_length() + tokens.shape[1]
     if given is None:
         given = valid.new_ones((valid.shape[0], total))
     head = valid.new_zeros((valid.shape[0], layer.prompt_length - valid.shape[1]))
@@ -75,7 +115,8 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
     hidden = torch.empty(*tokens.shape[:2], 0, dtype=keys.dtype, device=tokens.device)
     for number, layer in enumerate(layers):
         if layer.part not in made:
-            valid = _logical_mask(given, layer, tokens) if layer.prompt_valid is not None else given
+            total = layer.get_seq_length() + tokens.shape[1]
+            valid = logical_mask(given, layer, total) if layer.prompt_valid is not None else given
             alone = DynamicCache()
             alone.layers = [layer]
             made[layer.part] = host.text.causal_mask(hidden, valid, cache=alone)
@@ -91,6 +132,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     padding among the kept prompt tokens (None: no padding), `prompt_length` is the unpruned length of what the prefill
     read, `fixed_length` that of its prompt without drafted tokens,
     `shift` (B, 1) what compact positions lie behind, and `part` is the same for layers that hold the same tokens.
+    `conversation` is what the next turn may need to know; None where the rows are not its prompts any more.
     """
 
     def __init__(
@@ -102,6 +144,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         prompt_valid: Tensor | None,
         shift: Tensor | None,
         part: int,
+        conversation: Conversation | None = None,
     ) -> None:
         super().__init__()
         fill(self, keys, values)
@@ -111,6 +154,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         self.prompt_valid = prompt_valid
         self.shift = shift
         self.part = part
+        self.conversation = conversation
         self.expected = False
         """Whether the attached pruner has prepared the step that comes next."""
 
@@ -157,7 +201,7 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
         """Empty the layer; what was pruned is forgotten with it."""
         super().reset()
         self.removed, self.prompt_length, self.fixed_length = 0, 0, 0
-        self.prompt_valid = self.shift = None
+        self.prompt_valid = self.shift = self.conversation = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Permute the batch for beam search."""
@@ -167,11 +211,13 @@ class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untype
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
         super().batch_repeat_interleave(repeats)
+        self.conversation = None
         self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
         super().batch_select_indices(indices)
+        self.conversation = None
         self._map_rows(lambda rows: rows[indices])
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -194,25 +240,49 @@ class Seen:
 
 
 def prune_cache(
-    cache: Cache, seen: Many[Seen], *, prompt_length: int, fixed_length: int, shift: Tensor | None, evict: bool
+    cache: Cache,
+    seen: Many[Seen],
+    *,
+    prompt_length: int,
+    fixed_length: int,
+    shift: Tensor | None,
+    evict: bool,
+    conversation: Conversation,
+    past: Past | None = None,
 ) -> None:
     """Shorten every layer of `cache` in place, to the final tokens (`evict`) or to what that layer saw.
 
-    The guide token never stays. The lengths and `shift` are what `PrunedLayer` needs to know.
+    What was cached before, the `past`, stays; the guide token never does. The lengths, `shift` and `conversation` are
+    what `PrunedLayer` needs to know.
     """
+    parts: dict[tuple[int, int], int] = {}
     for number, layer in enumerate(cache.layers):
         if not is_filled(layer):
             continue
         place = max(i for i, part in enumerate(seen) if part.first_layer <= number)
         sequence, index = _final_tokens(seen[place:]) if evict else _own_tokens(seen[place])
         keys, values = contents(layer)
-        if index is not None:
-            index = index.to(keys.device)
-            keys, values = take(keys, index, dim=2), take(values, index, dim=2)
         valid = sequence.valid if sequence.padded else None
-        cache.layers[number] = PrunedLayer(
-            keys, values, prompt_length, fixed_length, valid, shift, part=0 if evict else place
-        )
+        kept = 0 if past is None else past.keys[number]
+        if index is not None:
+            index = index.to(keys.device) + kept
+            if kept:
+                index = torch.cat([torch.arange(kept, device=index.device).expand(len(index), -1), index], dim=1)
+            keys, values = take(keys, index, dim=2), take(values, index, dim=2)
+        if past is not None:
+            valid = _joined(past.valid(number), valid, kept, sequence)
+        own = (0 if evict else place, 0 if past is None else past.part(number))
+        part = parts.setdefault(own, len(parts))
+        cache.layers[number] = PrunedLayer(keys, values, prompt_length, fixed_length, valid, shift, part, conversation)
+
+
+def _joined(before: Tensor | None, own: Tensor | None, kept: int, sequence: TokenSequence) -> Tensor | None:
+    """(B, kept + T) bool: what is no padding of the `kept` tokens before a prompt and of its own; None: all."""
+    if before is None and own is None:
+        return None
+    if before is None:
+        before = sequence.valid.new_ones(len(sequence.valid), kept)
+    return torch.cat([before.to(sequence.valid.device), sequence.valid if own is None else own], dim=1)
 
 
 def _final_tokens(parts: Many[Seen]) -> tuple[TokenSequence, Tensor | None]:

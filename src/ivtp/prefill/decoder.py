@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ivtp.core.rollout import past_mass
 from ivtp.core.select import keep_highest, on_device, take
 from ivtp.core.sequence import TokenSequence, image_offsets, join_images
 from ivtp.core.tap import AttentionTap
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.cache import Seen
+from ivtp.prefill.past import Past
 from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.prompt.batch import PromptBatch
 from ivtp.stock import CACHE_NAMES
@@ -37,13 +40,19 @@ class DecoderStage(Stage):
         sequence: TokenSequence,
         sources: list[Tensor],
         embeddings: Tensor,
+        past: Past | None = None,
     ) -> None:
-        """`sources` are `Encoded.sources` (n,) for every image of the rows; `embeddings` (B, T, D) enter."""
+        """`sources` are `Encoded.sources` (n,) for every image of the rows; `embeddings` (B, T, D) enter.
+
+        They enter behind `past`, where something is cached.
+        """
         super().__init__(plug, method)
         self.tower = plug.host.text
         self.prompts = prompts
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
-        self._inputs: dict[str, Any] | None = None
+        self._past = past
+        self._inputs: dict[int, dict[str, Any]] = {}
+        """By the part of the past that a layer sees, until the next cut."""
         self._peeking = False
         self._text: Tensor | None = None
         self._turn: tuple[Tensor, Tensor] | None = None
@@ -59,26 +68,22 @@ class DecoderStage(Stage):
     def install(self, seats: Seats) -> None:
         """Cuts and probes, and masks and rotary embeddings of its own for every layer."""
         super().install(seats)
-        for layer in self.tower.layers:
-            seats.add(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
+        for number, layer in enumerate(self.tower.layers):
+            hook = functools.partial(self._before_layer, number)
+            seats.add(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
-    def _before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args, self.layer_inputs(args[0], kwargs)) if self.is_mine() else None
+    def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (args, self.layer_inputs(number, args[0], kwargs)) if self.is_mine() else None
 
     @property
     def sequence(self) -> TokenSequence:
         """What the layer that runs now sees."""
         return self.seen[-1].sequence
 
-    def entry_mask(self, hidden: Tensor) -> Tensor:
-        """The mask that the decoder is handed: of padding, or whole where the guide must not see the answer."""
-        valid = self.sequence.valid.long()
-        visible = self._visible()
-        if visible is not None:
-            whole: Tensor = self.tower.causal_mask(hidden, valid, visible)
-            return whole
+    def entry_mask(self) -> Tensor:
+        """The mask of padding that the decoder is handed: (B, past + T)."""
         # also given without padding: gaps in the positions must not be taken for packed sequences
-        return valid
+        return self._behind_past(0)
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) within or behind a layer; later layers get `layer_inputs`."""
@@ -103,13 +108,17 @@ class DecoderStage(Stage):
         self.results.append(self._result(window, scores, after.patch, merged))
         self.seen[-1] = Seen(part.first_layer, part.sequence, part.guide, index)
         self.seen.append(Seen(cut.layer + 1, after, part.guide and not drops_guide))
-        self._inputs = None
+        self._inputs = {}
         return take(hidden, index)
 
     @torch.no_grad()
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut would compute of all tokens (B, T, D); nothing is written to the cache."""
-        arguments = {k: v for k, v in arguments.items() if k not in (*CACHE_NAMES, "use_cache")}
+        names = [name for name in CACHE_NAMES if name in arguments]
+        arguments = {k: v for k, v in arguments.items() if k not in (*names, "use_cache")}
+        if self._past is not None:
+            arguments |= dict.fromkeys(names, self._past.copied())
+            arguments["attention_mask"] = self._mask(cut.taps[-1], hidden)
         self._peeking = True
         try:
             self.tower.attend(cut.taps[-1], hidden, **arguments)
@@ -124,25 +133,33 @@ class DecoderStage(Stage):
         if self._peeking:
             raise Peeked
 
-    def layer_inputs(self, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a decoder layer: mask and rotary embeddings cut as the tokens are."""
+    def layer_inputs(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of decoder layer `number`: mask and rotary embeddings cut as the tokens are."""
         # rotary embeddings are made; FlashAttention would take gaps in position ids for packed sequences
         kwargs = {**kwargs, "position_ids": None}
         if self._turn is None and self.method.reads_states:
             self._turn = self._first_turn(*kwargs["position_embeddings"])
-        if len(self.seen) == 1:
-            return kwargs
-        if self._inputs is None:  # once for all layers up to the next cut
-            self._inputs = {
-                "attention_mask": self._mask(hidden),
-                **self.tower.cut_positions(kwargs, self._index()),
-            }
-        return {**kwargs, **self._inputs}
+        part = self._part(number)
+        if part not in self._inputs:  # once for all layers that see the same, up to the next cut
+            self._inputs[part] = self._own_inputs(number, hidden, kwargs)
+        return {**kwargs, **self._inputs[part]}
+
+    def _own_inputs(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those keyword arguments of decoder layer `number` that are not as the decoder makes them."""
+        if len(self.seen) == 1 and self._is_stock(number):
+            return {}
+        mask = {"attention_mask": self._mask(number, hidden)}
+        return mask if len(self.seen) == 1 else {**mask, **self.tower.cut_positions(kwargs, self._index())}
+
+    def _is_stock(self, number: int) -> bool:
+        """Whether the decoder's mask, made for its first layer, is that of an uncut layer `number`."""
+        plain = self._visible() is None and self.prompts.prefix_in(self.sequence) is None
+        return plain and self._part(number) == self._part(0)
 
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs = self._turn = None
+        self._inputs, self._turn, self._past = {}, None, None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text
@@ -186,10 +203,14 @@ class DecoderStage(Stage):
         return self.tower.final_norm(hidden), self.tower.turn_back(key, self._turn)
 
     def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d)."""
+        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d).
+
+        Behind a cache the first token is in it, at position 0.
+        """
         empty = [min(slack, cos.shape[1] - 1) for slack in self.seen[0].sequence.slack]
         first = on_device(empty, cos.device).unsqueeze(1)
-        return take(cos, first), take(sin, first)
+        cos, sin = take(cos, first), take(sin, first)
+        return (cos, sin) if self._past is None else (torch.hypot(cos, sin), torch.zeros_like(sin))
 
     def _segment(self) -> Tensor | None:
         """`Window.segment`."""
@@ -228,8 +249,12 @@ class DecoderStage(Stage):
         columns = torch.arange(sequence.length, device=prompt.device)
         return torch.where(prompt, columns, 0).amax(dim=1)
 
-    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
-        sequence = self.sequence
+    def _tap(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+        sequence, mass = self.sequence, None
+        if self._past is not None:
+            kept = self._past.keys[layer]
+            mass = past_mass(query, key[:, :, :kept], scale, self._past.valid(layer), self.tower.softcap)
+            key, value = key[:, :, kept:], value[:, :, kept:]
         return AttentionTap(
             query,
             key,
@@ -238,6 +263,9 @@ class DecoderStage(Stage):
             causal=True,
             valid=sequence.valid if sequence.padded else None,
             hidden_from_last=self.prompts.answer_in(sequence) if self.seen[-1].guide else None,
+            prefix=self.prompts.prefix_in(sequence),
+            softcap=self.tower.softcap,
+            past=mass,
         )
 
     def _index(self) -> Tensor:
@@ -249,19 +277,38 @@ class DecoderStage(Stage):
         assert index is not None
         return index
 
-    def _mask(self, hidden: Tensor) -> Any:
-        visible = self._visible()
-        needed = self.sequence.padded or visible is not None
-        return self.tower.causal_mask(hidden, self.sequence.valid.long() if needed else None, visible)
+    def _part(self, number: int) -> int:
+        """The same for layers that have the same tokens cached."""
+        return 0 if self._past is None else self._past.part(number)
+
+    def _mask(self, number: int, hidden: Tensor) -> Any:
+        """The mask of decoder layer `number`, for its input (B, T, D)."""
+        visible, prefix = self._visible(), self.prompts.prefix_in(self.sequence)
+        needed = self.sequence.padded or any(own is not None for own in (self._past, visible, prefix))
+        valid = self._behind_past(number) if needed else None
+        before = None if self._past is None else self._past.before(number)
+        return self.tower.causal_mask(hidden, valid, visible, before, prefix)
+
+    def _behind_past(self, number: int) -> Tensor:
+        """(B, past + T) long: what is no padding, behind what decoder layer `number` has cached."""
+        valid = self.sequence.valid.long()
+        if self._past is None:
+            return valid
+        mask = self._past.mask(number)
+        before = valid.new_ones(len(valid), self._past.length) if mask is None else mask.to(valid)
+        return torch.cat([before, valid], dim=1)
 
     def _visible(self) -> Callable[..., Tensor] | None:
         """Hides the answer from the guide, the last column; None where there is nothing to hide."""
         answer = self.prompts.answer_in(self.sequence) if self.seen[-1].guide else None
         if answer is None:
             return None
-        hidden, last = answer, self.sequence.length - 1
+        before = 0 if self._past is None else self._past.length
+        hidden, last = answer, before + self.sequence.length - 1
 
         def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (query != last) | ~hidden[batch, key]
+            if not before:
+                return (query != last) | ~hidden[batch, key]
+            return (query != last) | (key < before) | ~hidden[batch, (key - before).clamp_min(0)]
 
         return visible

@@ -149,5 +149,5 @@ class EncoderStage(Stage):
         bias = sizes(self._sources, self._patch).log()[:, None, None]  # (I, 1, 1, T)
         return self.tower.attend(cut.layer, hidden, *args, bias=bias, **kwargs)
 
-    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+    def _tap(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         return AttentionTap(query, key, value, scale, causal=False, units=self._units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,25 @@ Words = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
+class Read:
+    """One image as stage 1 left it: all that later turns need of it."""
+
+    visual: Visual
+    encoded: Encoded
+    cuts: tuple[CutResult, ...]
+    """What was decided about it, without a row dimension."""
+
+    def detached(self) -> Read:
+        """The same without a graph."""
+        own = {field.name: getattr(self.encoded, field.name).detach() for field in fields(self.encoded)}
+        return replace(self, encoded=Encoded(**own))
+
+
+@dataclass(frozen=True)
 class Batch:
     """What the encoder made of all images of a call, in their order."""
 
-    images: tuple[Encoded, ...]
+    images: tuple[Read, ...]
     results: tuple[CutResult, ...]
     """The cuts; a row for each image, filled up with -1."""
 
@@ -35,20 +50,27 @@ def encode(
     method: Method,
     seats: Seats,
     visuals: Sequence[Visual],
-    tiles: Sequence[Tensor],
+    tiles: Sequence[Tensor | Read],
     relevance: Relevance | None,
     words: Words | None,
 ) -> Batch:
-    """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together."""
+    """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together.
+
+    Those that an earlier turn read are in the place of their tiles.
+    """
     groups: dict[tuple[object, ...], list[int]] = {}
-    for number, visual in enumerate(visuals):
-        groups.setdefault((visual.patches, visual.visible), []).append(number)
-    found: dict[int, Encoded] = {}
-    results: dict[int, list[CutResult]] = {}
+    reads: dict[int, Read] = {}
+    unread: dict[int, Tensor] = {}
+    for number, (visual, image) in enumerate(zip(visuals, tiles, strict=True)):
+        if isinstance(image, Read):
+            reads[number] = image
+        else:
+            unread[number] = image
+            groups.setdefault((visual.patches, visual.visible), []).append(number)
     for members in groups.values():
         own = [visuals[m] for m in members]
         sized = method.sized(own[0].patches)
-        pixels = torch.cat([tiles[m] for m in members])
+        pixels = torch.cat([unread[m] for m in members])
         stage = _stage(plug, sized, own, pixels.device)
         rows = [m for m in members for _ in range(len(visuals[m].tiles))]
         rate = None if relevance is None else (lambda last, rows=rows: relevance(last, rows))
@@ -58,8 +80,8 @@ def encode(
         stage.release()
         if all(len(visual.tiles) == 1 and visual.patches == visual.tiles.shape[1] for visual in own):
             for place, m in enumerate(members):
-                found[m] = Encoded(*(part[place] for part in made))
-                results[m] = [_of_row(result, place) for result in stage.results]
+                decided = [_of_row(result, place) for result in stage.results]
+                reads[m] = Read(visuals[m], Encoded(*(part[place] for part in made)), tuple(decided))
             continue
         first = 0
         for m, visual in zip(members, own, strict=True):
@@ -67,11 +89,10 @@ def encode(
             first = part.stop
             decided = [_of_image(result, part, visual) for result in stage.results]
             kept = sized.plan.cuts[len(decided) - 1].keep if decided else visual.patches
-            found[m], decided = _join(tuple(t[part] for t in made), visual, decided, kept)
-            results[m] = decided
-    count = len(visuals)
-    cuts = [_stack([results[m][cut] for m in range(count)]) for cut in range(len(results[0]))] if count else []
-    return Batch(tuple(found[m] for m in range(count)), tuple(cuts))
+            encoded, decided = _join(tuple(t[part] for t in made), visual, decided, kept)
+            reads[m] = Read(visual, encoded, tuple(decided))
+    images = tuple(reads[m] for m in range(len(visuals)))
+    return Batch(images, tuple(_stack(cuts) for cuts in zip(*(image.cuts for image in images), strict=True)))
 
 
 def _stage(plug: Plug, method: Method, visuals: Sequence[Visual], device: torch.device) -> EncoderStage:

@@ -70,6 +70,12 @@ class Record:
     sequence: TokenSequence
     """What is left behind the last cut."""
     watch: Stopwatch
+    read_before: tuple[bool, ...]
+    """Which of the prompts' images were read in an earlier turn."""
+    before: tuple[Record, ...]
+    """Of the earlier turns of the conversation that pruned."""
+    past: tuple[int, ...] = ()
+    """Tokens that each decoder layer had cached before."""
 
     @functools.cached_property
     def trace(self) -> PruneTrace:
@@ -114,6 +120,7 @@ def build_trace(record: Record) -> PruneTrace:
         flops_each=each,
         seconds=record.watch.seconds,
         notes=record.method.notes,
+        before=tuple(earlier.trace for earlier in record.before),
     )
 
 
@@ -144,17 +151,30 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
     """Cost of a row of `length` columns; of one that comes `again` the decoder's alone."""
     prompts, images = record.prompts, record.prompts.images
     first = sum(images[:row])
-    own = [prompts.visuals[m] for m in prompts.image_of_slot[first : first + images[row]]]
+    own = prompts.image_of_slot[first : first + images[row]]
+    text = length - sum(prompts.visuals[m].patches for m in own)  # separators stay, as text does
     words = record.clip_tokens[row] if record.clip_tokens and not again else 0
-    return count_prompt(
-        record.host.size,
-        record.method,
-        [(visual.patches, visual.visible) for visual in own],
-        text_tokens=length - sum(visual.patches for visual in own),  # separators stay, as text does
-        relevance=None if again else relevance,
-        instruction_tokens=words,
-        encoded=again,
-    ).total
+
+    def count(chosen: list[int], relevance: Relevance | None, encoded: bool) -> float:
+        shown = [(prompts.visuals[m].patches, prompts.visuals[m].visible) for m in chosen]
+        return count_prompt(
+            record.host.size,
+            record.method,
+            shown,
+            text_tokens=text,
+            relevance=relevance,
+            instruction_tokens=words,
+            encoded=encoded,
+            past=record.past,
+        ).total
+
+    if again:
+        return count(own, None, True)
+    new = [m for m in own if not record.read_before[m]]
+    if len(new) == len(own):
+        return count(own, relevance, False)
+    read = None if relevance is None else dataclasses.replace(relevance, vision_layers=0)
+    return count(own, read, True) + count(new, relevance, False) - count(new, read, True)
 
 
 def _relevance(record: Record) -> Relevance | None:

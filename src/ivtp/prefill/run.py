@@ -16,9 +16,11 @@ from ivtp.methods.base import Method
 from ivtp.prefill.cache import prune_cache
 from ivtp.prefill.decoder import DecoderStage
 from ivtp.prefill.encoder import Encoded
-from ivtp.prefill.images import encode
+from ivtp.prefill.images import Read, encode
+from ivtp.prefill.past import Past
 from ivtp.prefill.record import Record, Stopwatch
 from ivtp.prefill.stage import Plug, Seats
+from ivtp.prefill.turns import Conversation, Turn, reads_in_encoder
 from ivtp.prompt.batch import PromptBatch
 from ivtp.prompt.instruction import Instruction
 
@@ -29,12 +31,26 @@ class Prefill:
     Between the two the decoder runs. Each of the two stages puts its own hooks into its layers.
     """
 
-    def __init__(self, plug: Plug, method: Method, guide_maker: GuideMaker, prompts: PromptBatch, seats: Seats) -> None:
-        """`prompts` are on the host; hooks go into `seats`, whose owner takes them out when the prefill ends."""
+    def __init__(
+        self,
+        plug: Plug,
+        method: Method,
+        guide_maker: GuideMaker,
+        prompts: PromptBatch,
+        seats: Seats,
+        turn: Turn | None = None,
+        past: Past | None = None,
+    ) -> None:
+        """`prompts` are on the host; hooks go into `seats`, whose owner takes them out when the prefill ends.
+
+        `turn` says which images of a later turn are read already, and `past` is cached in front of it.
+        """
         self.host = plug.host
         self.method = method
         self.guide_maker = guide_maker
         self._plug, self._seats = plug, seats
+        self._past = past
+        self._turn = turn or Turn(tuple(range(len(prompts.visuals))), prompts.visuals)
         self._on_host = prompts.with_instructions(guide_maker.read) if reads_question(method) else prompts
         self._guides: list[Guide] = []
         self._clip_tokens: list[int] = []
@@ -54,44 +70,50 @@ class Prefill:
             self.method,
             self._seats,
             visuals,
-            self.host.tiles(inputs, visuals),
+            self._tiles(inputs),
             self._relevance if self.method.reads_clip else None,
             self._words if self.method.reads_words else None,
         )
         self._results = batch.results
-        encoded = [batch.images[m] for m in self.prompts.image_of_slot]
+        self._reads = batch.images
+        encoded = [batch.images[m].encoded for m in self.prompts.image_of_slot]
         sequence, embeddings = self._embed(encoded)
         if self.method.plan.guide_layers:
             guides = self._make_guides(encoded)  # (B, 1, D)
             embeddings = torch.cat([embeddings, guides.to(embeddings.dtype)], dim=1)
             sequence = sequence.with_guide(self.prompts.answer_in(sequence))
         self._decoder = DecoderStage(
-            self._plug, self.method, self.prompts, sequence, [e.sources for e in encoded], embeddings.detach()
+            self._plug,
+            self.method,
+            self.prompts,
+            sequence,
+            [e.sources for e in encoded],
+            embeddings.detach(),
+            self._past,
         )
         self._decoder.install(self._seats)
+        if self._past is not None:
+            self._past.expect()
+        left = (*self.host.media, *self.host.of_columns)
         return {
-            **{name: None if name in self.host.media else value for name, value in inputs.items()},
+            **{name: None if name in left else value for name, value in inputs.items()},
             "input_ids": None,
             "inputs_embeds": embeddings,
-            "attention_mask": self._decoder.entry_mask(embeddings),
+            "attention_mask": self._decoder.entry_mask(),
             "position_ids": sequence.position,
         }
+
+    def _tiles(self, inputs: dict[str, Any]) -> list[Tensor | Read]:
+        """Of each image of the prompts what the encoder reads, or what it made of it in an earlier turn."""
+        if all(isinstance(image, Read) for image in self._turn.images):
+            return list(self._turn.images)  # type: ignore[arg-type]  # mypy does not follow `all`
+        tiles = self.host.tiles(inputs, self._turn.given)
+        return [tiles[image] if isinstance(image, int) else image for image in self._turn.images]
 
     def finish(self, cache: Cache | None) -> tuple[Record, Tensor | None]:
         """Shorten the cache that the decoder filled, if there is one; the record and the image features (slots, D)."""
         decoder = self._decoder
         assert decoder is not None
-        if cache is not None:
-            prune_cache(
-                cache,
-                decoder.seen,
-                prompt_length=self.prompts.length,
-                fixed_length=self.prompts.fixed_length,
-                shift=self._shift,
-                evict=self.method.config.cache == "evict",
-            )
-        self.watch.stop()
-        decoder.release()
         record = Record(
             host=self.host,
             method=self.method,
@@ -102,8 +124,42 @@ class Prefill:
             clip_tokens=tuple(self._clip_tokens),
             sequence=decoder.sequence,
             watch=self.watch,
+            read_before=tuple(isinstance(image, Read) for image in self._turn.images),
+            before=self._turn.before,
+            past=tuple(self._past.keys) if self._past else (),
         )
+        if cache is not None:
+            length = self._past.length if self._past else 0
+            prune_cache(
+                cache,
+                decoder.seen,
+                prompt_length=length + self.prompts.length,
+                fixed_length=length + self.prompts.fixed_length,
+                shift=self._shift,
+                evict=self.method.config.cache == "evict",
+                conversation=self._conversation(record),
+                past=self._past,
+            )
+        self.watch.stop()
+        decoder.release()
         return record, self._features
+
+    def _conversation(self, record: Record) -> Conversation:
+        """What the cache remembers for the next turn; images where the method may choose from them again."""
+        prompts = self._on_host
+        own = slice(None, None, prompts.repeats)
+        columns = slice(prompts.fixed_length)
+        images: list[tuple[Read, ...]] = []
+        if self.method.config.repruning == "turn" and not reads_in_encoder(self.method):
+            following = iter(self._reads)
+            images = [tuple(next(following).detached() for _ in range(n)) for n in prompts.images[own]]
+        begun = self._turn.begun
+        if self._past is not None and begun is None:
+            return Conversation(record=record)
+        ids, valid = prompts.ids[own, columns], prompts.tokens.valid[own, columns]
+        if begun is not None:
+            ids, valid = torch.cat([begun[0], ids], dim=1), torch.cat([begun[1], valid], dim=1)
+        return Conversation(ids, valid, record, tuple(images))
 
     def _embed(self, encoded: list[Encoded]) -> tuple[TokenSequence, Tensor]:
         """The decoder's tokens after stage 1 and their embeddings (B, T', D), image features in their slots."""
@@ -121,6 +177,9 @@ class Prefill:
         if compact:
             gone = slots.removed([e.patches for e in encoded])
             self._shift = on_device(gone, index.device).unsqueeze(1)
+        if self._past is not None and self._past.shift is not None:
+            before = on_device(self._past.shift, index.device)
+            self._shift = before if self._shift is None else self._shift + before
         return sequence, embeddings
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ class Stage:
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Remember what a tapped layer computed, until the cut that reads it."""
         if layer in self._awaited:
-            self._taps[layer] = self._tap(query.detach(), key.detach(), value.detach(), scale)
+            self._taps[layer] = self._tap(layer, query.detach(), key.detach(), value.detach(), scale)
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) within or behind a layer."""
@@ -105,7 +105,7 @@ class Stage:
         """See what the layer behind a cut computes of (B, T, D)."""
         raise NotImplementedError
 
-    def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+    def _tap(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
         raise NotImplementedError
 
     def _take_taps(self, cut: Cut) -> tuple[AttentionTap, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
 
 from ivtp.core.select import on_device
 from ivtp.core.sequence import Placeholders, TokenSequence
@@ -16,7 +15,6 @@ from ivtp.core.untraced import untraced
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host, Visual
 from ivtp.prompt.instruction import Instruction
-from ivtp.stock import is_offloading
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,8 @@ class PromptBatch:
     """Columns of the prompt without what was generated or drafted behind it."""
     answer: Tensor | None
     """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
+    prefix: Tensor | None = None
+    """(B, T) bool: columns that see each other in the decoder, whatever their order; None: none sees a later one."""
     instructions: tuple[Instruction, ...] = ()
     """What each row asks; empty where nothing reads it."""
     question: Tensor | None = None
@@ -77,6 +77,7 @@ class PromptBatch:
             tokens=self.tokens.to(device),
             slots=self.slots.to(device),
             answer=None if self.answer is None else on_device(self.answer, device),
+            prefix=None if self.prefix is None else on_device(self.prefix, device),
             question=None if self.question is None else on_device(self.question, device),
         )
 
@@ -117,6 +118,12 @@ class PromptBatch:
             return None
         return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
+    def prefix_in(self, sequence: TokenSequence) -> Tensor | None:
+        """(B, T') bool: the columns of `sequence` that see each other whatever their order; None: there are none."""
+        if self.prefix is None:
+            return None
+        return self.prefix.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0)
+
     def question_in(self, sequence: TokenSequence) -> Tensor:
         """(B, T') bool: the columns of `sequence` that hold the questions."""
         assert self.question is not None
@@ -125,22 +132,34 @@ class PromptBatch:
 
 @untraced
 def read_prompts(
-    inputs: dict[str, Any], host: Host, *, labels: Tensor | None, prompt_length: int | None, repeats: int
+    inputs: dict[str, Any],
+    host: Host,
+    *,
+    labels: Tensor | None,
+    prompt_length: int | None,
+    repeats: int,
+    images: Sequence[Visual] | None = None,
 ) -> PromptBatch:
     """Check the model's inputs and find the image slots, on the host. Raises `InputError`; nothing has run by then.
 
-    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere.
+    `labels` (B, T) or `prompt_length` say where the prompt ends and an answer begins; None: nowhere. `images` are those
+    of the prompts in their order; None: those that the call hands over.
     """
-    _check_cache(inputs.get("past_key_values"))
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
-    finite = inputs["pixel_values"].isfinite().all()
+    if host.text.window is not None and ids.shape[1] + 2 > host.text.window:  # the guide is one
+        raise InputError(
+            f"the prompt has {ids.shape[1]} tokens, and layers of {host.name} see {host.text.window} at once; "
+            "prompts within this window can be pruned: use smaller images or fewer"
+        )
+    pixels = inputs.get("pixel_values")
+    finite = True if pixels is None else pixels.isfinite().all()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise InputError(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
-    visuals = host.visuals(inputs)
+    visuals = host.visuals(inputs) if images is None else list(images)
     ids, mask, position, labels = (
         None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
     )
@@ -148,29 +167,16 @@ def read_prompts(
     if not finite:  # known by now: the ids were waited for
         raise InputError("pixel_values hold NaN or infinite numbers; check the image and what prepares it")
     slots, image_of_slot = _find_slots(ids, host, visuals, repeats)
-    tokens = _describe(ids, mask, position, slots.mask)
+    tokens = _describe(ids, mask, position, slots.mask, host.first_position)
     if prompt_length is not None and ids.shape[1] > prompt_length:
         answer: Tensor | None = tokens.source >= prompt_length
     else:
         answer = _labelled(labels, ids, tokens.valid & ~slots.mask)
     fixed = min(ids.shape[1], prompt_length or ids.shape[1])
-    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer)
-
-
-def _check_cache(cache: Any) -> None:
-    if cache is None:
-        return
-    if cache.get_seq_length() > 0:
-        raise InputError(
-            "an image can only be pruned in the first prompt of a cache; start a new cache with the whole conversation"
-        )
-    fixed = not isinstance(cache, Cache) or any(type(layer) is not DynamicLayer for layer in cache.layers)
-    if fixed or is_offloading(cache):
-        kind = "offloaded" if is_offloading(cache) else type(cache).__name__
-        raise InputError(
-            f"a cache of this kind ({kind}) cannot be shortened after pruning; leave cache_implementation out, or pass "
-            "a DynamicCache that is not offloaded"
-        )
+    prefix = host.prefix(inputs)
+    if prefix is not None:
+        prefix = prefix.cpu() & (tokens.source < fixed)  # a drafted token is never a part of it
+    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix)
 
 
 def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) -> tuple[Placeholders, list[int]]:
@@ -178,13 +184,9 @@ def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) ->
     mask = ids == host.image_token
     columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     counts, ends = torch.stack([mask.sum(dim=1), torch.where(mask, columns, 0).amax(dim=1)]).tolist()
-    rows = _share_out(counts[::repeats], visuals)
+    rows = share_out(counts[::repeats], visuals)
     if rows is None or any(counts[row] != counts[row - row % repeats] for row in range(len(counts))):
-        each = sorted({len(v.token) for v in visuals})
-        raise InputError(
-            f"the prompt has {sum(counts)} image slots for {len(visuals)} image(s) of {' or '.join(map(str, each))} "
-            "slots each; build it with the model's processor, one <image> for each picture"
-        )
+        raise misfit(counts, visuals)
     own = [row for row in rows for _ in range(repeats)]
     given = [m for row in own for m in row]
     held = torch.cat([visuals[m].token for m in given]) if given else torch.zeros(0, dtype=torch.long)
@@ -195,7 +197,16 @@ def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) ->
     return Placeholders(mask, patch, image, patches, tail=ids.shape[1] - min(ends)), given
 
 
-def _share_out(counts: list[int], visuals: list[Visual]) -> list[list[int]] | None:
+def misfit(counts: Sequence[int], visuals: Sequence[Visual]) -> InputError:
+    """The error of rows with so many image slots, which `visuals` do not fill."""
+    each = sorted({len(v.token) for v in visuals})
+    return InputError(
+        f"the prompt has {sum(counts)} image slots for {len(visuals)} image(s) of {' or '.join(map(str, each))} "
+        "slots each; build it with the model's processor, one <image> for each picture"
+    )
+
+
+def share_out(counts: Sequence[int], visuals: Sequence[Visual]) -> list[list[int]] | None:
     """The images of each row, which has so many slots; None where they do not fit."""
     rows: list[list[int]] = []
     following = 0
@@ -211,7 +222,7 @@ def _share_out(counts: list[int], visuals: list[Visual]) -> list[list[int]] | No
     return rows if following == len(visuals) else None
 
 
-def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor) -> TokenSequence:
+def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor, first: int) -> TokenSequence:
     """The prompt's columns. Only padding before the first slot may go: a hidden slot still holds its patch's place."""
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -219,7 +230,7 @@ def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: 
     needed: list[list[bool]] = (valid | slots).tolist()
     slack = tuple(row.index(True) if True in row else len(row) for row in needed)
     holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
-    position = columns if position is None else position.expand_as(ids)
+    position = columns + first if position is None else position.expand_as(ids)
     return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)
 
 

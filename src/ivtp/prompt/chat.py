@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from ivtp.errors import LoadError, short_reason
+from ivtp.registry import host_classes
 
 Turn = tuple[str, str]
 """A role and what it says."""
@@ -156,6 +157,33 @@ class ChatTemplate:
 
     def _plain(self, text: str, images: int) -> str:
         return f"{self._image_token}\n" * images + text
+
+
+class OneQuestion:
+    """Stands in for a template where the processor itself writes what stands around images and a question."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def write(self, turns: Sequence[Turn], *, images: int = 0, asks: bool = True) -> str:
+        """The only turn of `turns`, behind `images`. Raises `LoadError` for a conversation."""
+        return self.write_messages([(role, [*[None] * images, text]) for role, text in turns], asks=asks)
+
+    def write_messages(self, messages: Sequence[Message], *, asks: bool = True) -> str:
+        """The only message, its images in front of its texts. Raises `LoadError` for a conversation."""
+        if [role for role, _ in messages] != ["user"] or not asks:
+            raise LoadError(f"{type(self._processor).__name__} writes one question of a user alone; ask that by itself")
+        parts = messages[0][1]
+        return image_token_of(self._processor) * parts.count(None) + "".join(filter(None, parts))
+
+
+def prompt_writer(processor: Any) -> ChatTemplate | OneQuestion:
+    """What writes questions for `processor`: its chat template, or what takes its place. Raises `LoadError`."""
+    template = ChatTemplate.of(processor)
+    kinds = {kind.__name__ for kind in type(processor).__mro__}
+    if template is None and kinds & {host.writes_prompts for host in host_classes().values()}:
+        return OneQuestion(processor)
+    return template or ChatTemplate.required(processor)
 
 
 def check_template(processor: Any) -> None:

@@ -3,10 +3,10 @@
 One function a name; `tests/stock` holds each against the installed release and says what breaks without it.
 """
 
-from ivtp.stock.attention import decoder_mask, kernel, kernel_name, set_kernel
-from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled, is_offloading
+from ivtp.stock.attention import decoder_mask, heeds_softcap, kernel, kernel_name, set_kernel
+from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled, is_offloading, keep_whole
 from ivtp.stock.forwards import execution_device, floating_dtype, forward_slot, is_checkpointed, reruns_hooks
-from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, set_image_features
+from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, is_drafting, set_image_features
 from ivtp.stock.processors import best_canvas, best_tiling
 
 __all__ = [
@@ -23,9 +23,12 @@ __all__ = [
     "fill",
     "floating_dtype",
     "forward_slot",
+    "heeds_softcap",
     "is_checkpointed",
+    "is_drafting",
     "is_filled",
     "is_offloading",
+    "keep_whole",
     "kernel",
     "kernel_name",
     "reruns_hooks",

@@ -26,6 +26,11 @@ def set_kernel(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+def heeds_softcap(config: Any) -> bool:
+    """Whether the kernel of that config bends logits as a model asks: PyTorch's own cannot, and lets them be."""
+    return kernel_name(config) != "sdpa"
+
+
 def kernel(module: nn.Module, config: Any) -> Callable[..., Any]:
     """The function that computes the attention of `module` as `config` says; eager ones stand beside their module."""
     eager = sys.modules[type(module).__module__].__dict__.get("eager_attention_forward")
@@ -34,16 +39,23 @@ def kernel(module: nn.Module, config: Any) -> Callable[..., Any]:
 
 
 def decoder_mask(
-    config: Any, hidden: Tensor, valid: Tensor | None, visible: Callable[..., Tensor] | None, cache: Cache | None
+    config: Any,
+    hidden: Tensor,
+    valid: Tensor | None,
+    visible: Callable[..., Tensor] | None,
+    cache: Cache | None,
+    prefix: Tensor | None = None,
 ) -> Any:
     """The mask of a decoder with `config`, for `hidden` (B, T, D) behind `cache`; None where its kernel needs none.
 
-    `valid` (B, cached + T) marks padding, `visible(batch, head, query, key)` may hide more.
+    `valid` (B, cached + T) marks padding, `visible(batch, head, query, key)` may hide more; the columns of `prefix`
+    (B, T) see each other whatever their order.
     """
     return create_causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=valid,
         and_mask_function=visible,
+        block_sequence_ids=None if prefix is None else prefix.long() - 1,  # -1: of no block
         **{_MASKS_CACHE: cache},
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What a cache is called among a forward's arguments: from 5.24 on, and before."""
@@ -25,6 +26,13 @@ def is_offloading(cache: Any) -> bool:
 def is_filled(layer: Any) -> bool:
     """Whether a cache layer holds tokens: those of layers that never ran have no tensors."""
     return bool(getattr(layer, "is_initialized", False))
+
+
+def keep_whole(cache: Any) -> None:
+    """Let those layers of a cache that are empty keep all tokens, also where they would keep a window's."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) is DynamicSlidingWindowLayer and not is_filled(layer):
+            cache.layers[number] = DynamicLayer()
 
 
 def contents(layer: Any) -> tuple[Tensor, Tensor]:

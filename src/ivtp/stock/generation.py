@@ -18,6 +18,11 @@ def encodes_ahead(model: Any) -> bool:
     return hasattr(model, ENCODES_AHEAD)
 
 
+def is_drafting(config: Any) -> bool:
+    """Whether a `generate` with this config drafts tokens for another one, which hands it the same cache every time."""
+    return bool(getattr(config, "is_assistant", False))
+
+
 def set_image_features(output: Any, features: Tensor | None) -> None:
     """Put projected image features (slots, D) where this release's output keeps them."""
     if hasattr(output, "image_outputs"):

@@ -56,6 +56,14 @@ class VisionTower(Tower):
 class TextTower(Tower):
     """A decoder: its layers also take masks and positions, which are cut as the tokens are."""
 
+    window: int | None = None
+    """Tokens, the last one included, of which some layers see no earlier one; None: all see all that stand before."""
+
+    @property
+    def softcap(self) -> float | None:
+        """`AttentionTap.softcap` of its layers, as their kernel computes them."""
+        return None
+
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm of (..., D) behind the last layer."""
         raise NotImplementedError
@@ -77,9 +85,11 @@ class TextTower(Tower):
         valid: Tensor | None,
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
+        prefix: Tensor | None = None,
     ) -> Any:
         """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
 
-        `visible(batch, head, query, key)` may hide more. Raises `InputError` where a kernel without a mask is asked to.
+        `visible(batch, head, query, key)` may hide more, and the columns of `prefix` (B, T) see each other whatever
+        their order. Raises `InputError` where a kernel without a mask is asked to.
         """
         raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.stock import decoder_mask, kernel_name
 from ivtp.towers.base import TextTower
 
-_KINDS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
-
 
 class LlamaTower(TextTower):
     """A `LlamaModel`, or another decoder whose layers do the same sums in the same order."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    """What their configs call themselves."""
+    slides: ClassVar[bool] = False
+    """Whether some layers may see a sliding window alone."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -27,13 +30,14 @@ class LlamaTower(TextTower):
     @classmethod
     def sizes(cls, config: Any) -> dict[str, int]:
         """Of a decoder whose layers are a Llama layer's maths: any other, cut in two, would silently be wrong."""
-        if config.model_type not in _KINDS:
+        if config.model_type not in cls.kinds:
             raise UnsupportedModelError(
                 f"the decoder is a {config.model_type!r}; decoders with Llama's layers can be pruned: "
-                f"{', '.join(_KINDS)}"
+                f"{', '.join(cls.kinds)}"
             )
         window = getattr(config, "sliding_window", None)
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)):
+        kinds_of_layers = getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)
+        if "sliding_attention" in kinds_of_layers and not cls.slides:
             raise UnsupportedModelError(
                 f"the decoder ({config.model_type}) has sliding-window layers, which do not see the whole prompt; "
                 "a decoder with full attention in every layer can be pruned"
@@ -90,6 +94,7 @@ class LlamaTower(TextTower):
         valid: Tensor | None,
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
+        prefix: Tensor | None = None,
     ) -> Any:
         """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none."""
         config: Any = self.module.config
@@ -98,4 +103,9 @@ class LlamaTower(TextTower):
                 "FlashAttention cannot hide the answer from the pseudo CLS token; "
                 'load the model with attn_implementation="sdpa" to train or draft with pruning'
             )
-        return decoder_mask(config, hidden, valid, visible, cache)
+        if prefix is not None and "flash" in kernel_name(config):
+            raise InputError(
+                "FlashAttention cannot let a prompt's tokens see each other in both directions and others not; "
+                'load the model with attn_implementation="sdpa" to prune it'
+            )
+        return decoder_mask(config, hidden, valid, visible, cache, prefix)

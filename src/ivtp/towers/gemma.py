@@ -1,0 +1,42 @@
+"""Gemma 2's decoder: norms before and behind each half of a layer, capped logits, layers with a sliding window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ivtp.stock import heeds_softcap
+from ivtp.towers.llama import LlamaTower
+
+
+class Gemma2Tower(LlamaTower):
+    """A `Gemma2Model`, within its sliding window: there all layers see all that they are shown."""
+
+    kinds = ("gemma2",)
+    slides = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        config: Any = module.config
+        self.window = config.sliding_window if "sliding_attention" in config.layer_types else None
+
+    @property
+    def softcap(self) -> float | None:
+        """Of the config, where the kernel heeds it."""
+        config: Any = self.module.config
+        return config.attn_logit_softcapping if heeds_softcap(config) else None
+
+    def attend(self, layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Gemma2DecoderLayer."""
+        block: Any = self.layers[layer]
+        if args:
+            kwargs["attention_mask"] = args[0]
+        attended, _ = block.self_attn(hidden_states=block.input_layernorm(hidden), **kwargs)
+        return hidden + block.post_attention_layernorm(attended)  # type: ignore[no-any-return]
+
+    def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """As in Gemma2DecoderLayer."""
+        block: Any = self.layers[layer]
+        fed = block.mlp(block.pre_feedforward_layernorm(hidden))
+        return hidden + block.post_feedforward_layernorm(fed)  # type: ignore[no-any-return]

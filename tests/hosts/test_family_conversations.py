@@ -1,0 +1,71 @@
+"""In any family, the next turn of a conversation on the cache of the one before."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from family import ONE, TWO, Family
+
+
+def generate(model: Any, inputs: dict[str, Any], count: int = 4, **options: Any) -> Any:
+    with torch.no_grad():
+        options = {"return_dict_in_generate": True, "output_logits": True, **options}
+        return model.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
+
+
+def conversation(family: Family, *, images: bool) -> dict[str, Any]:
+    """The inputs of two turns, the answer to the first between them; `images`: the second shows one too."""
+    made = [family.inputs(ONE), family.inputs((TWO[0], ONE[1] if images else ()))]
+    tokenizer = family.processor.tokenizer
+    answer = tokenizer(" It is", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    opened = int(made[1]["input_ids"][0, 0] == tokenizer.bos_token_id)
+    columns = {
+        name: torch.cat([made[0][name], between, made[1][name][:, opened:]], 1)
+        for name, between in {
+            "input_ids": answer,
+            **dict.fromkeys(family.host.of_columns, torch.ones_like(answer)),
+        }.items()
+    }
+    media = {name: torch.cat([p[name] for p in made if name in p]) for name in family.host.media if name in made[0]}
+    return {**columns, "attention_mask": torch.ones_like(columns["input_ids"]), **media}
+
+
+def same(one: Any, other: Any) -> None:
+    torch.testing.assert_close(torch.stack(one.logits), torch.stack(other.logits), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("repruning", ["first", "turn"])
+def test_a_second_question_about_all_tokens_is_stock(family: Family, repruning: str) -> None:
+    model, inputs, again = family.model(), family.inputs(ONE), conversation(family, images=False)
+    if repruning == "turn":
+        stock = generate(model, again)
+    else:
+        text = {name: value for name, value in again.items() if name not in family.host.media}
+        stock = generate(model, text, past_key_values=generate(model, inputs, 1).past_key_values)
+    with family.attach(model, keep="100%", repruning=repruning):
+        same(generate(model, again, past_key_values=generate(model, inputs, 1).past_key_values), stock)
+
+
+@pytest.mark.parametrize("images", [False, True], ids=["text", "a new image"])
+def test_a_second_question_chooses_again_as_in_one_pass(family: Family, images: bool) -> None:
+    model, inputs, again = family.model(), family.inputs(ONE), conversation(family, images=images)
+    with family.attach(model, repruning="turn") as pruner:
+        held = generate(model, inputs, 1).past_key_values
+        expected, kept = generate(model, again), pruner.trace.kept()
+        new = {n: v[len(v) // 2 :] if images else None for n, v in again.items() if n in family.host.media}
+        for given in (again, {**again, **new}):
+            same(generate(model, given, past_key_values=copy.deepcopy(held)), expected)
+            assert torch.equal(pruner.trace.kept(), kept)
+
+
+def test_a_new_image_is_pruned_behind_the_cache(family: Family) -> None:
+    """By a method that reads no question: turn by turn is one pass."""
+    if family.host.of_columns:
+        pytest.skip("the family reads all images in both directions, and refuses")
+    model, inputs, again = family.model(), family.inputs(ONE), conversation(family, images=True)
+    with family.attach(model, "divprune"):
+        expected = generate(model, again)
+        same(generate(model, again, past_key_values=generate(model, inputs, 1).past_key_values), expected)
