@@ -47,6 +47,17 @@ def test_decoding_equals_recomputation(tiny: Tiny, mode: dict[str, str], name: s
         torch.testing.assert_close(steps, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("cache", ["evict", "layered"])
+def test_decoding_with_eager_attention(tiny: Tiny, cache: str) -> None:
+    """Its kernel takes a mask for a single new token too, which has to fit what each layer holds."""
+    sample = samples(tiny, "one")[0]
+    model, inputs = tiny.model("eager"), tiny.inputs(sample)
+    with tiny.attach(model, cache=cache):
+        out = generate(model, inputs)
+    expected = recompute(tiny, sample, generated(out.sequences, inputs)[0, :-1].tolist(), cache=cache)
+    torch.testing.assert_close(torch.cat(out.logits).double(), expected, atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("mode", [{"stages": "vision"}, {"stages": "llm"}, {"group_layers": 2}], ids=str)
 @pytest.mark.parametrize("cache", ["evict", "layered"])
 def test_decoding_of_other_plans(tiny: Tiny, mode: dict[str, Any], cache: str) -> None:

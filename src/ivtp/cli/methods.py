@@ -88,7 +88,7 @@ def _list_by_host(names: list[str], as_json: bool) -> None:
     table = Table("method", *found, box=None, pad_edge=False, header_style="bold")
     for name in names:
         table.add_row(name, *(_cell(taken[name].options) for taken in found.values()))
-    out.print(table)
+    out.print(table, width=max(out.width, 16 * len(table.columns)), crop=False)  # whole, like the lines below it
     for host, taken in found.items():
         refused = [each.refusal for each in taken.values() if each.options is None]
         if refused:

@@ -165,7 +165,13 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         """Mean negative log-likelihood of each continuation, of which lmms-eval takes the lowest, and if it is greedy.
 
         The continuation takes no part in the pruning. The pairs are wrapped: lmms-eval 0.7.3 turns a bare one to text.
+        Raises `ConfigError` for a processor that ends every prompt itself.
         """
+        if self.host.writes_prompts:
+            raise ConfigError(
+                f"the processor of {self.host.name} ends every prompt itself, and nothing can be rated behind it; "
+                "run tasks that generate answers"
+            )
         found = []
         for request in tqdm(requests, disable=self.rank != 0, desc="Rating"):
             context, target, visuals_of, number, task, split = request.args

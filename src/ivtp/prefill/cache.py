@@ -106,9 +106,8 @@ def logical_mask(given: Tensor | None, layer: PrunedLayer, total: int) -> Tensor
 
 def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens: Tensor) -> dict[int, Any]:
     """Masks for layers whose cache is shorter than the first layer's (`cache="layered"`)."""
-    padded = any(layer.prompt_valid is not None for layer in layers)
-    if len({layer.part for layer in layers}) == 1 or (tokens.shape[1] == 1 and not padded):
-        return {}  # one new token without padding sees every key: no mask
+    if len({layer.part for layer in layers}) == 1:
+        return {}
     masks: dict[int, Any] = {}
     made: dict[int, Any] = {}
     keys, _ = contents(layers[0])
@@ -121,7 +120,8 @@ def _masks_of_layers(host: Host, layers: list[Any], given: Tensor | None, tokens
             alone.layers = [layer]
             made[layer.part] = host.text.causal_mask(hidden, valid, cache=alone)
         masks[number] = made[layer.part]
-    return masks
+    # most kernels need none for one new token without padding, which sees every key
+    return masks if any(mask is not None for mask in made.values()) else {}
 
 
 class PrunedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped here
