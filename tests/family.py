@@ -69,6 +69,12 @@ class Family:
         vision = self._stock.config.vision_config
         return clip_side(vision) if vision.model_type == "clip_vision_model" else None
 
+    @property
+    def everywhere(self) -> tuple[str, ...]:
+        """`EVERYWHERE`, without what merges in the encoder where the projector reads several of its tokens each."""
+        alone = self.host.geometry(self._stock.config).unit == 1
+        return tuple(method for method in EVERYWHERE if alone or method != "ivtp+")
+
     def options(self, method: str, **changes: Any) -> dict[str, Any]:
         """A few tokens of each image, and of the tests' defaults those that the method reads."""
         kind = method_class(method)
@@ -79,7 +85,7 @@ class Family:
 
     def attach(self, model: nn.Module, method: str = "ivtp", **changes: Any) -> ivtp.Pruner:
         """A pruner with the tests' defaults; skips the test where the family lacks what the method needs."""
-        if method not in EVERYWHERE and (refusal := self.refusal(model, method)):
+        if method not in self.everywhere and (refusal := self.refusal(model, method)):
             pytest.skip(refusal)
         return ivtp.attach(model, self.processor, clip=self.clip, **self.options(method, **changes))
 

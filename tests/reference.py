@@ -125,7 +125,7 @@ class Reference:
         self.options = options = SimpleNamespace(**{**PAPER, **config.options})
         self.tower = self.model.model.vision_tower
         self.decoder = self.model.model.language_model
-        self.num_patches = (self.tower.config.image_size // self.tower.config.patch_size) ** 2
+        self.num_patches = self._count()
 
         depth = self.tower.config.num_hidden_layers + 1 + self.model.config.vision_feature_layer
         vision = _groups(depth, options.group_layers) if options.stages != "llm" else []
@@ -169,6 +169,10 @@ class Reference:
         return result
 
     # Stage 1
+
+    def _count(self) -> int:
+        """Visual tokens of one image."""
+        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
 
     def _encode(self, pixels: Tensor) -> _Image:
         """One image through the tower, pruned group by group."""

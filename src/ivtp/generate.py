@@ -115,8 +115,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device: str = "
 
     path = MICRO if str(name) == "micro" else name
     advice = 'use "micro", a folder with a transformers checkpoint, or a hub id'
-    if any(str(name) in host_class(host).stock for host in list_hosts()):
-        advice = f"did you mean llava-hf/{name}-hf, its hub id?"
+    if hub := next((h.hub for h in map(host_class, list_hosts()) if str(name) in h.stock), None):
+        advice = f"did you mean {hub.format(name)}, its hub id?"
     return read_checkpoint(path, read, what="model", advice=advice)
 
 

@@ -51,7 +51,7 @@ class Geometry:
 
     name: str
     num_patches: int
-    """N: patch tokens of one image."""
+    """N: what may be cut of one image: its patches, or units of several that the projector makes one token of."""
     patch_size: int
     vision_layers: int
     """Encoder layers whose output reaches the projector (23 of LLaVA-1.5's 24)."""
@@ -73,6 +73,8 @@ class Geometry:
     vocab_size: int
     compressed: Compressed | None = None
     """None: the family's own projector, which gives a token for each patch."""
+    unit: int = 1
+    """Encoder tokens behind one visual token, which are cut together: 4 where the projector reads 2 x 2 of them."""
 
     @property
     def visual_tokens(self) -> int:
@@ -82,7 +84,11 @@ class Geometry:
     @property
     def square(self) -> int:
         """Side in pixels of what the encoder sees at once."""
-        return math.isqrt(self.num_patches) * self.patch_size
+        return math.isqrt(self.num_patches * self.unit) * self.patch_size
+
+    def encoder_tokens(self, patches: int) -> int:
+        """Tokens of the encoder, CLS included, that hold so many `patches`."""
+        return patches * self.unit + self.vision_cls
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 Where = Literal["vision", "llm"]
 Grids = tuple[tuple[int, ...], ...]
-"""(rows, columns) of the patches of an image: one grid, or where it is read in tiles that of the whole, then theirs."""
+"""(rows, columns) of the patches of an image: one grid; where it is read in tiles that of the whole, then theirs;
+or one for each tile, in raster order, then that of the whole."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ from ivtp.core.tap import AttentionTap
 
 def full_map(tap: AttentionTap) -> Tensor:
     """(B, T, T), float64, every head spelt out."""
-    query, key = tap.query.double(), tap.key.double()
+    query, key = tap.query.double(), tap.token_key.double()
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = query @ key.transpose(2, 3) * tap.scale
     if tap.causal:

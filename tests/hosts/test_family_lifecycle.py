@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import BATCHES, EVERYWHERE, KEEP, METHODS, NONE, ONE, TWO, Family, generated
+from family import BATCHES, KEEP, METHODS, NONE, ONE, TWO, Family, generated
 from fingerprint import difference, fingerprint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ivtp
 from ivtp.errors import InputError
 from ivtp.hosts.tiny import tiny_images
+from ivtp.plug import find_host
 
 # peft still asks transformers for the old name of activation checkpointing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -48,7 +49,7 @@ def test_every_method_runs_or_is_refused_and_leaves_nothing(family: Family, mode
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
             model.zero_grad(set_to_none=True)
     else:
-        assert method not in EVERYWHERE
+        assert method not in family.everywhere
         assert method in refusal
         assert "\n" not in refusal
     assert difference(before, fingerprint(model)) == []
@@ -105,14 +106,14 @@ def test_the_words_of_the_question_lead(family: Family) -> None:
     assert found[1] == []
 
 
-@pytest.mark.parametrize("tower", ["vision", "language"])
+@pytest.mark.parametrize("tower", ["vision", "text"])
 def test_a_forward_that_dies(family: Family, model: Any, tower: str) -> None:
     """The next one prunes as ever, and detaching still restores everything."""
     inputs = family.inputs(*BATCHES["mixed"])
     with torch.no_grad(), family.attach(other := family.model()):
         expected = other(**inputs).logits[:, -1]
     before = fingerprint(model)
-    layer = next(m for name, m in model.named_modules() if tower in name and name.endswith("layers.4.mlp"))
+    layer = getattr(find_host(model), tower).layers[4].mlp
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")

@@ -13,13 +13,17 @@ HOSTS = list_hosts()
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_halves_of_a_layer_make_the_layer(name: str) -> None:
-    """`attend` and `feed_forward` are the stock layer cut in two."""
-    host = find_host(host_class(name).tiny()[0])
-    hidden = torch.randn(2, 7, host.size.vision_hidden, generator=torch.Generator().manual_seed(0))
-    tower = host.vision
+    """`attend` and `feed_forward` are the stock layer cut in two, given what the tower gives its layers."""
+    model, processor = host_class(name).tiny()
+    host, found = find_host(model), []
+    inputs = host.tiny_inputs(model, processor)
+    hook = host.vision.layers[0].register_forward_hook(lambda *call: found.append(call[1:]), with_kwargs=True)
     with torch.no_grad():
-        halves = tower.feed_forward(0, tower.attend(0, hidden, None))
-        torch.testing.assert_close(halves, tower.layers[0](hidden, None))
+        model(**inputs)
+        hook.remove()
+        ((arguments, named, output),) = found
+        halves = host.vision.feed_forward(0, host.vision.attend(0, *arguments, **named))
+    torch.testing.assert_close(halves, output[0] if isinstance(output, tuple) else output)
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -13,9 +13,11 @@ from PIL import Image, ImageChops
 
 import ivtp
 from ivtp.errors import ConfigError
+from ivtp.hosts.internvl import HOST as INTERNVL
 from ivtp.hosts.llava_next import HOST
 from ivtp.trace import PruneTrace, StageTrace
 from ivtp.visualize import Fate, Panel, draw, draw_comparison, fates
+from ivtp.visualize.patches import laid_out
 
 SHAPES = [(300, 240), (300, 60), (60, 300), (200, 200), (99, 291)]
 """(width, height)."""
@@ -111,3 +113,25 @@ def test_patches_without_a_place_are_not_drawn() -> None:
     ):
         with pytest.raises(ConfigError, match="form no grid"):
             fates(trace)
+
+
+@pytest.mark.parametrize("size", [(300, 60), (60, 300), (200, 200), (99, 291)], ids=str)
+def test_tiles_that_no_call_places_are_laid_out_as_the_picture_is(size: tuple[int, int]) -> None:
+    """Of a spot on black every map, of the whole and of all tiles, shows what the picture shows at its size."""
+    picture = Image.new("L", size)
+    picture.paste(255, (0, 0, size[0] // 2, size[1] // 2))
+    picture.paste(255, (size[0] * 3 // 4, size[1] // 2, size[0], size[1]))
+    model, processor = INTERNVL.tiny()
+    prompt = ivtp.prompt_for(processor, "Is it a dog?")
+    inputs = dict(processor(images=picture.convert("RGB"), text=prompt, return_tensors="pt"))
+    light = inputs["pixel_values"].mean(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).mean(dim=(-1, -2))  # (tiles, 4, 4)
+    own = [(tile > (light.min() + light.max()) / 2).numpy().astype(np.uint8) for tile in light]
+    maps = laid_out(own, size)
+    assert [len(own), len(maps)] == [maps[1].size // 16 + 1, 2]
+    for found in maps:
+        rows, columns = found.shape
+        expected = np.asarray(picture.resize((columns, rows), Image.Resampling.BOX)) > 127
+        assert (found != expected).mean() < 0.15
+    with torch.no_grad(), ivtp.attach(model, processor, method="topk", keep=9) as pruner:
+        model(**inputs)
+    assert draw(picture.convert("RGB"), pruner.trace, question="Is it a dog?").width > 432

@@ -4,6 +4,9 @@ Only the row R[reference] of the rollout is ever needed. With r_e = Â_e[referen
 of the whole product follows from vector-matrix steps r_{l-1} = r_l Â_{l-1}, each a weighted column sum of one
 layer's attention. On CUDA a fused kernel computes it tile by tile (`rollout_triton.py`), elsewhere torch in blocks of
 query rows; neither holds the (T, T) maps of a long sequence.
+
+Where several tokens form a unit (`AttentionTap.units`), every step is one of tokens, and what a function takes and
+gives is by unit: attention that a unit receives is the sum over its tokens, attention that it pays their mean.
 """
 
 from __future__ import annotations
@@ -23,14 +26,25 @@ CELLS = 2**22
 """Floats that these rows should not exceed: more than a processor's cache (16 MiB) is slower, not faster."""
 
 
-@torch.no_grad()
 def attention_row(tap: AttentionTap, reference: int | Tensor | None) -> Tensor:
-    """Head-averaged attention of one query row (Eq. 2): (B, T), float32, without gradient.
+    """Head-averaged attention of one query row (Eq. 2): (B, columns), float32, without gradient.
 
-    `reference` may be negative, or name another row for each sample (B,); None is the mean of all rows.
+    `reference` may be negative, or name another row for each sample (B,); None is the mean of all tokens' rows.
     """
-    if reference is None:
-        return received(tap)
+    return tap.units.sum(_row(tap, reference))
+
+
+def received(tap: AttentionTap) -> Tensor:
+    """(B, columns) attention that each column receives, averaged over heads and all tokens' queries; float32."""
+    return attention_row(tap, None)
+
+
+@torch.no_grad()
+def _row(tap: AttentionTap, reference: int | Tensor | None) -> Tensor:
+    """`attention_row` for each token: (B, T)."""
+    alone = tap.units.size == 1 or (isinstance(reference, int) and 0 <= reference < tap.units.lead)
+    if reference is None or not alone:
+        return _column_sum(tap, _weights_of(tap, reference))
     # one product with the keys, O(T) of memory: torch is as good as a kernel of our own on every device
     length = tap.query.shape[2]
     if isinstance(reference, Tensor):
@@ -41,38 +55,43 @@ def attention_row(tap: AttentionTap, reference: int | Tensor | None) -> Tensor:
     return nn.functional.pad(row, (0, length - row.shape[1]))
 
 
-def received(tap: AttentionTap) -> Tensor:
-    """(B, T) attention that each token receives, averaged over heads and queries; float32."""
-    return weighted_column_sum(tap, _everywhere(tap))
-
-
-def _everywhere(tap: AttentionTap) -> Tensor:
-    """(B, T) the mean of all rows, as weights of them."""
+def _weights_of(tap: AttentionTap, reference: int | Tensor | None) -> Tensor:
+    """(B, T) the tokens' shares in a reference: evenly those of one column, or of all tokens (None)."""
     batch, _, length, _ = tap.query.shape
-    return torch.full((batch, length), 1 / length, device=tap.query.device, dtype=torch.float32)
+    device = tap.query.device
+    if reference is None:
+        return torch.full((batch, length), 1 / length, device=device, dtype=torch.float32)
+    itself = torch.zeros(batch, tap.units.columns(length), device=device, dtype=torch.float32)
+    itself[torch.arange(batch, device=device), reference] = 1.0
+    return tap.units.spread(itself)
 
 
 def full_width_row(tap: AttentionTap, reference: int) -> Tensor:
-    """Attention of one query row with all heads taken as one: softmax over (B, T) of q k^T / sqrt(H d), float32.
+    """Attention of one token's query with all heads taken as one: softmax(q k^T / sqrt(H d)), (B, columns), float32.
 
     Needs as many key heads as query heads.
     """
     query = tap.query[:, :, reference].float()  # (B, H, d)
-    logits = torch.einsum("bhd,bhtd->bt", query, tap.key.float())
+    logits = torch.einsum("bhd,bhtd->bt", query, tap.token_key.float())
     row: Tensor = (logits * (query.shape[1] * query.shape[2]) ** -0.5).softmax(dim=-1)
-    return row
+    return tap.units.sum(row)
 
 
 def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
-    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32, without gradient.
+    """`weights` (B, columns) times the head-averaged attention of a layer: (B, columns), float32, without gradient.
 
     Rows before `first` have the weight 0 and may be left out.
     """
+    return tap.units.sum(_column_sum(tap, tap.units.spread(weights), first))
+
+
+def _column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
+    """`weighted_column_sum` of tokens: `weights` (B, T) times (T, T)."""
     fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        parts = tap.query, tap.key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
+        parts = tap.query, tap.token_key, tap.scale, tap.causal, tap.valid, tap.hidden_from_last
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
     return column_sum_in_blocks(tap, weights, first=first)
@@ -80,7 +99,7 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
 @torch.no_grad()
 def column_sum_in_blocks(tap: AttentionTap, weights: Tensor, block: int | None = None, first: int = 0) -> Tensor:
-    """`weighted_column_sum` in plain torch, `block` query rows at a time."""
+    """`weights` (B, T) times the attention (T, T) of the tokens in plain torch, `block` query rows at a time."""
     batch, heads, length, _ = tap.query.shape
     block = block or min(max(CELLS // (batch * heads * length), FEWEST_ROWS), MOST_ROWS)
     total = torch.zeros_like(weights)
@@ -119,27 +138,25 @@ def _(*arguments: Any) -> Tensor:
 
 
 def rollout_row(taps: Sequence[AttentionTap], reference: int | Tensor | None, aggregation: str = "residual") -> Tensor:
-    """Row `reference` of a group's aggregated attention (Eq. 3), or the mean of its rows (None): (B, T), float32.
+    """Row `reference` of a group's aggregated attention (Eq. 3), or the mean of its rows (None): (B, columns), float32.
 
     `residual` multiplies (A + I) / 2 over the layers and `multiply` multiplies A, later layers from the left;
     `mean` and `max` combine the layers' rows element-wise; `layer` is the last layer alone.
     """
-    last = attention_row(taps[-1], reference)
+    return taps[-1].units.sum(_rolled_out(taps, reference, aggregation))
+
+
+def _rolled_out(taps: Sequence[AttentionTap], reference: int | Tensor | None, aggregation: str) -> Tensor:
+    """`rollout_row` for each token: (B, T)."""
+    last = _row(taps[-1], reference)
     if aggregation == "layer":
         return last
     if aggregation in ("mean", "max"):
-        rows = torch.stack([attention_row(tap, reference) for tap in taps[:-1]] + [last])
+        rows = torch.stack([_row(tap, reference) for tap in taps[:-1]] + [last])
         return rows.mean(dim=0) if aggregation == "mean" else rows.amax(dim=0)
-    row = last
-    if aggregation == "residual":
-        if reference is None:
-            itself = _everywhere(taps[-1])
-        else:
-            itself = torch.zeros_like(last)
-            itself[torch.arange(len(last), device=last.device), reference] = 1.0
-        row = (last + itself) / 2
+    row = (last + _weights_of(taps[-1], reference)) / 2 if aggregation == "residual" else last
     for tap in reversed(taps[:-1]):
-        stepped = weighted_column_sum(tap, row)
+        stepped = _column_sum(tap, row)
         row = (stepped + row) / 2 if aggregation == "residual" else stepped
     return row
 
@@ -160,8 +177,8 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     """`attention_row` of another row (B,) for each sample."""
     batch, heads, length, width = tap.query.shape
     query = tap.query[torch.arange(batch, device=row.device), :, row].float()  # (B, H, d)
-    query = query.view(batch, tap.key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
-    logits = (query @ tap.key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
+    query = query.view(batch, tap.token_key.shape[1], -1, width)  # (B, H_kv, H/H_kv, d)
+    logits = (query @ tap.token_key.float().transpose(2, 3) * tap.scale).view(batch, heads, length)
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
@@ -190,7 +207,7 @@ def _fused_column_sum(device: torch.device) -> Callable[[AttentionTap, Tensor], 
 
 def _flat_key(tap: AttentionTap) -> Tensor:
     """(B * H_kv, T, d), float32."""
-    return tap.key.float().flatten(0, 1)
+    return tap.token_key.float().flatten(0, 1)
 
 
 def _room(tap: AttentionTap, rows: int) -> Tensor:

@@ -19,11 +19,11 @@ from ivtp.core.tap import AttentionTap
 
 
 def weighted_column_sum(tap: AttentionTap, weights: Tensor) -> Tensor:
-    """`weights` (B, T) times the head-averaged attention (T, T) of a layer: (B, T), float32, without gradient.
+    """`weights` (B, T) times the head-averaged attention (T, T) of a layer's tokens: (B, T), float32, without gradient.
 
     A query row that sees no key (padding) adds nothing, whatever its weight.
     """
-    query, key = tap.query.detach(), tap.key.detach()
+    query, key = tap.query.detach(), tap.token_key.detach()
     batch, heads, length, width = query.shape
     log_sums = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     partial = torch.empty_like(log_sums)  # (B, H, T): column sums of each head

@@ -7,7 +7,7 @@ from ivtp.plan import Geometry, Rows
 
 def patch_embedding(g: Geometry) -> float:
     """The patches of one tile."""
-    return 2.0 * g.num_patches * 3 * g.patch_size**2 * g.vision_hidden
+    return 2.0 * g.num_patches * g.unit * 3 * g.patch_size**2 * g.vision_hidden
 
 
 def vision_layer(g: Geometry, attention: int, mlp: int) -> float:
@@ -23,8 +23,8 @@ def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
 
 
 def projector(g: Geometry) -> float:
-    """Two linear layers, for one token."""
-    return 2.0 * (g.vision_hidden * g.text_hidden + g.text_hidden**2)
+    """Two linear layers, for one visual token."""
+    return 2.0 * (g.unit * g.vision_hidden * g.text_hidden + g.text_hidden**2)
 
 
 def text_layer(g: Geometry, attention: int, mlp: int) -> float:
@@ -52,4 +52,4 @@ def query_key(g: Geometry, tokens: int) -> float:
 
 def whole_layer(g: Geometry, patches: int) -> float:
     """A layer of the vision tower over the patches of one image and CLS."""
-    return vision_layer(g, patches + g.vision_cls, patches + g.vision_cls)
+    return vision_layer(g, g.encoder_tokens(patches), g.encoder_tokens(patches))

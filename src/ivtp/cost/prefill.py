@@ -147,7 +147,7 @@ class _Kind:
 def _vision(g: Geometry, kind: _Kind) -> float:
     """The encoder over one tile."""
     layers = zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
-    return patch_embedding(g) + sum(vision_layer(g, a + g.vision_cls, m + g.vision_cls) for a, m in layers)
+    return patch_embedding(g) + sum(vision_layer(g, g.encoder_tokens(a), g.encoder_tokens(m)) for a, m in layers)
 
 
 def _projected(g: Geometry, kinds: list[_Kind], question: int) -> float:
@@ -173,7 +173,7 @@ def _encoder_choice(g: Geometry, kind: _Kind, place: int, text: int) -> float:
     choice = kind.by_tile.cost(cut, _entering(cut, kind.tile), text)
     cost = choice.flops
     for layer, rows in zip(cut.taps, choice.rows or _one_each(cut), strict=True):
-        length = kind.tile.vision_attention[min(layer, g.vision_layers - 1)] + g.vision_cls
+        length = g.encoder_tokens(kind.tile.vision_attention[min(layer, g.vision_layers - 1)])
         if rows == "one" and not g.vision_cls:  # the mean of all rows stands for that of CLS
             rows = "all"
         cost += attention_rows(rows, length, text, g.vision_heads, g.vision_hidden)
@@ -244,4 +244,4 @@ def unread_encoder(g: Geometry, plan: Plan, patches: int) -> float:
     """
     read = {layer for cut in plan.cuts if cut.where == "vision" for layer in cut.taps if layer >= g.vision_layers}
     whole = (g.vision_depth - g.vision_layers) * whole_layer(g, patches)
-    return whole - len(read) * query_key(g, patches + g.vision_cls)
+    return whole - len(read) * query_key(g, g.encoder_tokens(patches))

@@ -66,10 +66,10 @@ def sizes(model: Any) -> Sizes:
     """The sizes of a model in any of the forms that `flops` takes."""
     if isinstance(model, Geometry):
         return Sizes(model, _openai_text_side(model, 1), {})
-    name = model.removeprefix("llava-hf/").removesuffix("-hf") if isinstance(model, str) else None
     folder: Path | None = None
     if isinstance(model, str | Path):
-        folder = None if _stock_host(name) else _folder_of(model)
+        known = _well_known(str(model))
+        folder = None if known else _folder_of(model)
         config = model_config(model)
     else:
         config = getattr(model, "config", model)
@@ -81,7 +81,7 @@ def sizes(model: Any) -> Sizes:
         raise UnsupportedModelError(f"{kind!r} is no model family that can be pruned; use one of {families}")
     geometry: Geometry = host.geometry(config)
     if isinstance(model, str | Path):
-        geometry = dataclasses.replace(geometry, name=name or str(model))
+        geometry = dataclasses.replace(geometry, name=known[0] if known else str(model))
     behind = config.vision_config.num_hidden_layers - geometry.vision_layers
     beside = sidecar(folder)
     geometry = dataclasses.replace(geometry, compressed=_compressed(model, beside))
@@ -90,7 +90,7 @@ def sizes(model: Any) -> Sizes:
         geometry,
         clip or _openai_text_side(geometry, behind),
         recommended(beside),
-        tiled=host.pads,
+        tiled=host.visual(config, (1, 1)) is not None,
         visual=functools.partial(host.visual, config),
         compressible=host.compressible,
     )
@@ -109,14 +109,18 @@ def model_config(model: str | Path) -> Any:
 
     Raises `LoadError` where there is none on this machine.
     """
-    name = str(model).removeprefix("llava-hf/").removesuffix("-hf")
-    host = _stock_host(name)
-    return host.stock_config(name) if host else _local_config(model, _folder_of(model))
+    known = _well_known(str(model))
+    return known[1] if known else _local_config(model, _folder_of(model))
 
 
-def _stock_host(name: str | None) -> Any:
-    """The family that knows sizes of this name, or None."""
-    return next((host for host in host_classes().values() if name in host.stock), None)
+def _well_known(named: str) -> tuple[str, Any] | None:
+    """Name and configuration of a size that a family knows by this name or hub id, if there is one."""
+    for host in host_classes().values():
+        for name in host.stock:
+            hub = host.hub.format(name)
+            if named in (name, hub, hub.partition("/")[2]):
+                return name, host.stock_config(name)
+    return None
 
 
 def _folder_of(model: str | Path) -> Path | None:

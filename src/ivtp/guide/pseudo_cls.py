@@ -74,7 +74,7 @@ class GuideMaker:
         no = torch.tensor(False)
         if cls.shape[0] == 0:
             return Guide(torch.zeros_like(embeddings[0]), no)
-        visual = self.host.project(cls).mean(dim=0).to(embeddings.dtype)
+        visual = self.host.project_summary(cls).mean(dim=0).to(embeddings.dtype)
         assert self.options is not None
         kind = self.options.guide
         if kind == "visual":
@@ -121,7 +121,7 @@ class GuideMaker:
         feature = self.clip.to_vision(sentence).to(cls.device)
         length = torch.linalg.vector_norm(cls.float(), dim=-1).mean()
         scaled = feature * length / torch.linalg.vector_norm(feature).clamp_min(1e-12)
-        return self.host.project(scaled.to(cls.dtype))
+        return self.host.project_summary(scaled.to(cls.dtype)[None])[0]
 
 
 def _weights(scores: Tensor, options: GuideOptions) -> Tensor:

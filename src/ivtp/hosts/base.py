@@ -39,7 +39,8 @@ class Visual:
     """One image of a call: which of its patches its slots in the prompt hold, and what the encoder reads of it."""
 
     grids: tuple[tuple[int, ...], ...]
-    """(rows, columns) of its patches, one grid behind the other: of most families one, of tiles the whole's before."""
+    """(rows, columns) of its patches, one grid behind the other: of most families one; of tiles the whole's and then
+    theirs together, or, where a call does not say how they lie, one for each tile and the whole's at the end."""
     token: Tensor
     """(slots,) the patch that each slot of the prompt holds, -1: a separator, which is never cut."""
     tiles: Tensor
@@ -47,6 +48,8 @@ class Visual:
     scaled: Tensor | None = None
     """(rows, columns) the tokens of all tiles, counted through, that a grid larger than the last of `grids` is made of
     and scaled down from, bilinearly, behind the projector; None where no grid is scaled."""
+    whole: int = 0
+    """The tile that shows all of the image: the summary of its encoder stands for the image."""
 
     @cached_property
     def patches(self) -> int:
@@ -61,7 +64,8 @@ class Visual:
 
 def openai_clip(geometry: Geometry, layers: int) -> str | None:
     """The hub id of OpenAI's CLIP whose vision side, of `layers` layers in all, has these sizes; None without one."""
-    return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, geometry.num_patches))
+    patches = geometry.num_patches * geometry.unit
+    return OPENAI_CLIP.get((geometry.vision_hidden, layers, geometry.patch_size, patches))
 
 
 class Host:
@@ -76,6 +80,8 @@ class Host:
     """Arguments of a call that describe its images; they leave the call, and are not repeated for beams."""
     stock: ClassVar[tuple[str, ...]] = ()
     """Names of well-known sizes, for `stock_config`."""
+    hub: ClassVar[str] = "llava-hf/{}-hf"
+    """The hub id of the checkpoint of such a size, with its name left out."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     pads: ClassVar[bool] = False
@@ -180,6 +186,11 @@ class Host:
         if uncut := sorted(places - self.cuts):
             where = " and ".join(PLACES[place] for place in uncut)
             return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
+        if self.size.unit > 1 and places & {"inside", "behind"} and method.info.merges:
+            return (
+                f"{name} merges tokens in the encoder, and the projector of {self.name} reads {self.size.unit} of them "
+                f"each; use {other}"
+            )
         if self.pads and places and method.info.merges and not method.heeds_padding:
             return (
                 f"{name} merges tokens in the encoder, and could not tell the padding in the tiles of {self.name}; "
@@ -200,8 +211,12 @@ class Host:
         return None
 
     def project(self, features: Tensor) -> Tensor:
-        """Vision features (..., D) to decoder embeddings (..., D_text)."""
+        """Vision features (R, N * `Geometry.unit`, D), units whole, to decoder embeddings (R, N, D_text)."""
         raise NotImplementedError
+
+    def project_summary(self, summary: Tensor) -> Tensor:
+        """What stands for images as a whole (m, D) to decoder embeddings (m, D_text), as units of nothing else."""
+        return self.project(summary.unsqueeze(1).expand(-1, self.size.unit, -1)).squeeze(1)
 
     def check_media(self, inputs: dict[str, Any]) -> None:
         """Raise `InputError` for what would pass unpruned."""

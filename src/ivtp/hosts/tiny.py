@@ -28,15 +28,18 @@ CHAT_TEMPLATE = (
 _WORDS = "USER: ASSISTANT: What is left of the dog? How many bananas are there near the blue house? Is it a cat?"
 
 
-def tiny_tokenizer(image_token: str = IMAGE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that reads any text, trained on a sentence on the spot; pads on the left."""
+def tiny_tokenizer(image_token: str = IMAGE, **marks: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that reads any text, trained on a sentence on the spot; pads on the left.
+
+    `marks` are more special tokens, by the names that a family's processor asks the tokenizer for.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         show_progress=False,
-        special_tokens=["<pad>", "<s>", "</s>", image_token],
+        special_tokens=list(dict.fromkeys(["<pad>", "<s>", "</s>", image_token, *marks.values()])),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     raw.train_from_iterator([_WORDS], trainer)
@@ -48,7 +51,7 @@ def tiny_tokenizer(image_token: str = IMAGE) -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
-        extra_special_tokens={"image_token": image_token},
+        extra_special_tokens={"image_token": image_token, **marks},
     )
 
 

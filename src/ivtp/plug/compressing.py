@@ -194,7 +194,7 @@ def compress(model: nn.Module, processor: Any, name: str, *, tokens: int = 64, s
 
     It gives `tokens` visual tokens of each image; `processor` then writes as many slots, also for other models.
     Its weights are random, drawn from `seed`, until they are trained or loaded: answers are worthless before. Raises
-    `UnsupportedModelError` for any other family (LLaVA-NeXT, LLaVA-OneVision, a LLaVA with a SigLIP tower),
+    `UnsupportedModelError` for any other family (such as LLaVA-NeXT, or a LLaVA with a SigLIP tower),
     `ConfigError`, and `AttachError` where a compressor or a pruner is in already; nothing is changed then.
     """
     host = find_host(model)

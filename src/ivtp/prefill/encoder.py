@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ivtp.core.merge import sizes
 from ivtp.core.select import keep_highest, right_aligned, take
 from ivtp.core.tap import AttentionTap
+from ivtp.core.units import SINGLE, Units
 from ivtp.methods.base import Cut, Method, Window
 from ivtp.prefill.stage import Plug, Seats, Stage
 from ivtp.towers.base import VisionTower
@@ -23,8 +24,8 @@ class Encoded:
 
     patches: Tensor  # (k,): which patches the features stand for
     features: Tensor  # (k, D): projected
-    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the first tile
-    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the first tile
+    cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the whole's tile
+    pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the whole's tile
     sources: Tensor  # (n,): the patch that stands for each one, -1 where it was dropped
 
 
@@ -38,6 +39,7 @@ class EncoderStage(Stage):
         """`hidden` (R, N) bool marks padding, which leaves first."""
         super().__init__(plug, method)
         self.tower = plug.host.vision
+        self._units = Units(plug.host.size.unit, plug.host.size.vision_cls)
         self._hidden = hidden
         self._patch = torch.empty(0)
         self._feature: Tensor | None = None
@@ -61,8 +63,8 @@ class EncoderStage(Stage):
     ) -> tuple[Tensor, ...]:
         """Run the encoder on (R, 3, H, W); hooks on its layers call the other methods meanwhile.
 
-        For methods that ask for it, `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), and
-        `words` (R, W, D_text) are the tokens of the questions.
+        For methods that ask for it, `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), of
+        units their mean, and `words` (R, W, D_text) are the tokens of the questions.
         Returns the fields of `Encoded` with a row for each tile: (R, k), (R, k, D), (R, D), (R, D), (R, N).
         """
         size = self.host.size
@@ -72,7 +74,7 @@ class EncoderStage(Stage):
         self._sources = self._patch[:, size.vision_cls :]
         pooled, last = self.tower.run(pixels)
         if relevance is not None:
-            self._relevance = relevance(last)
+            self._relevance = relevance(self._units.mean(last))
         assert self._feature is not None
         hidden = self._feature
         cls = hidden[:, 0] if self.host.summary == "cls" else hidden.mean(dim=1)
@@ -82,8 +84,8 @@ class EncoderStage(Stage):
         )
         for cut in behind:
             hidden = self.cut(cut, hidden)
-        self._read = hidden[:, size.vision_cls :]
-        features = self.host.project(self._read)
+        features = self.host.project(hidden[:, size.vision_cls :])
+        self._read = self._units.mean(hidden)[:, size.vision_cls :]
         self._patch = self._patch[:, size.vision_cls :]
         for cut in projected:
             features = self.cut(cut, features)
@@ -99,14 +101,15 @@ class EncoderStage(Stage):
         self._feature = self._relevance = self._words = self._read = None
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
-        """Cut (I, T, D), of the encoder or of projected features."""
+        """Cut (I, T, D), of the encoder in units or of projected features."""
+        units = SINGLE if cut.place == "projected" else self._units
         padding = None
         if self._hidden is not None:
             padding = self._hidden.gather(1, self._patch.clamp_min(0)) & (self._patch >= 0)
         window = Window(
             cut,
             self._take_taps(cut),
-            hidden,
+            units.mean(hidden),
             self._patch,
             0 if self.host.summary == "cls" else None,
             sources=self._sources,
@@ -115,8 +118,8 @@ class EncoderStage(Stage):
             words=self._words,
             padding=padding,
         )
-        columns = torch.arange(hidden.shape[1], device=hidden.device)
-        others = hidden.shape[1] - self.method.plan.entering(cut, self.host.size)
+        columns = torch.arange(self._patch.shape[1], device=hidden.device)
+        others = len(columns) - self.method.plan.entering(cut, self.host.size)
         merged = self._merge(window)
         scores: Tensor | None = None
         if merged is None:
@@ -136,7 +139,7 @@ class EncoderStage(Stage):
         self._patch = window.patch.gather(1, index)
         kept = self._patch if merged is None else self._patch.sort(dim=1).values
         self.results.append(self._result(window, scores, kept, merged))
-        return take(hidden, index)
+        return take(hidden, units.tokens(index))
 
     def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The first half of the layer of a cut, whose attention may count merged tokens by their size."""
@@ -147,4 +150,4 @@ class EncoderStage(Stage):
         return self.tower.attend(cut.layer, hidden, *args, bias=bias, **kwargs)
 
     def _tap(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
-        return AttentionTap(query, key, value, scale, causal=False)
+        return AttentionTap(query, key, value, scale, causal=False, units=self._units)

@@ -135,7 +135,7 @@ def _join(
     stay = features.flatten(0, 1)[order]
     if visual.scaled is not None and patches.shape == visual.tiles.shape:  # nothing was cut
         stay = _scaled(features.flatten(0, 1), visual)
-    return Encoded(kept, stay, cls[0], pooled[0], sources), decided
+    return Encoded(kept, stay, cls[visual.whole], pooled[visual.whole], sources), decided
 
 
 def _scaled(features: Tensor, visual: Visual) -> Tensor:

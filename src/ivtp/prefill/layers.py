@@ -42,8 +42,8 @@ def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forw
             return stock(hidden, *args, **kwargs)
         if is_checkpointed(layer):
             # the checkpointed layers around this one drop the cache as well
-            without = {name: None for name in CACHE_NAMES if name in kwargs}
-            kwargs = {**kwargs, "use_cache": False, **without}
+            without = {"use_cache": False, **dict.fromkeys(CACHE_NAMES)}
+            kwargs = {**kwargs, **{name: value for name, value in without.items() if name in kwargs}}
         if cut.place == "behind":
             output = stock(hidden, *args, **kwargs)
             first = output[0] if isinstance(output, tuple) else output

@@ -7,12 +7,13 @@ from ivtp.stock.attention import decoder_mask, kernel, kernel_name, set_kernel
 from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled, is_offloading
 from ivtp.stock.forwards import execution_device, floating_dtype, forward_slot, is_checkpointed, reruns_hooks
 from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, set_image_features
-from ivtp.stock.processors import best_tiling
+from ivtp.stock.processors import best_canvas, best_tiling
 
 __all__ = [
     "CACHE_NAMES",
     "ENCODES_AHEAD",
     "EXPAND",
+    "best_canvas",
     "best_tiling",
     "cache_name",
     "contents",

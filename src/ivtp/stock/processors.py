@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 
 def best_tiling(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -14,3 +15,12 @@ def best_tiling(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -
     """
     height, width = select_best_resolution(size, [list(resolution) for resolution in resolutions])
     return height, width
+
+
+def best_canvas(size: tuple[int, int], tile: tuple[int, int], most: int) -> tuple[int, int]:
+    """The columns and rows, `most` tiles in all, of the grid whose shape is nearest to that of an image.
+
+    `size` and `tile` are (height, width) in pixels.
+    """
+    columns, rows = get_optimal_tiled_canvas(size, tile, 1, most)
+    return columns, rows

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ivtp.core.sparsify import distillation_loss, gumbel_keep, masked_softmax, ratio_loss
+from ivtp.core.units import Units
 from ivtp.methods.dynamicvit import DynamicVit
 from ivtp.plug import exclusive, find_host
 from ivtp.plug.pruner import check_uncompressed, check_unpruned
@@ -57,8 +58,9 @@ def predictor_losses(model: nn.Module, method: DynamicVit, pixels: Tensor) -> Pr
             features = read[-1]
     first, size = host.size.vision_cls, host.size
     ratios = [cut.keep / size.num_patches for cut in method.plan.cuts]
+    kept = policies[-1].repeat_interleave(size.unit, dim=1)
     return PredictorLosses(
-        distillation_loss(features[:, first:], teacher[:, first:], policies[-1]), ratio_loss(policies, ratios)
+        distillation_loss(features[:, first:], teacher[:, first:], kept), ratio_loss(policies, ratios)
     )
 
 
@@ -80,12 +82,12 @@ def _reading(host: Any) -> Iterator[list[Tensor]]:
 @contextmanager
 def _sparsified(host: Any, method: DynamicVit, pixels: Tensor) -> Iterator[list[Tensor]]:
     """The tower with masks behind the method's layers; gives the policies (I, N) of its places as they are drawn."""
-    first = host.size.vision_cls
+    first, units = host.size.vision_cls, Units(host.size.unit, host.size.vision_cls)
     policies: list[Tensor] = []
     everything = torch.ones(len(pixels), host.size.num_patches, device=pixels.device)
 
     def decide(place: int, output: Any) -> None:
-        tokens = (output[0] if isinstance(output, tuple) else output)[:, first:].float()
+        tokens = units.mean(output[0] if isinstance(output, tuple) else output)[:, first:].float()
         before = policies[-1] if policies else everything
         policies.append(gumbel_keep(method.predictors[place](tokens, before.unsqueeze(-1)), before))
 
@@ -99,7 +101,7 @@ def _sparsified(host: Any, method: DynamicVit, pixels: Tensor) -> Iterator[list[
             original = attention.config
             attention.config = copy.copy(original)
             set_kernel(attention.config, _NAME)
-            attention.config.ivtp_policies = policies
+            attention.config.ivtp_policies, attention.config.ivtp_unit = policies, host.size.unit
             stack.callback(setattr, attention, "config", original)
         yield policies
 
@@ -114,8 +116,9 @@ def _sparsified_attention(
     logits = (query.float() @ key.float().transpose(-1, -2)) * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
     policies = module.config.ivtp_policies
     if policies:
-        cls = logits.shape[-1] - policies[-1].shape[1]
-        weights = masked_softmax(logits, nn.functional.pad(policies[-1], (cls, 0), value=1.0))
+        kept = policies[-1].repeat_interleave(module.config.ivtp_unit, dim=1)
+        cls = logits.shape[-1] - kept.shape[1]
+        weights = masked_softmax(logits, nn.functional.pad(kept, (cls, 0), value=1.0))
     else:
         weights = logits.softmax(dim=-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights

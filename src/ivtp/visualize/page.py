@@ -16,7 +16,7 @@ from ivtp.files.outputs import PICTURES, whole
 from ivtp.images import is_sequence, load_image
 from ivtp.trace import PruneTrace
 from ivtp.visualize.fonts import Colour, write
-from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, outline, paint
+from ivtp.visualize.patches import Fate, as_seen, cut_off, fates, laid_out, outline, paint
 from ivtp.visualize.text import INK, MUTED, Bars, shorten, wrap
 
 Maps = list[NDArray[np.uint8]]
@@ -205,6 +205,7 @@ def _strip(
 
 def _painted(image: Image.Image, maps: Maps, square: int, side: int = _SIDE) -> Image.Image:
     """The model's crop at reading size; of an image in tiles, uncut, their patches and below those of the whole."""
+    maps = laid_out(maps, image.size)
     if len(maps) < 2:
         crop = as_seen(image, square).resize((side, side), Image.Resampling.LANCZOS)
         return paint(crop, maps[0]) if maps else crop

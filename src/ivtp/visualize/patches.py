@@ -49,8 +49,9 @@ def cut_off(image: Image.Image) -> str:
 def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> list[NDArray[np.uint8]]:
     """The `Fate` of every patch of one image of sample `row`: (rows, columns) for each of its grids.
 
-    There is one grid; of an image that is read in tiles there are two, of the whole and of the tiles. Raises
-    `ConfigError` when the trace holds no such sample or image, or patches that have no place on a picture.
+    There is one grid; of an image that is read in tiles there are two, of the whole and of the tiles, or one for each
+    tile and that of the whole (`laid_out` joins them). Raises `ConfigError` when the trace holds no such sample or
+    image, or patches that have no place on a picture.
     """
     if not 0 <= row < len(trace.images):
         last = len(trace.images) - 1
@@ -74,6 +75,20 @@ def fates(trace: PruneTrace, row: int = 0, image: int = 0) -> list[NDArray[np.ui
     result[(stands >= 0) & (stands != own)] = Fate.MERGED
     ends = np.cumsum([math.prod(grid) for grid in grids])
     return [part.reshape(grid) for part, grid in zip(np.split(result, ends[:-1]), grids, strict=True)]
+
+
+def laid_out(maps: list[NDArray[np.uint8]], shape: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    """The maps of the whole and of all its tiles, of an image of `shape` (width, height) that has one for each tile.
+
+    Their rows and columns are those whose shape is nearest to the image's. Other images' maps are as they were.
+    """
+    if len(maps) < 3:
+        return maps
+    *tiles, whole = maps
+    count = len(tiles)
+    grids = ((count // columns, columns) for columns in range(1, count + 1) if count % columns == 0)
+    rows, columns = min(grids, key=lambda grid: abs(shape[0] / shape[1] - grid[1] / grid[0]))
+    return [whole, np.block([tiles[row * columns : (row + 1) * columns] for row in range(rows)])]
 
 
 def paint(picture: Image.Image, fate: NDArray[np.uint8]) -> Image.Image:
