@@ -51,10 +51,18 @@ class Visual:
     whole: int = 0
     """The tile that shows all of the image: the summary of its encoder stands for the image."""
 
+    windowed: int | None = None
+    """Pairs of patches that see each other where the encoder's layers see windows; None: all of a tile do."""
+
     @cached_property
     def patches(self) -> int:
         """Tokens that may be cut."""
         return int(self.token.max()) + 1
+
+    @property
+    def counted(self) -> tuple[int, tuple[int, ...], int | None]:
+        """All that its cost depends on: `patches`, `visible` and `windowed`."""
+        return self.patches, self.visible, self.windowed
 
     @property
     def visible(self) -> tuple[int, ...]:
@@ -84,6 +92,8 @@ class Host:
     """The hub id of the checkpoint of such a size, with its name left out."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
+    generate_reads: ClassVar[bool] = False
+    """Whether the stock `generate` reads what describes the images before it calls the model; it is checked first."""
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
@@ -185,7 +195,8 @@ class Host:
         places = {cut.place for cut in method.plan.cuts if cut.where == "vision"}
         if uncut := sorted(places - self.cuts):
             where = " and ".join(PLACES[place] for place in uncut)
-            return f"{name} cuts {where}, where {self.name} cannot be cut; use {other}"
+            stages = 'stages="llm" or ' if hasattr(method.options, "stages") else ""
+            return f"{name} cuts {where}, where {self.name} cannot be cut; use {stages}{other}"
         if self.size.unit > 1 and places & {"inside", "behind"} and method.info.merges:
             return (
                 f"{name} merges tokens in the encoder, and the projector of {self.name} reads {self.size.unit} of them "
@@ -205,6 +216,14 @@ class Host:
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """What the encoder reads of each image: (tiles, 3, H, W)."""
         raise NotImplementedError
+
+    def positions(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, past: int = 0) -> Tensor | None:
+        """Position ids (B, T), or (axes, B, T), of a call on a cache of `past` tokens; None: as the model counts them.
+
+        `ids` (B, T) and its `mask` (B, past + T) may lie elsewhere than in `inputs`. Called once for each call.
+        """
+        position: Tensor | None = inputs.get("position_ids")
+        return position
 
     def separator(self) -> Tensor | None:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""

@@ -69,6 +69,9 @@ class Plugged(Protocol):
     media: tuple[str, ...]
     """Arguments that describe images; the first one is there where there are any."""
 
+    def check_ahead(self, inputs: dict[str, Any]) -> None:
+        """Raise `InputError` for images that the stock `generate` would trip over before it calls the model."""
+
     def exclusively(self) -> Any:
         """A context in which no other thread runs the model; True inside while the pruner is attached."""
 
@@ -181,6 +184,7 @@ def generate_alone(model: Any, plugged: Plugged) -> Callable[..., Any]:
             configs = (args[1] if len(args) > 1 else kwargs.get("generation_config"), model.generation_config)
             with plugged.thread.calling(Call()), ExitStack() as stack:
                 if kwargs.get(plugged.media[0]) is not None:
+                    plugged.check_ahead({"input_ids": args[0] if args else kwargs.get("inputs"), **kwargs})
                     kwargs.pop("prefill_chunk_size", None)
                     stack.enter_context(_whole_prompts([config for config in configs if config is not None]))
                 return stock(*args, **kwargs)

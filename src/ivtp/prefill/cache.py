@@ -39,9 +39,11 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
         layer.expected = True
     tokens: Tensor = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     changed = dict(inputs)
-    if first.shift is not None:
-        changed["position_ids"] = _positions(inputs.get("position_ids"), first, tokens) - first.shift
     given = inputs.get("attention_mask")
+    position = host.positions(inputs, tokens, given, first.get_seq_length())
+    if first.shift is not None:
+        position = _positions(position, first, tokens) - first.shift
+    changed["position_ids"] = position
     if first.prompt_valid is not None:
         changed["attention_mask"] = _logical_mask(given, first, tokens)
     return changed, _masks_of_layers(host, layers, given, tokens)

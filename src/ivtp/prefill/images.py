@@ -39,10 +39,11 @@ def encode(
     relevance: Relevance | None,
     words: Words | None,
 ) -> Batch:
-    """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together."""
+    """Run the encoder on the `tiles` (t, ...) of each image; images that are cut alike run together where they can."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for number, visual in enumerate(visuals):
-        groups.setdefault((visual.patches, visual.visible), []).append(number)
+        alone = number if plug.host.vision.flat else None
+        groups.setdefault((visual.patches, visual.visible, alone), []).append(number)
     found: dict[int, Encoded] = {}
     results: dict[int, list[CutResult]] = {}
     for members in groups.values():

@@ -149,7 +149,7 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
     return count_prompt(
         record.host.size,
         record.method,
-        [(visual.patches, visual.visible) for visual in own],
+        [visual.counted for visual in own],
         text_tokens=length - sum(visual.patches for visual in own),  # separators stay, as text does
         relevance=None if again else relevance,
         instruction_tokens=words,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,12 @@ from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.stock import decoder_mask, kernel_name
 from ivtp.towers.base import TextTower
 
-_KINDS = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
-
 
 class LlamaTower(TextTower):
     """A `LlamaModel`, or another decoder whose layers do the same sums in the same order."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
+    """What their configs call themselves."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -27,10 +28,10 @@ class LlamaTower(TextTower):
     @classmethod
     def sizes(cls, config: Any) -> dict[str, int]:
         """Of a decoder whose layers are a Llama layer's maths: any other, cut in two, would silently be wrong."""
-        if config.model_type not in _KINDS:
+        if config.model_type not in cls.kinds:
             raise UnsupportedModelError(
                 f"the decoder is a {config.model_type!r}; decoders with Llama's layers can be pruned: "
-                f"{', '.join(_KINDS)}"
+                f"{', '.join(cls.kinds)}"
             )
         window = getattr(config, "sliding_window", None)
         if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"] * bool(window)):
@@ -99,3 +100,9 @@ class LlamaTower(TextTower):
                 'load the model with attn_implementation="sdpa" to train or draft with pruning'
             )
         return decoder_mask(config, hidden, valid, visible, cache)
+
+
+class QwenTextTower(LlamaTower):
+    """The decoder of Qwen2-VL and Qwen2.5-VL: Llama's layers, whose rotary embeddings mix positions on three axes."""
+
+    kinds = ("qwen2_5_vl_text", "qwen2_vl_text")
