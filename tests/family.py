@@ -24,7 +24,7 @@ Prompt = tuple[str, tuple[Size, ...]]
 
 METHODS = ("divprune", "fastv", "ivtp", "ivtp+", "sparsevlm", "tome", "topk")
 """One of each kind: by variety, in the decoder, in both with and without CLIP, merging or not, by attention."""
-EVERYWHERE = ("divprune", "fastv", "ivtp", "ivtp+", "random", "sparsevlm")
+EVERYWHERE = ("divprune", "fastv", "ivtp", "random", "sparsevlm")
 """Methods that ask for nothing that a family may lack."""
 KEEP = 8
 
@@ -85,7 +85,8 @@ class Family:
         kind = method_class(method)
         read = kind.reads | {field.name for field in dataclasses.fields(kind.Options)}
         guide = {} if self.clip is not None else {"guide": "text"}
-        defaults = {"llm_layers": 6, "threshold": 0.06, **guide}
+        stages = {} if "inside" in self.host.cuts else {"stages": "llm"}
+        defaults = {"llm_layers": 6, "threshold": 0.06, **guide, **stages}
         return {"method": method, "keep": KEEP, **{k: v for k, v in defaults.items() if k in read}, **changes}
 
     def attach(self, model: nn.Module, method: str = "ivtp", **changes: Any) -> ivtp.Pruner:

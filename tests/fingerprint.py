@@ -6,7 +6,7 @@ import importlib
 from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ivtp.plug  # noqa: F401  # adds its own attention kernel to the shared table once, when it is imported
@@ -26,7 +26,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         found[f"{name}.__class__"] = type(module)
-        found[f"{name}.__dict__"] = {key: _freeze(value) for key, value in vars(module).items()}
+        # a plain tensor is no weight, but what the stock model remembers of its last call, and makes anew each time
+        found[f"{name}.__dict__"] = {
+            key: value.tolist() if type(value) is Tensor else _freeze(value) for key, value in vars(module).items()
+        }
         for base in type(module).__mro__:
             found[f"{base.__module__}.{base.__qualname__}"] = {
                 k: id(v) for k, v in vars(base).items() if k != "__doc__"

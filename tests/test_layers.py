@@ -34,7 +34,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONE_FILE_EACH = ("methods", "hosts", "towers", "compressors")
 """Rooms whose files never import one another, only what they share."""
-SHARED = ("base", "groups", "llama", "llava_like", "outliers", "paligemma", "pre_norm", "tiles", "tiny", "window")
+SHARED = (
+    *("base", "groups", "llama", "llava_like", "outliers", "paligemma", "pre_norm", "qwen_like", "tiles", "tiny"),
+    "window",
+)
 """Files that the others of their room share."""
 UPWARDS = {("trace", "visualize"): "users expect a trace to draw itself"}
 """Imports of a higher floor, which happen in a function when it is called; each with its reason."""

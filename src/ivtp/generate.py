@@ -54,6 +54,8 @@ class Answer:
     """What the patches of each image form."""
     tiles: tuple[tuple[int, ...], ...] = ()
     """Of each image, how many tokens of each tile that the encoder read reached the prompt; one tile of most models."""
+    windowed: tuple[int | None, ...] = ()
+    """Of each image `ivtp.hosts.base.Visual.windowed`."""
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
@@ -287,6 +289,7 @@ def _answer(
         prompt_columns=columns,
         grids=tuple(visual.grids for visual in visuals),
         tiles=tuple(visual.visible for visual in visuals),
+        windowed=tuple(visual.windowed for visual in visuals),
     )
 
 

@@ -79,6 +79,16 @@ class Geometry:
     """Encoder tokens behind one visual token, which are cut together: 4 where the projector reads 2 x 2 of them."""
     marks: int = 0
     """Tokens that the family's processor writes around the slots of each image."""
+    projector_width: int | None = None
+    """Channels between the projector's two layers; None: as many as it gives."""
+    patch_frames: int = 1
+    """Pictures that a patch spans: 2 in an encoder for videos, which reads an image twice."""
+    vision_mlp_matrices: int = 2
+    """Weight matrices of a feed-forward block of the encoder: 3 when gated."""
+    vision_windowed: tuple[int, ...] = ()
+    """Encoder layers that see windows of an image, whose patches see each other alone."""
+    any_size: bool = False
+    """Whether the encoder reads an image of any size at once, and `num_patches` are those of one of them."""
 
     @property
     def visual_tokens(self) -> int:

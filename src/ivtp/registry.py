@@ -34,7 +34,7 @@ def names_in(room: str) -> tuple[str, ...]:
     return tuple(sorted({*_own_names(room), *_installed(room)}))
 
 
-_NO_NAMES = ("base", "compose", "groups", "llava_like", "outliers", "tiles", "tiny", "window")
+_NO_NAMES = ("base", "compose", "groups", "llava_like", "outliers", "qwen_like", "tiles", "tiny", "window")
 """Files of the rooms that register nothing: what the others share."""
 
 
@@ -107,16 +107,20 @@ _HALF = "50%"
 """Tokens that no method is too coarse to leave."""
 
 
+_WAYS: tuple[dict[str, str], ...] = ({}, {"guide": "text"}, {"guide": "text", "stages": "llm"})
+"""Options that a method may be taken with, where it has them."""
+
+
 def _taken(host: Any, name: str) -> Taken:
-    guided = any(field.name == "guide" for field in dataclasses.fields(method_class(name).Options))
+    fields = {field.name for field in dataclasses.fields(method_class(name).Options)}
     refusals = []
-    for options in ({}, {"guide": "text"})[: 1 + guided]:
+    for options in (ways for ways in _WAYS if fields >= ways.keys()):
         try:
             method_on(host, PruneConfig(method=name, keep=_HALF, options=options))
         except ConfigError as error:
             refusals.append(str(error))
         else:
-            return Taken(options, "".join(refusals))
+            return Taken(options, "".join(refusals[:1]))
     return Taken(None, refusals[0])
 
 

@@ -48,7 +48,8 @@ def test_the_command_prints_it(run: Run) -> None:
     assert header == ["method", *ivtp.list_hosts()]
     texts = {(method, host): text for method, *own in table for host, text in zip(header[1:], own, strict=True)}
     for key, cell in cells.items():
-        assert texts[key] == ("yes" if cell.options == {} else "guide=text" if cell.options else "-")
+        taken = ",".join(f"{name}={value}" for name, value in (cell.options or {}).items())
+        assert texts[key] == ("-" if cell.options is None else taken or "yes")
         assert cell.options is not None or cell.refusal in shown
 
 

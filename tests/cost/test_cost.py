@@ -173,7 +173,7 @@ def test_pruned_model_costs_what_a_counter_sees(tiny: Tiny, images: int, changes
     report = count_prompt(
         geometry,
         method,
-        [(geometry.num_patches, (geometry.num_patches,))] * images,
+        [(geometry.num_patches, (geometry.num_patches,), None)] * images,
         text_tokens=text,
         relevance=Relevance(
             text_layers=clip.text_config.num_hidden_layers,

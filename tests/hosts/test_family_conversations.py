@@ -9,6 +9,8 @@ import pytest
 import torch
 from family import ONE, TWO, Family
 
+from ivtp.errors import InputError
+
 
 def generate(model: Any, inputs: dict[str, Any], count: int = 4, **options: Any) -> Any:
     with torch.no_grad():
@@ -22,13 +24,10 @@ def conversation(family: Family, *, images: bool) -> dict[str, Any]:
     tokenizer = family.processor.tokenizer
     answer = tokenizer(" It is", add_special_tokens=False, return_tensors="pt")["input_ids"]
     opened = int(made[1]["input_ids"][0, 0] == tokenizer.bos_token_id)
-    columns = {
-        name: torch.cat([made[0][name], between, made[1][name][:, opened:]], 1)
-        for name, between in {
-            "input_ids": answer,
-            **dict.fromkeys(family.host.of_columns, torch.ones_like(answer)),
-        }.items()
-    }
+    between = {"input_ids": answer, **dict.fromkeys(family.host.of_columns, torch.ones_like(answer))}
+    if "mm_token_type_ids" in made[0]:
+        between["mm_token_type_ids"] = torch.zeros_like(answer)
+    columns = {name: torch.cat([made[0][name], part, made[1][name][:, opened:]], 1) for name, part in between.items()}
     media = {name: torch.cat([p[name] for p in made if name in p]) for name in family.host.media if name in made[0]}
     return {**columns, "attention_mask": torch.ones_like(columns["input_ids"]), **media}
 
@@ -56,9 +55,20 @@ def test_a_second_question_chooses_again_as_in_one_pass(family: Family, images: 
         held = generate(model, inputs, 1).past_key_values
         expected, kept = generate(model, again), pruner.trace.kept()
         new = {n: v[len(v) // 2 :] if images else None for n, v in again.items() if n in family.host.media}
-        for given in (again, {**again, **new}):
+        for given in (again,) if family.host.generate_reads else (again, {**again, **new}):
             same(generate(model, given, past_key_values=copy.deepcopy(held)), expected)
             assert torch.equal(pruner.trace.kept(), kept)
+
+
+def test_what_the_stock_model_reads_of_all_images_is_asked_for(family: Family) -> None:
+    if not family.host.generate_reads:
+        pytest.skip("the stock model reads what describes the images of a turn alone")
+    model, inputs, again = family.model(), family.inputs(ONE), conversation(family, images=False)
+    with family.attach(model, repruning="turn"):
+        held = generate(model, inputs, 1).past_key_values
+        text = {name: value for name, value in again.items() if name not in family.host.media}
+        with pytest.raises(InputError, match="image_grid_thw of all images of the conversation"):
+            generate(model, text, past_key_values=held)
 
 
 def test_a_new_image_is_pruned_behind_the_cache(family: Family) -> None:

@@ -50,7 +50,7 @@ def test_every_method_runs_or_is_refused_and_leaves_nothing(family: Family, mode
             model.zero_grad(set_to_none=True)
     else:
         assert method not in family.everywhere
-        assert method in refusal
+        assert method in refusal or "keep=" in refusal, "too few tokens of an image that may be large"
         assert "\n" not in refusal
     assert difference(before, fingerprint(model)) == []
     assert difference(side, fingerprint(family.clip[0]) if family.clip else {}) == []
@@ -112,6 +112,7 @@ def test_a_forward_that_dies(family: Family, model: Any, tower: str) -> None:
     inputs = family.inputs(*BATCHES["mixed"])
     with torch.no_grad(), family.attach(other := family.model()):
         expected = other(**inputs).logits[:, -1]
+        model(**inputs)
     before = fingerprint(model)
     layer = getattr(find_host(model), tower).layers[4].mlp
 
@@ -132,8 +133,9 @@ def test_wrong_inputs_are_a_clear_line(family: Family, model: Any) -> None:
     inputs = family.inputs(TWO)
     slot = int((inputs["input_ids"][0] == family.processor.image_token_id).nonzero()[0])
     columns = [c for c in range(inputs["input_ids"].shape[1]) if c != slot]
-    short = {**inputs, **{k: inputs[k][:, columns] for k in ("input_ids", "attention_mask")}}
-    fewer = {k: v if k in ("input_ids", "attention_mask") else v[:1] for k, v in inputs.items()}
+    of_tokens = [k for k, v in inputs.items() if v.shape == inputs["input_ids"].shape]
+    short = {**inputs, **{k: inputs[k][:, columns] for k in of_tokens}}
+    fewer = {k: v if k in of_tokens else v[:1] for k, v in inputs.items()}
     spoilt = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     spoilt["pixel_values"].view(-1)[3] = float("nan")
     with torch.no_grad(), family.attach(model) as pruner:

@@ -118,15 +118,15 @@ def test_a_broken_sidecar_says_so(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("name", HOSTS)
 def test_cost_and_pruner_follow_the_same_recommendation(name: str, tmp_path: Path) -> None:
     model, _ = host_class(name).tiny()
-    with ivtp.attach(model, None, keep=4, guide="text") as pruner:
+    asked = {"keep": 4, "guide": "text", "stages": "both" if "inside" in host_class(name).cuts else "llm"}
+    with ivtp.attach(model, None, **asked) as pruner:
         assert pruner.method.options.llm_layers == pruner.host.size.text_layers < 12  # as many as there are
     model.save_pretrained(tmp_path)
     (tmp_path / "ivtp.json").write_text(json.dumps({"llm_layers": 5, "clip": "clip", "unknown": 1}))
     loaded = type(model).from_pretrained(tmp_path)
-    with torch.no_grad(), ivtp.attach(loaded, None, keep=4, guide="text") as pruner:
+    with torch.no_grad(), ivtp.attach(loaded, None, **asked) as pruner:
         assert pruner.method.options.llm_layers == 5
     told, five, six = (
-        ivtp.flops(tmp_path, keep=4, guide="text", **layers).total
-        for layers in ({}, {"llm_layers": 5}, {"llm_layers": 6})
+        ivtp.flops(tmp_path, **asked, **layers).total for layers in ({}, {"llm_layers": 5}, {"llm_layers": 6})
     )
     assert told == five != six

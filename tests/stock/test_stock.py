@@ -22,6 +22,7 @@ from transformers.models.llava import modeling_llava
 
 import ivtp
 from ivtp import stock
+from ivtp.registry import host_class
 
 
 def test_without_accelerates_old_forward_a_stand_in_is_never_called() -> None:
@@ -196,6 +197,53 @@ def test_without_a_projector_and_tower_at_these_names_no_part_is_found(tiny: Tin
     inner: Any = tiny.model().model
     assert isinstance(inner, modeling_llava.LlavaModel)
     assert {"vision_tower", "multi_modal_projector", "language_model"} <= dict(inner.named_children()).keys()
+
+
+def test_without_the_index_of_grids_tokens_stand_elsewhere_than_in_the_stock_model() -> None:
+    """Their positions in a left-padded batch, and how much later ones differ from their columns."""
+    family = host_class("qwen2_vl")
+    model, processor = family.tiny()
+    inputs = family.tiny_inputs(model, processor, [("Is it a dog?", [(50, 40), (20, 60)]), ("How many?", [])])
+    given: list[Any] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    expected, differences = given[0]["position_ids"], model.model.rope_deltas
+    model.model.rope_deltas = None
+    found = stock.grid_positions(
+        model.model,
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        inputs["image_grid_thw"],
+        model.config.image_token_id,
+    )
+    assert found.equal(expected)
+    assert model.model.rope_deltas.equal(differences)
+    counted = inputs["attention_mask"].sum(dim=1, keepdim=True)
+    later = stock.later_positions(model.model, counted)
+    assert later.tolist() == [[[int(found[:, row].max()) + 1] for row in range(2)]]
+    assert stock.later_positions(model.model, counted.repeat_interleave(2, dim=0))[0, ::2].equal(later[0])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_without_places_and_windows_patches_are_turned_otherwise_than_in_the_stock_encoder(name: str) -> None:
+    family = host_class(name)
+    model, processor = family.tiny()
+    inputs = family.tiny_inputs(model, processor, [("Is it a dog?", [(50, 40)])])
+    tower, layers = model.model.visual, []
+    tower.blocks[0].register_forward_pre_hook(lambda module, args, kwargs: layers.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+    _, rows, columns = inputs["image_grid_thw"][0].tolist()
+    turns = tower.rotary_pos_emb(torch.zeros(1), stock.patch_places(rows, columns, 2))
+    ends = torch.tensor([0, rows * columns])
+    if name == "qwen2_5_vl":
+        order, ends = stock.patch_windows(rows, columns, tower.config)
+        turns = [turn.view(len(order), 4, -1)[order].flatten(0, 1) for turn in turns]
+    assert layers[0]["cu_seqlens"].tolist() == ends.tolist()
+    assert all(mine.equal(theirs) for mine, theirs in zip(turns, layers[0]["position_embeddings"], strict=True))
 
 
 def test_weights_that_are_integers_are_passed_over() -> None:

@@ -100,7 +100,7 @@ def _list_by_host(names: list[str], as_json: bool) -> None:
 def _cell(options: Mapping[str, Any] | None) -> str:
     if options is None:
         return "-"
-    return ", ".join(f"{name}={value}" for name, value in options.items()) or "yes"
+    return ",".join(f"{name}={value}" for name, value in options.items()) or "yes"
 
 
 def _describe(row: dict[str, Any], kind: Any, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivtp.core.select import on_device, right_aligned
+from ivtp.core.select import on_device, right_aligned, take
 
 
 @dataclass(frozen=True)
@@ -17,14 +17,14 @@ class TokenSequence:
     """What each column of a (B, T, D) decoder input is.
 
     `patch` is the original patch index (image m of a row counts from m*N), -1 for text, padding and the guide;
-    `valid` is False for padding; `position` the position id; `source` the column of the user's prompt, -1 for the
-    guide. `slack` counts the empty columns at the left of each row and `holes` says whether there is padding
-    elsewhere; both are known on the host, so that lengths never have to be read from the device.
+    `valid` is False for padding; `position` the position id, or one on each axis; `source` the column of the user's
+    prompt, -1 for the guide. `slack` counts the empty columns at the left of each row and `holes` says whether there
+    is padding elsewhere; both are known on the host, so that lengths never have to be read from the device.
     """
 
     patch: Tensor  # (B, T)
     valid: Tensor  # (B, T) bool
-    position: Tensor  # (B, T)
+    position: Tensor  # (B, T), or (B, T, axes)
     source: Tensor  # (B, T)
     slack: tuple[int, ...]
     holes: bool
@@ -40,6 +40,11 @@ class TokenSequence:
     def visual(self) -> Tensor:
         """(B, T) bool: the visual tokens."""
         return self.patch >= 0
+
+    @property
+    def position_ids(self) -> Tensor:
+        """The positions as a model takes them: (B, T), or (axes, B, T)."""
+        return self.position if self.position.dim() == 2 else self.position.movedim(-1, 0)
 
     @property
     def length(self) -> int:
@@ -65,7 +70,7 @@ class TokenSequence:
         sequence = TokenSequence(
             patch=self.patch.gather(1, index).masked_fill(~filled, -1),
             valid=self.valid.gather(1, index) & filled,
-            position=self.position.gather(1, index),
+            position=take(self.position, index),
             source=self.source.gather(1, index),
             slack=left,
             holes=self.holes,
@@ -78,13 +83,15 @@ class TokenSequence:
         `answer` (B, T) bool marks columns that are no part of the prompt.
         """
         prompt = self.valid if answer is None else self.valid & ~answer
-        last = self.position.masked_fill(~prompt, -1).amax(dim=1, keepdim=True) + 1
-        column = torch.full_like(last, -1)
+        places = self.position.view(*prompt.shape, -1).masked_fill(~prompt.unsqueeze(-1), -1)
+        last = places.amax(dim=(1, 2)) + 1  # (B,)
+        behind = last.view(-1, *[1] * (self.position.dim() - 1)).expand_as(self.position[:, :1])
+        column = torch.full_like(self.patch[:, :1], -1)
         return replace(
             self,
             patch=torch.cat([self.patch, column], dim=1),
             valid=torch.cat([self.valid, column.bool()], dim=1),
-            position=torch.cat([self.position, last], dim=1),
+            position=torch.cat([self.position, behind], dim=1),
             source=torch.cat([self.source, column], dim=1),
         )
 
@@ -128,11 +135,11 @@ class Placeholders:
 
 def enter_decoder(
     slots: Placeholders, prompt: TokenSequence, kept: Many[Tensor], compact: bool
-) -> tuple[TokenSequence, Tensor]:
+) -> tuple[TokenSequence, Tensor, Tensor | None]:
     """The sequence that enters the decoder after stage 1, and its gather index (B, T') into the prompt.
 
     `kept` are the patches (k,) that stay of each image of the rows, in the order of their features. With `compact`
-    the positions behind a removed token move up.
+    positions that no token is at any more close up, and what comes behind the prompt moves up by the third (B, 1).
     """
     holds = slots.patch >= 0
     lengths = [len(own) for own in kept]
@@ -145,12 +152,36 @@ def enter_decoder(
     filled = torch.arange(index.shape[1], device=index.device) >= on_device(sequence.slack, index.device).unsqueeze(1)
     visual = (holds & ~gone).gather(1, index) & filled
     local = torch.zeros_like(index).masked_scatter(visual, patches)  # (B, T') patch within its image
-    placed = sequence.position
+    placed, shift = sequence.position, None
     if compact:
-        placed = placed - gone.cumsum(dim=1).gather(1, index)
+        vacant, shift = _vacant(prompt, gone)
+        placed = placed - take(vacant, index)
     offsets = on_device(image_offsets(slots.patches), index.device)
     patch = torch.where(visual, local + offsets[slots.image.gather(1, index)], -1)
-    return replace(sequence, patch=patch, position=placed), index
+    return replace(sequence, patch=patch, position=placed), index, shift
+
+
+def _vacant(prompt: TokenSequence, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """How many positions before each of the prompt's no token is at once those `gone` (B, T) are, and in all (B, 1).
+
+    A position is taken by a token that has it on any axis. The first is of the shape of the prompt's positions.
+    """
+    (before, all_before), (after, all_after) = (
+        _taken(prompt.position, there) for there in (prompt.valid, prompt.valid & ~gone)
+    )
+    return before - after, all_before - all_after
+
+
+def _taken(position: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """How many positions before each of `position` (B, T, ...) the tokens `there` (B, T) take, and in all (B, 1)."""
+    flat = position.flatten(1).contiguous()
+    far = torch.iinfo(flat.dtype).max
+    axes = there.view(*there.shape, *[1] * (position.dim() - 2)).expand_as(position).flatten(1)
+    ordered = flat.masked_fill(~axes, far).sort(dim=1).values
+    new = ordered < far
+    new[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    count = torch.nn.functional.pad(new.cumsum(dim=1), (1, 0))  # (B, 1 + T * axes)
+    return count.gather(1, torch.searchsorted(ordered, flat)).view_as(position), count[:, -1:]
 
 
 def image_offsets(patches: tuple[tuple[int, ...], ...]) -> list[int]:

@@ -21,8 +21,8 @@ class Cost:
         from ivtp.cost.prefill import count_prompt  # loads torch, which a command line that asks nothing waits not for
         from ivtp.cost.sizes import sizes
 
-        images = [(sum(visible), visible) for visible in answer.tiles]
-        patches = sum(count for count, _ in images)
+        images = [(sum(visible), visible, own) for visible, own in zip(answer.tiles, answer.windowed, strict=True)]
+        patches = sum(count for count, *_ in images)
         text = answer.prompt_columns - patches
         full = count_prompt(sizes(model).geometry, None, images, text_tokens=text).total
         if answer.trace is None:

@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from ivtp.plan import Geometry, Rows
 
 
-def patch_embedding(g: Geometry) -> float:
-    """The patches of one tile."""
-    return 2.0 * g.num_patches * g.unit * 3 * g.patch_size**2 * g.vision_hidden
+def patch_embedding(g: Geometry, patches: int) -> float:
+    """The `patches` of one tile."""
+    return 2.0 * patches * g.unit * 3 * g.patch_frames * g.patch_size**2 * g.vision_hidden
 
 
 def vision_layer(g: Geometry, attention: int, mlp: int) -> float:
     """A layer of the vision tower, as `encoder_layer`."""
-    return encoder_layer(g.vision_hidden, g.vision_mlp, attention, mlp)
+    return encoder_layer(g.vision_hidden, g.vision_mlp, attention, mlp, g.vision_mlp_matrices)
 
 
-def encoder_layer(hidden: int, width: int, attention: int, mlp: int) -> float:
+def encoder_layer(hidden: int, width: int, attention: int, mlp: int, matrices: int = 2) -> float:
     """A CLIP layer whose attention sees `attention` tokens and whose MLP of `width` sees `mlp`."""
     linear = 2.0 * attention * 4 * hidden**2
-    products = 2.0 * 2 * attention**2 * hidden  # Q K^T, and the weights times V
-    return linear + products + 2.0 * mlp * 2 * hidden * width
+    return linear + attention_products(hidden, attention**2) + 2.0 * mlp * matrices * hidden * width
+
+
+def attention_products(width: int, pairs: int) -> float:
+    """Q K^T, and the weights times V, where so many `pairs` of tokens see each other, over `width` channels."""
+    return 2.0 * 2 * pairs * width
 
 
 def projector(g: Geometry) -> float:
     """Its linear layers, for one visual token."""
-    first = g.unit * g.vision_hidden * g.text_hidden
-    return 2.0 * (first + (g.projector_matrices - 1) * g.text_hidden**2)
+    between = [g.projector_width or g.text_hidden] * (g.projector_matrices - 1)
+    widths = [g.unit * g.vision_hidden, *between, g.text_hidden]
+    return 2.0 * sum(given * made for given, made in pairwise(widths))
 
 
 def text_layer(g: Geometry, attention: int, mlp: int) -> float:
     """A decoder layer whose attention sees `attention` tokens and whose MLP sees `mlp`."""
     query, key_value = g.text_heads * g.text_head_dim, g.text_kv_heads * g.text_head_dim
     linear = 2.0 * attention * g.text_hidden * (2 * query + 2 * key_value)
-    products = 2.0 * 2 * attention**2 * query
+    products = attention_products(query, attention**2)
     return linear + products + 2.0 * mlp * g.text_mlp_matrices * g.text_hidden * g.text_mlp
 
 

@@ -10,11 +10,13 @@ embedding look-ups and decode steps. `docs/flops.md` gives the reasons and the p
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ivtp.cost.layers import (
+    attention_products,
     attention_rows,
     encoder_layer,
     past_keys,
@@ -31,8 +33,8 @@ from ivtp.plan import Cut, Geometry, Plan, Rows
 from ivtp.registry import compressor_class
 from ivtp.trace import TokensPerLayer
 
-Image = tuple[int, tuple[int, ...]]
-"""Patches of an image, and how many tokens of each of its tiles reach the prompt."""
+Image = tuple[int, tuple[int, ...], int | None]
+"""Patches of an image, how many of each of its tiles reach the prompt, and `Visual.windowed`: see `Visual.counted`."""
 
 
 @dataclass(frozen=True)
@@ -138,24 +140,34 @@ class _Kind:
     """Tokens of the image in each layer; of the encoder as if it were one tile."""
     tile: TokensPerLayer
     """Tokens of a tile in each layer of the encoder."""
+    windowed: int | None
+    """`Visual.windowed`."""
 
     @classmethod
     def of(cls, geometry: Geometry, method: Method | None, image: Image, count: int) -> _Kind:
-        patches, visible = image
-        own, tile = (dataclasses.replace(geometry, num_patches=n) for n in (patches, geometry.num_patches))
+        patches, visible, windowed = image
+        of_tile = patches if geometry.any_size else geometry.num_patches
+        own, tile = (dataclasses.replace(geometry, num_patches=n) for n in (patches, of_tile))
         if method is None:
-            return cls(count, len(visible), None, None, Plan().tokens_per_layer(own), Plan().tokens_per_layer(tile))
+            seen, of_each = (Plan().tokens_per_layer(sizes) for sizes in (own, tile))
+            return cls(count, len(visible), None, None, seen, of_each, windowed)
         whole = method.sized(patches)
-        by_tile = whole.tiled(geometry.num_patches, visible)
-        return cls(
-            count, len(visible), whole, by_tile, whole.plan.tokens_per_layer(own), by_tile.plan.tokens_per_layer(tile)
-        )
+        by_tile = whole.tiled(of_tile, visible)
+        seen, of_each = (part.plan.tokens_per_layer(sizes) for part, sizes in ((whole, own), (by_tile, tile)))
+        return cls(count, len(visible), whole, by_tile, seen, of_each, windowed)
 
 
 def _vision(g: Geometry, kind: _Kind) -> float:
     """The encoder over one tile."""
-    layers = zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
-    return patch_embedding(g) + sum(vision_layer(g, g.encoder_tokens(a), g.encoder_tokens(m)) for a, m in layers)
+    counts = [
+        tuple(map(g.encoder_tokens, pair))
+        for pair in zip(kind.tile.vision_attention, kind.tile.vision_mlp, strict=True)
+    ]
+    layers = sum(vision_layer(g, attention, mlp) for attention, mlp in counts)
+    if kind.windowed is not None:
+        unseen = (counts[layer][0] ** 2 - kind.windowed * g.unit**2 for layer in g.vision_windowed)
+        layers -= sum(map(functools.partial(attention_products, g.vision_hidden), unseen))
+    return patch_embedding(g, kind.tile.vision_attention[0]) + layers
 
 
 def _projected(g: Geometry, kinds: list[_Kind], question: int) -> float:

@@ -55,7 +55,7 @@ class Sizes:
     recommended: Mapping[str, Any]
     """Options for this checkpoint, of which a method takes those that it knows."""
     tiled: bool = False
-    """Whether the family reads an image in tiles, as many as its size asks for."""
+    """Whether the family reads an image in tiles or tokens, as many as its size asks for."""
     visual: Callable[[tuple[int, int], int], Visual | None] = lambda size, images: None
     """What an image of a size (width, height), one of so many, is to the family; None where all are alike."""
     compressible: bool = True
@@ -82,7 +82,7 @@ def sizes(model: Any) -> Sizes:
     geometry: Geometry = host.geometry(config)
     if isinstance(model, str | Path):
         geometry = dataclasses.replace(geometry, name=known[0] if known else str(model))
-    behind = config.vision_config.num_hidden_layers - geometry.vision_layers
+    behind = geometry.vision_depth - geometry.vision_layers
     beside = sidecar(folder)
     geometry = dataclasses.replace(geometry, compressed=_compressed(model, beside))
     clip = _clip_beside(folder / str(beside["clip"]), behind) if folder and beside.get("clip") else None

@@ -270,7 +270,7 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         for prompt, length in zip(prompts, inputs["attention_mask"].sum(dim=1).tolist(), strict=True):
             own = [next(visuals) for _ in prompt.images]
             left = sum(visual.patches for visual in own)
-            kinds = [(visual.patches, visual.visible) for visual in own]
+            kinds = [visual.counted for visual in own]
             found.append((left, count_prompt(self.host.size, None, kinds, text_tokens=length - left).total))
         return found
 

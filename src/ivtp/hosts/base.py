@@ -51,10 +51,18 @@ class Visual:
     whole: int = 0
     """The tile that shows all of the image: the summary of its encoder stands for the image."""
 
+    windowed: int | None = None
+    """Pairs of patches that see each other where the encoder's layers see windows; None: all of a tile do."""
+
     @cached_property
     def patches(self) -> int:
         """Tokens that may be cut."""
         return int(self.token.max()) + 1
+
+    @property
+    def counted(self) -> tuple[int, tuple[int, ...], int | None]:
+        """All that its cost depends on: `patches`, `visible` and `windowed`."""
+        return self.patches, self.visible, self.windowed
 
     @property
     def visible(self) -> tuple[int, ...]:
@@ -85,12 +93,12 @@ class Host:
     of_columns: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that describe its columns one by one, with 0 for those of a question; they leave the call,
     and what they say is in `prefix`."""
-    first_position: ClassVar[int] = 0
-    """Position of the first token of a prompt that says nothing of positions."""
     writes_prompts: ClassVar[str | None] = None
     """Stock class of a processor that takes no chat template and itself writes what stands around the question."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
+    generate_reads: ClassVar[bool] = False
+    """Whether the stock `generate` reads what describes the images before it calls the model; it is checked first."""
     pads: ClassVar[bool] = False
     """Whether tiles hold padding that never reaches the prompt. What merges in the encoder has to heed it."""
 
@@ -190,6 +198,10 @@ class Host:
         """Why `method` would silently be another one in this family, and what to do, in one line; None: it is taken."""
         name, other = f"method {method.config.method!r}", "another method (see `ivtp methods --hosts`)"
         places = {cut.place for cut in method.plan.cuts if cut.where == "vision"}
+        if uncut := sorted(places - self.cuts):
+            where = " and ".join(PLACES[place] for place in uncut)
+            stages = 'stages="llm" or ' if hasattr(method.options, "stages") else ""
+            return f"{name} cuts {where}, where {self.name} cannot be cut; use {stages}{other}"
         if self.size.unit > 1 and places & {"inside", "behind"} and method.info.merges:
             return (
                 f"{name} merges tokens in the encoder, and the projector of {self.name} reads {self.size.unit} of them "
@@ -224,6 +236,14 @@ class Host:
         None where every column sees what stands before it. Raises `InputError` for a call that does not say it.
         """
         return None
+
+    def positions(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, past: int = 0) -> Tensor | None:
+        """Position ids (B, T), or (axes, B, T), of a call on a cache of `past` tokens; None: as the model counts them.
+
+        `ids` (B, T) and its `mask` (B, past + T) may lie elsewhere than in `inputs`. Called once for each call.
+        """
+        position: Tensor | None = inputs.get("position_ids")
+        return position
 
     def separator(self) -> Tensor | None:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""

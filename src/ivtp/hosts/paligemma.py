@@ -44,7 +44,6 @@ class PaliGemmaHost(LlavaLike):
     tower = SiglipTower
     settings = ()
     of_columns = ("token_type_ids",)
-    first_position = 1
     writes_prompts = "PaliGemmaProcessor"
 
     @classmethod
@@ -87,6 +86,11 @@ class PaliGemmaHost(LlavaLike):
     def project(self, features: Tensor) -> Tensor:
         """The post layer norm, and the only matrix."""
         return super().project(self.vision.normalise(features))
+
+    def positions(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, past: int = 0) -> Tensor:
+        """As they are given; without any the first token's is 1."""
+        given = super().positions(inputs, ids, mask, past)
+        return torch.arange(past + 1, past + 1 + ids.shape[1], device=ids.device)[None] if given is None else given
 
     def prefix(self, inputs: dict[str, Any]) -> Tensor:
         """The columns of type 0: all but a suffix to learn."""

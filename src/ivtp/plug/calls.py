@@ -78,6 +78,9 @@ class Plugged(Protocol):
     def keep_record(self, record: Record | None) -> None:
         """Take the record of the conversation that goes on for that of the call."""
 
+    def check_ahead(self, inputs: dict[str, Any]) -> None:
+        """Raise `InputError` for images that the stock `generate` would trip over before it calls the model."""
+
     def exclusively(self) -> Any:
         """A context in which no other thread runs the model; True inside while the pruner is attached."""
 
@@ -203,6 +206,7 @@ def generate_alone(model: Any, plugged: Plugged) -> Callable[..., Any]:
                     if later.refill is not None:
                         stack.enter_context(refilled(later.refill))
                 if kwargs.get(plugged.media[0]) is not None or (later is not None and later.turn is not None):
+                    plugged.check_ahead({"input_ids": ids, **kwargs})
                     kwargs.pop("prefill_chunk_size", None)
                     stack.enter_context(_whole_prompts(configs))
                 return stock(*args, **kwargs)

@@ -166,6 +166,12 @@ class Pruner:
                 self.detach()
                 raise
 
+    def check_ahead(self, inputs: dict[str, Any]) -> None:
+        """Raise `InputError` for images that the stock `generate` would trip over before it calls the model."""
+        if self.host.generate_reads:
+            self.host.check_media(inputs)
+            read_prompts(inputs, self.host, labels=None, prompt_length=None, repeats=1)
+
     @contextmanager
     def exclusively(self) -> Iterator[bool]:
         """One call of the model at a time; a prefill that fails, or is interrupted, leaves nothing behind.

@@ -133,12 +133,13 @@ class _Call:
                 'repruning="turn" reads the whole conversation again; pass all of its input_ids, not the new turn alone'
             )
         known = self._known(method)
-        found = self._share(self._slots_behind(known)) if known else None
+        whole = self.host.generate_reads  # positions come from what describes the images, whether they are known or not
+        found = self._share(self._slots_behind(known)) if known and not whole else None
         if found is not None:
             given, rows = found
             reads: Sequence[tuple[Read, ...]] = known
         else:
-            given, rows = self._share_all(needed=not known)
+            given, rows = self._share_all(needed=whole or not known)
             reads = [_reused(known[row], own, given) if known else () for row, own in enumerate(rows)]
             rows = [own[len(read) :] for read, own in zip(reads, rows, strict=True)]
         images = tuple(image for pair in zip(reads, rows, strict=True) for own in pair for image in own)
@@ -167,8 +168,9 @@ class _Call:
         given = self._visuals(self.slots)
         if needed:
             raise InputError(
-                'repruning="turn" needs the pixel_values of all images of the conversation: the cache keeps none '
-                "that this method and its options could choose from again"
+                f'repruning="turn" needs the {" and ".join(self.host.media)} of all images of the conversation: '
+                "the cache keeps none that this method and its options could choose from again, or the model itself "
+                "reads where they lie; pass them with the whole prompt"
             )
         raise misfit(_counts(self.slots), given)
 

@@ -69,13 +69,21 @@ def continue_inputs(host: Host, inputs: dict[str, Any]) -> tuple[dict[str, Any],
             "a pruned prompt goes on within this window: ask for fewer new tokens"
         )
     changed = dict(inputs)
-    if first.shift is not None:
-        begins = first.get_seq_length() + host.first_position
-        changed["position_ids"] = _positions(inputs.get("position_ids"), begins, tokens) - first.shift
     given = inputs.get("attention_mask")
+    position = host.positions(inputs, tokens, given, first.get_seq_length())
+    if first.shift is not None:
+        position = counted(position, tokens, first.get_seq_length()) - first.shift
+    changed["position_ids"] = position
     if first.prompt_valid is not None:
         changed["attention_mask"] = logical_mask(given, first, total)
     return changed, _masks_of_layers(host, layers, given, tokens)
+
+
+def counted(position: Tensor | None, tokens: Tensor, past: int) -> Tensor:
+    """Position ids of `tokens` (B, T) behind `past` others: the given ones, or one more a column (1, T)."""
+    if position is not None:
+        return position
+    return torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
 
 
 def check_rows(layer: Any, rows: int) -> None:
@@ -86,12 +94,6 @@ def check_rows(layer: Any, rows: int) -> None:
             f"the cache holds {held} prompts and the call has {rows} rows; for n beams or returned sequences a prompt "
             "call cache.batch_repeat_interleave(n) first"
         )
-
-
-def _positions(given: Tensor | None, begins: int, tokens: Tensor) -> Tensor:
-    if given is not None:
-        return given
-    return torch.arange(tokens.shape[1], device=tokens.device)[None] + begins
 
 
 def logical_mask(given: Tensor | None, layer: PrunedLayer, total: int) -> Tensor:

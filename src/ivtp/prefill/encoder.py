@@ -47,21 +47,37 @@ class EncoderStage(Stage):
         self._words: Tensor | None = None
         self._read: Tensor | None = None
         self._reordered = False
+        self._index: Tensor | None = None
+        self._order: Tensor | None = None
 
     def install(self, seats: Seats) -> None:
         """Cuts and probes, and a look at what the projector will read."""
         super().install(seats)
         layer = self.tower.layers[self.host.size.vision_layers - 1]
         seats.add(layer.register_forward_hook(self._feature_layer_done).remove)
+        for layer in self.tower.layers if self.tower.flat else ():
+            seats.add(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
 
     def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.is_mine():
-            self._feature = output[0] if isinstance(output, tuple) else output
+            self._feature = self._ordered(output[0] if isinstance(output, tuple) else output, 1)
+
+    def _ordered(self, tokens: Tensor, dim: int) -> Tensor:
+        """Tokens along `dim` of what a layer computed for tiles, or for the only one, in the order of their patches."""
+        if tokens.dim() == 2:
+            tokens = tokens.unsqueeze(0)
+        return tokens if self._order is None else tokens.index_select(dim, self._order)
+
+    def _before_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Behind a cut the layers are told where the tokens are that are left."""
+        if self._index is None or not self.is_mine():
+            return None
+        return args, {**kwargs, **self.tower.cut_positions(kwargs, self._index)}
 
     def run(
         self, pixels: Tensor, relevance: Callable[[Tensor], Tensor] | None = None, words: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        """Run the encoder on (R, 3, H, W); hooks on its layers call the other methods meanwhile.
+        """Run the encoder on R tiles; hooks on its layers call the other methods meanwhile.
 
         For methods that ask for it, `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), of
         units their mean, and `words` (R, W, D_text) are the tokens of the questions.
@@ -69,9 +85,11 @@ class EncoderStage(Stage):
         """
         size = self.host.size
         self._words = words
-        indices = torch.arange(-size.vision_cls, size.num_patches, device=pixels.device).clamp_min(-1)
+        count = self.method.geometry.num_patches
+        indices = torch.arange(-size.vision_cls, count, device=pixels.device).clamp_min(-1)
         self._patch = indices.expand(pixels.shape[0], -1)  # (I, 1 + N)
         self._sources = self._patch[:, size.vision_cls :]
+        self._order = self.tower.order(pixels)
         pooled, last = self.tower.run(pixels)
         if relevance is not None:
             self._relevance = relevance(self._units.mean(last))
@@ -101,7 +119,9 @@ class EncoderStage(Stage):
         self._feature = self._relevance = self._words = self._read = None
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
-        """Cut (I, T, D), of the encoder in units or of projected features."""
+        """Cut (I, T, D), or (T, D) of one, of the encoder in units or of projected features."""
+        if hidden.dim() == 2:
+            return self.cut(cut, hidden.unsqueeze(0)).squeeze(0)
         units = SINGLE if cut.place == "projected" else self._units
         padding = None
         if self._hidden is not None:
@@ -119,7 +139,7 @@ class EncoderStage(Stage):
             padding=padding,
         )
         columns = torch.arange(self._patch.shape[1], device=hidden.device)
-        others = len(columns) - self.method.plan.entering(cut, self.host.size)
+        others = len(columns) - self.method.plan.entering(cut, self.method.geometry)
         merged = self._merge(window)
         scores: Tensor | None = None
         if merged is None:
@@ -139,7 +159,10 @@ class EncoderStage(Stage):
         self._patch = window.patch.gather(1, index)
         kept = self._patch if merged is None else self._patch.sort(dim=1).values
         self.results.append(self._result(window, scores, kept, merged))
-        return take(hidden, units.tokens(index))
+        tokens = units.tokens(index)
+        if self.tower.flat and cut.place != "projected":
+            self._index = tokens if self._index is None else self._index.gather(1, tokens)
+        return take(hidden, tokens)
 
     def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The first half of the layer of a cut, whose attention may count merged tokens by their size."""
@@ -150,4 +173,5 @@ class EncoderStage(Stage):
         return self.tower.attend(cut.layer, hidden, *args, bias=bias, **kwargs)
 
     def _tap(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> AttentionTap:
+        query, key, value = (self._ordered(part, 2) for part in (query, key, value))
         return AttentionTap(query, key, value, scale, causal=False, units=self._units)

@@ -54,7 +54,7 @@ def encode(
     relevance: Relevance | None,
     words: Words | None,
 ) -> Batch:
-    """Run the encoder on the `tiles` (t, 3, H, W) of each image; images that are cut alike run together.
+    """Run the encoder on the `tiles` (t, ...) of each image; images that are cut alike run together where they can.
 
     Those that an earlier turn read are in the place of their tiles.
     """
@@ -66,7 +66,8 @@ def encode(
             reads[number] = image
         else:
             unread[number] = image
-            groups.setdefault((visual.patches, visual.visible), []).append(number)
+            alone = number if plug.host.vision.flat else None
+            groups.setdefault((visual.patches, visual.visible, alone), []).append(number)
     for members in groups.values():
         own = [visuals[m] for m in members]
         sized = method.sized(own[0].patches)

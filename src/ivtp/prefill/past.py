@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from ivtp.core.select import on_device
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
-from ivtp.prefill.cache import PrunedLayer, check_rows, logical_mask
+from ivtp.prefill.cache import PrunedLayer, check_rows, counted, logical_mask
 from ivtp.stock import contents
 
 
@@ -78,9 +77,8 @@ class Past:
 
     def positions(self, given: Tensor | None, tokens: Tensor) -> Tensor:
         """Position ids (B, T) of `tokens` (B, T), compact where those before are."""
-        if given is None:
-            given = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)[None]
-        return given if self.shift is None else given - on_device(self.shift, given.device)
+        position = counted(given, tokens, self.length)
+        return position if self.shift is None else position - on_device(self.shift, position.device)
 
 
 def behind(host: Host, cache: Cache, inputs: dict[str, Any]) -> tuple[Past, dict[str, Any]]:
@@ -98,5 +96,5 @@ def behind(host: Host, cache: Cache, inputs: dict[str, Any]) -> tuple[Past, dict
     return past, {
         **inputs,
         "attention_mask": None if mask is None else mask[:, past.length :],
-        "position_ids": past.positions(inputs.get("position_ids"), ids),
+        "position_ids": past.positions(host.positions(inputs, ids, mask, past.length), ids),
     }

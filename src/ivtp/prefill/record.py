@@ -156,7 +156,7 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
     words = record.clip_tokens[row] if record.clip_tokens and not again else 0
 
     def count(chosen: list[int], relevance: Relevance | None, encoded: bool) -> float:
-        shown = [(prompts.visuals[m].patches, prompts.visuals[m].visible) for m in chosen]
+        shown = [prompts.visuals[m].counted for m in chosen]
         return count_prompt(
             record.host.size,
             record.method,

@@ -100,7 +100,7 @@ class Prefill:
             "input_ids": None,
             "inputs_embeds": embeddings,
             "attention_mask": self._decoder.entry_mask(),
-            "position_ids": sequence.position,
+            "position_ids": sequence.position_ids,
         }
 
     def _tiles(self, inputs: dict[str, Any]) -> list[Tensor | Read]:
@@ -165,7 +165,8 @@ class Prefill:
         """The decoder's tokens after stage 1 and their embeddings (B, T', D), image features in their slots."""
         slots = self.prompts.slots
         compact = self.method.config.positions == "compact"
-        sequence, index = enter_decoder(slots, self.prompts.tokens, [e.patches for e in encoded], compact)
+        kept = [e.patches for e in encoded]
+        sequence, index, self._shift = enter_decoder(slots, self.prompts.tokens, kept, compact)
         embeddings: Tensor = self.host.embedding(self.prompts.ids.gather(1, index))
         if encoded:
             self._features = torch.cat([e.features for e in encoded]).to(embeddings.device, embeddings.dtype)
@@ -174,9 +175,6 @@ class Prefill:
         if separator is not None:
             between = slots.mask.gather(1, index) & ~sequence.visual
             embeddings = torch.where(between.unsqueeze(-1), separator.to(embeddings), embeddings)
-        if compact:
-            gone = slots.removed([e.patches for e in encoded])
-            self._shift = on_device(gone, index.device).unsqueeze(1)
         if self._past is not None and self._past.shift is not None:
             before = on_device(self._past.shift, index.device)
             self._shift = before if self._shift is None else self._shift + before

@@ -160,14 +160,12 @@ def read_prompts(
             "pruning needs the two-dimensional attention_mask (batch, tokens) that the processor makes; pass that one"
         )
     visuals = host.visuals(inputs) if images is None else list(images)
-    ids, mask, position, labels = (
-        None if t is None else t.cpu() for t in (ids, mask, inputs.get("position_ids"), labels)
-    )
+    ids, mask, labels = (None if t is None else t.cpu() for t in (ids, mask, labels))
     assert ids is not None
     if not finite:  # known by now: the ids were waited for
         raise InputError("pixel_values hold NaN or infinite numbers; check the image and what prepares it")
     slots, image_of_slot = _find_slots(ids, host, visuals, repeats)
-    tokens = _describe(ids, mask, position, slots.mask, host.first_position)
+    tokens = _describe(ids, mask, host.positions(inputs, ids, mask), slots.mask)
     if prompt_length is not None and ids.shape[1] > prompt_length:
         answer: Tensor | None = tokens.source >= prompt_length
     else:
@@ -222,7 +220,7 @@ def share_out(counts: Sequence[int], visuals: Sequence[Visual]) -> list[list[int
     return rows if following == len(visuals) else None
 
 
-def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor, first: int) -> TokenSequence:
+def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: Tensor) -> TokenSequence:
     """The prompt's columns. Only padding before the first slot may go: a hidden slot still holds its patch's place."""
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -230,8 +228,17 @@ def _describe(ids: Tensor, mask: Tensor | None, position: Tensor | None, slots: 
     needed: list[list[bool]] = (valid | slots).tolist()
     slack = tuple(row.index(True) if True in row else len(row) for row in needed)
     holes = any(not all(row[first:]) for row, first in zip(rows, slack, strict=True))
-    position = columns + first if position is None else position.expand_as(ids)
-    return TokenSequence(torch.full_like(ids, -1), valid, position, columns, slack, holes)
+    return TokenSequence(torch.full_like(ids, -1), valid, _placed(position, columns), columns, slack, holes)
+
+
+def _placed(position: Tensor | None, columns: Tensor) -> Tensor:
+    """Position ids (B, T) or (axes, B, T), on the host, as (B, T) or (B, T, axes); None: the `columns` (B, T)."""
+    if position is None:
+        return columns
+    position = position.cpu()
+    if position.dim() == 2:
+        return position.expand_as(columns)
+    return position.movedim(0, -1).expand(*columns.shape, -1)
 
 
 def _labelled(labels: Tensor | None, ids: Tensor, text: Tensor) -> Tensor | None:

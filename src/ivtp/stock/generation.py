@@ -27,5 +27,5 @@ def set_image_features(output: Any, features: Tensor | None) -> None:
     """Put projected image features (slots, D) where this release's output keeps them."""
     if hasattr(output, "image_outputs"):
         output.image_outputs = BaseModelOutputWithPooling(pooler_output=features)
-    else:
+    elif hasattr(output, "image_hidden_states"):
         output.image_hidden_states = features

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 
 def best_tiling(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -24,3 +25,12 @@ def best_canvas(size: tuple[int, int], tile: tuple[int, int], most: int) -> tupl
     """
     columns, rows = get_optimal_tiled_canvas(size, tile, 1, most)
     return columns, rows
+
+
+def whole_blocks(size: tuple[int, int], side: int, fewest: int, most: int) -> tuple[int, int]:
+    """What an image of `size` is scaled to: whole blocks of `side` pixels, from `fewest` to `most` of them.
+
+    Both are (height, width) in pixels. Raises `ValueError` for a strip.
+    """
+    height, width = smart_resize(*size, side, fewest * side**2, most * side**2)
+    return height, width

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -40,13 +40,27 @@ class Tower:
 class VisionTower(Tower):
     """A vision encoder; its layers go on behind the one that feeds the projector."""
 
+    flat: ClassVar[bool] = False
+    """Whether it reads one image at a time, and its layers take (T, D) and where these tokens are."""
+
     def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As `Tower.attend`; `bias` (B, 1, 1, T) is added to the logits. Raises `InputError` where a kernel cannot."""
         raise NotImplementedError
 
     def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Run it on (I, 3, H, W); returns what it pools of its last layer (I, D) and that layer's output (I, T, D)."""
+        """Run it on tiles; returns what it pools of its last layer (I, D) and that layer's output (I, T, D)."""
         raise NotImplementedError
+
+    def cut_positions(self, kwargs: dict[str, Any], index: Tensor) -> dict[str, Any]:
+        """Those of a `flat` layer's keyword arguments that say where its tokens are, of the columns `index` (1, T')."""
+        raise NotImplementedError
+
+    def order(self, pixel_values: Tensor) -> Tensor | None:
+        """Where in the sequence of its layers the tokens of an image are, in the order of its patches: (T,).
+
+        None: as they come.
+        """
+        return None
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """The post layer norm of (..., D)."""

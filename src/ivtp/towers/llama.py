@@ -109,3 +109,9 @@ class LlamaTower(TextTower):
                 'load the model with attn_implementation="sdpa" to prune it'
             )
         return decoder_mask(config, hidden, valid, visible, cache, prefix)
+
+
+class QwenTextTower(LlamaTower):
+    """The decoder of Qwen2-VL and Qwen2.5-VL: Llama's layers, whose rotary embeddings mix positions on three axes."""
+
+    kinds = ("qwen2_5_vl_text", "qwen2_vl_text")

@@ -204,9 +204,14 @@ def _strip(
 
 
 def _painted(image: Image.Image, maps: Maps, square: int, side: int = _SIDE) -> Image.Image:
-    """The model's crop at reading size; of an image in tiles, uncut, their patches and below those of the whole."""
+    """The model's crop at reading size; of an image in tiles, uncut, their patches and below those of the whole.
+
+    Also uncut is an image whose grid is no square.
+    """
     maps = laid_out(maps, image.size)
     if len(maps) < 2:
+        if not _is_square(maps):
+            return paint(_contained(image, side), maps[0])
         crop = as_seen(image, square).resize((side, side), Image.Resampling.LANCZOS)
         return paint(crop, maps[0]) if maps else crop
     once, tiles = (paint(_contained(image, own), fate) for own, fate in zip((side // 2, side), maps, strict=True))
@@ -224,8 +229,13 @@ def _contained(image: Image.Image, side: int) -> Image.Image:
 
 
 def _said_of(image: Image.Image, maps: Maps) -> str:
-    """What the model did not see of an image; of tiles it sees everything."""
-    return cut_off(image) if len(maps) < 2 else ""
+    """What the model did not see of an image; in tiles, or a grid of its own shape, it sees everything."""
+    return cut_off(image) if len(maps) < 2 and _is_square(maps) else ""
+
+
+def _is_square(maps: Maps) -> bool:
+    """Whether the first grid, if there is one, is a square."""
+    return not maps or maps[0].shape[0] == maps[0].shape[1]
 
 
 def _bars(trace: PruneTrace, row: int, threshold: float | None) -> Bars | None:
