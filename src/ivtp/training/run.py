@@ -149,6 +149,11 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
         )
         return self.accelerator.prepare(loader)
 
+    def _run_epoch(self, **told: Any) -> None:
+        """Nothing behind the last step: transformers' asks only after a step whether it was the last."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**told)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; with adapters the projector learns at another rate."""
         if self.stage.projector_lr is None:
