@@ -97,6 +97,21 @@ def test_adapters_are_merged_into_a_stock_checkpoint(asked: Asked, checkpoint: P
     assert sum(weight.numel() for weight in adapter.values()) == counted.learned
 
 
+def test_adapters_follow_from_the_seed_alone(asked: Asked, tmp_path: Path) -> None:
+    """Whatever was drawn in the process before."""
+    pytest.importorskip("peft")
+
+    def adapters(drawn: int, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(drawn)
+        out = tmp_path / f"{drawn}-{seed}"
+        train(dataclasses.replace(asked, stage=LORA, out=out, seed=seed, max_steps=1))
+        return load_file(out / "adapter" / "adapter_model.safetensors")
+
+    ours = adapters(1, seed=5)
+    assert not changed(ours, adapters(2, seed=5))
+    assert changed(ours, adapters(1, seed=6)) >= {name for name in ours if "lora_A" in name}
+
+
 def compressor_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "compressor.safetensors")
 

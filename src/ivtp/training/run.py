@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from ivtp.errors import ConfigError, OutputError, short_reason
 from ivtp.files.sidecar import TRAINED, local_folder, read_json
@@ -94,6 +94,7 @@ def train(asked: Asked) -> Done | None:
         raise ConfigError(
             f"a model with a compressor is trained by --engine ddp alone, not {asked.engine}; leave it out"
         )
+    set_seed(asked.seed)  # adapters are drawn before the trainer, which does this too, is made
     model = _prepare(asked, model.to(_device()))
     encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
