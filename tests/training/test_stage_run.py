@@ -24,8 +24,9 @@ from torch import Tensor
 import ivtp
 from ivtp.errors import ConfigError
 from ivtp.plug import find_host
+from ivtp.training.folder import last_checkpoint
 from ivtp.training.plan import estimate
-from ivtp.training.run import Asked, last_checkpoint, train
+from ivtp.training.run import Asked, train
 from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, Stage, parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
