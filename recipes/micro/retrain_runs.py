@@ -24,9 +24,10 @@ from ivtp.evaluation.asked import Run
 from ivtp.files.outputs import write_text
 from ivtp.files.sidecar import read_json
 from ivtp.registry import list_compressors
+from ivtp.training.folder import last_checkpoint
 from ivtp.training.plan import estimate
 from ivtp.training.records import Record, read_records, refuse
-from ivtp.training.run import Asked, last_checkpoint
+from ivtp.training.run import Asked
 from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, Stage
 from recipes.micro import retrain_records
 from recipes.micro.loop import CsvLog

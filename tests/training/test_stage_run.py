@@ -24,8 +24,9 @@ from torch import Tensor
 import ivtp
 from ivtp.errors import ConfigError
 from ivtp.plug import find_host
+from ivtp.training.folder import last_checkpoint
 from ivtp.training.plan import estimate
-from ivtp.training.run import Asked, last_checkpoint, train
+from ivtp.training.run import Asked, train
 from ivtp.training.stages import FINETUNE, LORA, PRETRAIN, Stage, parts_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
@@ -95,6 +96,21 @@ def test_adapters_are_merged_into_a_stock_checkpoint(asked: Asked, checkpoint: P
     adapter = load_file(asked.out / "adapter" / "adapter_model.safetensors")
     counted = estimate(run, mix.records(), devices=1)
     assert sum(weight.numel() for weight in adapter.values()) == counted.learned
+
+
+def test_adapters_follow_from_the_seed_alone(asked: Asked, tmp_path: Path) -> None:
+    """Whatever was drawn in the process before."""
+    pytest.importorskip("peft")
+
+    def adapters(drawn: int, seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(drawn)
+        out = tmp_path / f"{drawn}-{seed}"
+        train(dataclasses.replace(asked, stage=LORA, out=out, seed=seed, max_steps=1))
+        return load_file(out / "adapter" / "adapter_model.safetensors")
+
+    ours = adapters(1, seed=5)
+    assert not changed(ours, adapters(2, seed=5))
+    assert changed(ours, adapters(1, seed=6)) >= {name for name in ours if "lora_A" in name}
 
 
 def compressor_of(folder: Path) -> dict[str, Tensor]:
@@ -234,17 +250,17 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(asked: Asked, tm
 
 @pytest.mark.parametrize("stage", [FINETUNE, LORA], ids=lambda stage: stage.name)
 def test_a_run_goes_on_from_any_checkpoint(asked: Asked, tmp_path: Path, stage: Stage) -> None:
-    """With mixed precision, accumulated batches, and the dropout of adapters."""
+    """With mixed precision, accumulated batches, dropout of adapters; from the last one, without a further step."""
     arguments = {**asked.arguments, "save_steps": 2, "save_total_limit": 2}
     same = {"stage": stage, "method": "fastv", "keep": 8, "max_steps": 4, "per_device": 1, "bf16": True}
     run = dataclasses.replace(asked, arguments=arguments, **same)
-    train(run)
-    halved = dataclasses.replace(run, out=tmp_path / "halved", resume=True)
-    shutil.copytree(run.out, halved.out, ignore=shutil.ignore_patterns("checkpoint-4", "*.safetensors"))
-    shutil.copytree(run.out / "checkpoint-2", halved.out / "checkpoint-2", dirs_exist_ok=True)
-    train(halved)
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run.out, halved.out))
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    whole = train(run)
+    for step in (2, 4):
+        killed = dataclasses.replace(run, out=tmp_path / f"killed-{step}", resume=True)
+        shutil.copytree(run.out / f"checkpoint-{step}", killed.out / f"checkpoint-{step}")
+        shutil.copy(run.out / "training.json", killed.out)
+        assert train(killed) == dataclasses.replace(whole, folder=killed.out)
+        assert not changed(*(load_file(folder / "model.safetensors") for folder in (run.out, killed.out)))
 
 
 @pytest.mark.parametrize(

@@ -13,26 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
-from ivtp.errors import ConfigError, OutputError, short_reason
-from ivtp.files.sidecar import TRAINED, local_folder, read_json
+from ivtp.errors import ConfigError, short_reason
+from ivtp.files.sidecar import MICRO, TRAINED, local_folder
 from ivtp.generate import load, save_beside
 from ivtp.hosts.base import Host
 from ivtp.plug import Pruner, attach, compression_of, find_host
 from ivtp.plug.compressing import write_compression
 from ivtp.training.encode import Conversations, Encoder
 from ivtp.training.engines import engine_arguments
+from ivtp.training.folder import remember, where_to_go_on
 from ivtp.training.records import Record, read_records, refuse
 from ivtp.training.sampling import GroupedSampler
 from ivtp.training.stages import Stage, linear_layers, modules_of, parts_of, set_trainable
-
-ASKED = "training.json"
-"""In the folder of a run: what it was asked, which has to be the same when it is resumed."""
-_MAY_CHANGE = frozenset({"resume", "report_to", "out"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,8 @@ def train(asked: Asked) -> Done | None:
 
     Raises `ConfigError` for bad data or options, before anything is computed; `LoadError`; `OutputError`.
     """
-    resumed = _check_folder(asked)
+    now = _as_json(asked)
+    resumed = where_to_go_on(asked.out, now, resume=asked.resume)
     batches(asked, _processes())
     records, bad = read_records(asked.data, asked.images, needs_image=asked.stage.plain)
     if not asked.skip_bad or not records:
@@ -94,12 +90,13 @@ def train(asked: Asked) -> Done | None:
         raise ConfigError(
             f"a model with a compressor is trained by --engine ddp alone, not {asked.engine}; leave it out"
         )
+    set_seed(asked.seed)  # adapters are drawn before the trainer, which does this too, is made
     model = _prepare(asked, model.to(_device()))
     encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
         arguments = training_arguments(asked, mixed=any(not record.images for record in records))
-        _remember(asked)  # only now, when nothing that was asked is refused any more
+        remember(asked.out, now)  # only now, when nothing that was asked is refused any more
         trainer = StageTrainer(
             model,
             arguments,
@@ -130,24 +127,20 @@ class StageTrainer(Trainer):  # type: ignore[misc]  # transformers' classes are 
         if compression is not None and self.args.should_save:
             write_compression(compression, Path(output_dir or self.args.output_dir), {})
 
-    def get_train_dataloader(self) -> Any:
+    def _get_train_sampler(self, *_: Any) -> GroupedSampler:
         """Every rank reads records of one modality at the same time."""
-        dataset, arguments = self.train_dataset, self.args
-        group = arguments.train_batch_size * arguments.world_size
-        records = dataset.records
-        sampler = GroupedSampler(
-            [length_of(record) for record in records], [bool(r.images) for r in records], group, arguments.seed
+        arguments, records = self.args, self.train_dataset.records
+        return GroupedSampler(
+            [length_of(record) for record in records],
+            [bool(record.images) for record in records],
+            arguments.train_batch_size * arguments.world_size,
+            arguments.seed,
         )
-        loader = DataLoader(
-            dataset,
-            batch_size=arguments.train_batch_size,
-            sampler=sampler,
-            collate_fn=self.data_collator,
-            num_workers=arguments.dataloader_num_workers,
-            pin_memory=arguments.dataloader_pin_memory,
-            persistent_workers=arguments.dataloader_persistent_workers,
-        )
-        return self.accelerator.prepare(loader)
+
+    def _run_epoch(self, **told: Any) -> None:
+        """Nothing behind the last step: transformers' asks only after a step whether it was the last."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**told)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW; with adapters the projector learns at another rate."""
@@ -288,56 +281,12 @@ def _told(asked: Asked, pruner: Pruner | None, records: int, steps: int) -> dict
     return told | {"records": records, "steps": steps, "batch": asked.batch or asked.stage.batch, "seed": asked.seed}
 
 
-# ---- the folder of a run ----------------------------------------------------------------------------------------
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written whole: the trainer's state is written last, each rank's own before."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8")):
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _check_folder(asked: Asked) -> Path | None:
-    """Where to go on; None from the start. Raises `ConfigError` for a folder that holds another run."""
-    before = read_json(asked.out / ASKED)
-    if before and not asked.resume:
-        raise ConfigError(f"--out {asked.out} holds a run already; go on with it by --resume, or name another folder")
-    if not before:
-        return None
-    now = _as_json(asked)
-    other = next((name for name in now if name not in _MAY_CHANGE and now[name] != before.get(name)), None)
-    if other is not None:
-        raise ConfigError(
-            f"--resume goes on with what was asked: {other} was {before.get(other)!r} and is {now[other]!r}; "
-            "ask the same again, or name another --out"
-        )
-    return last_checkpoint(asked.out)
-
-
 def _as_json(asked: Asked) -> dict[str, Any]:
     """As it is after a way through JSON."""
-    values = {f.name: getattr(asked, f.name) for f in dataclasses.fields(asked)}
-    values |= {"stage": asked.stage.name, "processes": _processes()}
-    values |= {name: dict(values[name]) for name in ("options", "arguments")}
+    values = vars(asked) | {"stage": asked.stage.name, "processes": _processes()}
+    values |= {"options": dict(asked.options), "arguments": dict(asked.arguments)}
     found: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return found
-
-
-def _remember(asked: Asked) -> None:
-    """Written once every rank has looked into the folder; needs the processes that `TrainingArguments` sets up."""
-    PartialState().wait_for_everyone()
-    if os.environ.get("RANK", "0") == "0":
-        try:
-            asked.out.mkdir(parents=True, exist_ok=True)
-            (asked.out / ASKED).write_text(json.dumps(_as_json(asked), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"--out {asked.out} cannot be written to ({short_reason(error)})") from None
 
 
 def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
@@ -358,10 +307,5 @@ def _save(asked: Asked, trainer: StageTrainer, told: dict[str, Any]) -> None:
                 processor.save_pretrained(out)
     if trainer.is_world_process_zero():
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle: no part of a stock checkpoint
-        save_beside(model, _source(asked.model), out, {TRAINED: told})
-
-
-def _source(model: str) -> Path | None:
-    from ivtp.files.sidecar import MICRO
-
-    return local_folder(MICRO if model == "micro" else model)
+        source = local_folder(MICRO if asked.model == "micro" else asked.model)
+        save_beside(model, source, out, {TRAINED: told})
