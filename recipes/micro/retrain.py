@@ -177,7 +177,7 @@ def table(
     wanted = arms(keep or (64, 16), only or (), seeds)
     named, folders = named_tasks(tasks, limit)
     kept = str(cache or cache_folder() / "answers")
-    asked = Asked(model, named, "none", limit=limit, batch_size=16, include_path=folders, cache=kept)
+    asked = Asked(model, named, "none", limit=limit, batch_size=16, include_path=folders, answers=kept)
     made = Retrained(settings, asked, wanted)
     with _going_on(runs), bar(made.steps(), "steps and questions") as told:
         for _ in made.make(workers, told):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -25,6 +27,7 @@ from lmms_eval.tasks import TaskManager
 
 import ivtp
 from ivtp.cli.app import app
+from ivtp.config import PruneConfig
 from ivtp.errors import ConfigError, InputError
 from ivtp.evaluation import lmms
 from ivtp.evaluation.asked import Asked
@@ -32,7 +35,7 @@ from ivtp.evaluation.benchmarks import PAPER12
 from ivtp.evaluation.lmms import IvtpModel, IvtpSimpleModel, Prompt
 from ivtp.generate import save
 from ivtp.hosts.tiny import tiny_images
-from ivtp.registry import host_class
+from ivtp.registry import host_class, method_class
 
 pytestmark = [  # of lmms-eval's files, and of whatever else it leaves open
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -241,6 +244,17 @@ def test_what_is_not_read_is_one_line(checkpoint: str, part: str) -> None:
     model = IvtpModel(checkpoint, device="cpu", **OPTIONS)
     with pytest.raises(InputError, match=f"hands over '{part}'"):
         model._prompt([{"role": "user", "content": [{"type": part, "url": "x"}]}], {})
+
+
+def test_every_option_reaches_the_method(checkpoint: str, tmp_path: Path) -> None:
+    """None of the model's own arguments is called as an option is."""
+    common = {field.name for field in dataclasses.fields(PruneConfig)}
+    own = {field.name for name in ivtp.list_methods() for field in dataclasses.fields(method_class(name).Options)}
+    arguments = set(inspect.signature(IvtpModel.__init__).parameters)
+    assert arguments & (common | own) == {"method", "keep", "options"}
+    model = IvtpModel(checkpoint, device="cpu", **{**OPTIONS, "cache": "layered", "answers": tmp_path})
+    assert model.pruner is not None
+    assert model.pruner.config.cache == "layered"
 
 
 def test_a_bad_batch_size_is_one_line(checkpoint: str) -> None:

@@ -67,7 +67,7 @@ def evaluate(
         dtype=dtype,
         clip=clip,
         include_path=folders if include_path is None else (str(include_path), *folders),
-        cache=str(cache or cache_folder() / "answers"),
+        answers=str(cache or cache_folder() / "answers"),
     )
     for task in run.judged(asked):
         err.print(f"{task} is left out: a language model judges its answers; set OPENAI_API_KEY", markup=False)

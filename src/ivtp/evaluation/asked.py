@@ -28,8 +28,8 @@ class Asked:
     clip: str | None = None
     include_path: tuple[str, ...] = ()
     """Folders with further tasks."""
-    cache: str | None = None
-    """Folder of answers that are kept from run to run."""
+    answers: str | None = None
+    """Folder in which they are kept from run to run."""
 
     @property
     def name(self) -> str:

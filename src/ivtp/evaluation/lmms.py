@@ -79,13 +79,13 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
         dtype: str = "auto",
         clip: str | None = None,
         max_batch_size: int | None = None,
-        cache: str | Path | None = None,
+        answers: str | Path | None = None,
         on_answers: Callable[[int], None] | None = None,
         **options: Any,
     ) -> None:
         """`method="none"` is the untouched model. Raises `LoadError` and `ConfigError` as `load` and `attach` do.
 
-        `cache` is a folder in which answers are kept, and those of earlier runs found. `on_answers` is told how many
+        `answers` is a folder in which they are kept, and those of earlier runs found. `on_answers` is told how many
         there are more of; without it a progress bar is.
         """
         super().__init__()
@@ -109,13 +109,13 @@ class IvtpModel(lmms):  # type: ignore[misc]  # lmms-eval is untyped
             self.pruner = attach(self.model, self.processor, clip=clip, method=method, keep=keep, **options)
         self.on_answers = on_answers
         self.answers = None
-        if cache is not None:
+        if answers is not None:
             run: dict[str, Any] = {"model": pretrained, "weights": weights_of(self.model), "clip": file_of(clip)}
             run["dtype"] = str(self.model.dtype)
             if self.pruner is not None:
                 run |= {"config": dataclasses.asdict(self.pruner.config), "code": source_of(type(self.pruner.method))}
                 run["files"] = [file_of(value) for _, value in sorted(self.pruner.config.options.items())]
-            self.answers = Answers(Path(cache), run, self.rank)
+            self.answers = Answers(Path(answers), run, self.rank)
 
     # ---- what lmms-eval calls ---------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def evaluate(asked: Asked, on_answers: Callable[[int], None] | None = None) -> d
         device=asked.device,
         dtype=asked.dtype,
         clip=asked.clip,
-        cache=asked.cache,
+        answers=asked.answers,
         on_answers=on_answers,
         **(asked.options or {}),
     )
