@@ -38,7 +38,7 @@ from recipes.micro.retrain_runs import NAMES, Arm, Settings, arms, parts, train_
 from recipes.micro.scoring import Table, interval, write_json
 from recipes.micro.units import by_format, gap
 
-CHOICES = ((1e-4, False), (3e-4, False), (1e-3, False), (3e-4, True), (1e-3, True))
+CHOICES = ((3e-5, False), (1e-4, False), (3e-4, False), (3e-4, True), (1e-3, True))
 """Learning rates, with the decoder's own weights or with adapters."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
