@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from qwen_reference import reference_of
 from reference import Prompt, Result, check_stages, prompt_of, select
+from tiny import with_cache
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -119,7 +120,7 @@ def test_a_forward_computes_the_positions_that_generate_does(small: tuple[Any, A
             first = model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, use_cache=True)
             mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
             ids = said.sequences[:, -3:-2]
-            second = model(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values)
+            second = model(input_ids=ids, attention_mask=mask, **with_cache(model, first.past_key_values))
     torch.testing.assert_close(first.logits[:, -1], said.logits[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(second.logits[:, -1], said.logits[1], atol=1e-5, rtol=0)
 
