@@ -344,7 +344,12 @@ class Reference:
                 rows, maps = [rows[j] for j in stay], []
                 cuts[index] = set(rows) | hidden
             x = x + layer.mlp(self._norm(layer.post_attention_layernorm, x))
+            x = self._behind(index, x, [*(sequence.patch[row] for row in rows), -1])
         return cuts
+
+    def _behind(self, index: int, x: Tensor, patches: list[int]) -> Tensor:
+        """What the next layer of the decoder reads of one's output (T, D), of so many `patches`, -1 for text."""
+        return x
 
     def _select(self, scores: Tensor, patches: list[int], keep: int) -> list[int]:
         """Places among `patches` of those that stay: `keep` of each image, or that many times the images of all."""
@@ -384,6 +389,7 @@ class Reference:
                 stay = [i for i, row in enumerate(rows) if row >= prompt or row in cuts[index]]
                 x, rows = x[stay], [rows[i] for i in stay]
             x = x + layer.mlp(self._norm(layer.post_attention_layernorm, x))
+            x = self._behind(index, x, [sequence.patch[row] if row < prompt else -1 for row in rows])
         result.logits = self._norm(self.decoder.norm, x) @ self.model.lm_head.weight.T
         result.later = result.logits[-1 - len(later) :]
         result.survivors = [sequence.index[row] for row in rows if row < prompt]
@@ -401,7 +407,10 @@ class Reference:
         for head in range(self.decoder.config.num_attention_heads):
             own = slice(head * size, (head + 1) * size)
             shared = slice(head // share * size, (head // share + 1) * size)
-            query, key = self._rotate(q[:, own], positions), self._rotate(k[:, shared], positions)
+            query, key = q[:, own], k[:, shared]
+            if hasattr(attention, "q_norm"):  # Qwen3's, of each head
+                query, key = self._norm(attention.q_norm, query), self._norm(attention.k_norm, key)
+            query, key = self._rotate(query, positions), self._rotate(key, positions)
             logits = self.bend(query.double() @ key.double().T / size**0.5).masked_fill(~allowed, float("-inf"))
             maps.append(logits.softmax(-1))
             outputs.append((maps[-1] @ v[:, shared].double()).to(x.dtype))

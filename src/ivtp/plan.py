@@ -87,6 +87,9 @@ class Geometry:
     """Weight matrices of a feed-forward block of the encoder: 3 when gated."""
     vision_windowed: tuple[int, ...] = ()
     """Encoder layers that see windows of an image, whose patches see each other alone."""
+    deepstack: tuple[int, ...] = ()
+    """Encoder layers whose output is projected by itself too, and added to the visual tokens behind the first decoder
+    layers, one behind each."""
     any_size: bool = False
     """Whether the encoder reads an image of any size at once, and `num_patches` are those of one of them."""
 

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from family import ONE, TWO, Family
+from packaging.version import Version
+from tiny import with_cache
 
 from ivtp.errors import InputError
 
 
-def generate(model: Any, inputs: dict[str, Any], count: int = 4, **options: Any) -> Any:
+def generate(model: Any, inputs: dict[str, Any], count: int = 4, past_key_values: Any = None, **options: Any) -> Any:
     with torch.no_grad():
-        options = {"return_dict_in_generate": True, "output_logits": True, **options}
+        past = {} if past_key_values is None else with_cache(model, past_key_values)
+        options = {"return_dict_in_generate": True, "output_logits": True, **past, **options}
         return model.generate(**inputs, max_new_tokens=count, do_sample=False, **options)
 
 
@@ -75,6 +79,8 @@ def test_a_new_image_is_pruned_behind_the_cache(family: Family) -> None:
     """By a method that reads no question: turn by turn is one pass."""
     if family.host.of_columns:
         pytest.skip("the family reads all images in both directions, and refuses")
+    if family.host.generate_reads and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before transformers 5.23 the stock generate gives a new image behind a cache the places of words")
     model, inputs, again = family.model(), family.inputs(ONE), conversation(family, images=True)
     with family.attach(model, "divprune"):
         expected = generate(model, again)

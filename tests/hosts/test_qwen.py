@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,29 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import (
-    PAPER,
-    Cut,
-    Prompt,
-    Reference,
-    Result,
-    _groups,
-    _Image,
-    _Sequence,
-    _uniform,
-    check_stages,
-    importance,
-    prompt_of,
-    rollout,
-    select,
-)
+from qwen_reference import reference_of
+from reference import Prompt, Result, check_stages, prompt_of, select
+from tiny import with_cache
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import ivtp
 from ivtp.core.sequence import Placeholders, TokenSequence, enter_decoder
 from ivtp.errors import ConfigError, InputError
-from ivtp.hosts.qwen_like import FEWEST, MOST
+from ivtp.hosts.qwen_like import MOST
 from ivtp.hosts.tiny import tiny_images
 from ivtp.plug import find_host
 from ivtp.registry import host_class, list_hosts
@@ -56,13 +41,17 @@ def inputs_of(small: tuple[Any, Any], *prompts: Any) -> dict[str, Any]:
     return find_host(small[0]).tiny_inputs(*small, prompts)
 
 
+@pytest.mark.parametrize(("name", "side"), [("qwen2_vl", 28), ("qwen3_vl", 32)])
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_an_image_of_a_size_has_the_tokens_of_the_stock_processor(width: int, height: int) -> None:
-    """With the limits of the released checkpoints, at 28 pixels along a token; a strip is refused in a line."""
-    family, limits = host_class("qwen2_vl"), {"shortest_edge": FEWEST * 28**2, "longest_edge": MOST * 28**2}
-    config = family.stock_config("Qwen2-VL-7B-Instruct")
-    processor = Qwen2VLImageProcessorPil(size=limits)
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000))
+def test_an_image_of_a_size_has_the_tokens_of_the_stock_processor(
+    name: str, side: int, width: int, height: int
+) -> None:
+    """With the limits of the released checkpoints, at `side` pixels along a token; a strip is refused in a line."""
+    family = host_class(name)
+    limits = {"shortest_edge": family.fewest * side**2, "longest_edge": MOST * side**2}
+    config = family.stock_config(family.stock[0])
+    processor = Qwen2VLImageProcessorPil(size=limits, patch_size=side // 2)
     if max(width, height) > 200 * min(width, height):
         with pytest.raises(InputError, match=f"{width} x {height}.* 200 : 1"):
             family.visual(config, (width, height))
@@ -75,9 +64,12 @@ def test_an_image_of_a_size_has_the_tokens_of_the_stock_processor(width: int, he
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_image_of_a_size_costs_what_a_prefill_counts(small: tuple[Any, Any], shape: tuple[int, int]) -> None:
+def test_an_image_of_a_size_costs_what_a_prefill_counts(
+    small: tuple[Any, Any], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its tokens as the processor makes them, here at least 16 and at most 48."""
     model, _ = small
+    monkeypatch.setattr(type(find_host(model)), "fewest", 16)
     inputs = inputs_of(small, ("Is it a dog?", [shape]))
     _, rows, columns = inputs["image_grid_thw"][0].tolist()
     as_scaled = (columns * 4, rows * 4)
@@ -128,7 +120,7 @@ def test_a_forward_computes_the_positions_that_generate_does(small: tuple[Any, A
             first = model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}, use_cache=True)
             mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
             ids = said.sequences[:, -3:-2]
-            second = model(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values)
+            second = model(input_ids=ids, attention_mask=mask, **with_cache(model, first.past_key_values))
     torch.testing.assert_close(first.logits[:, -1], said.logits[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(second.logits[:, -1], said.logits[1], atol=1e-5, rtol=0)
 
@@ -204,99 +196,6 @@ def test_attention_within_windows_ranks_nothing() -> None:
     ivtp.attach(model, None, method="divprune", keep=4).detach()
 
 
-class QwenReference(Reference):
-    """Images of one grid of units, patch by patch: turned by row and column, in windows where the encoder has them."""
-
-    def __init__(self, model: Any, config: ivtp.PruneConfig, grid: tuple[int, int]) -> None:
-        self.dtype, self.config, self.grid = torch.float64, config, grid
-        self.model = copy.deepcopy(model).double().requires_grad_(False)
-        self.options = options = SimpleNamespace(**{**PAPER, **config.options})
-        self.tower, self.decoder = self.model.model.visual, self.model.model.language_model
-        self.num_patches, self.depth = grid[0] * grid[1], len(self.tower.blocks)
-        vision = _groups(self.depth, options.group_layers) if options.stages != "llm" else []
-        llm = _groups(options.llm_layers, options.group_layers)
-        counts = _uniform(self.num_patches, config.keep, len(vision) + len(llm))
-        self.vision_groups = list(zip(vision, counts[: len(vision)], strict=True))
-        self.llm_groups = list(zip(llm, counts[len(vision) :], strict=True))
-
-    def _encode(self, pixels: Tensor) -> _Image:
-        tower = self.tower
-        x = tower.patch_embed(pixels.double())
-        patches, cuts, maps = list(range(self.num_patches)), [], []
-        ends = {group[-1]: k for group, k in self.vision_groups}
-        for index, layer in enumerate(tower.blocks):
-            x, attention, values = self._attend(index, x, patches)
-            maps.append(attention)
-            if index in ends:
-                row = rollout(maps, self.options.aggregation).mean(0).view(-1, 4).sum(1)
-                scores = importance(row, values.view(len(patches), 4, -1).mean(1))
-                chosen = select(scores, ends[index])
-                kept = [patches[i] for i in chosen]
-                cuts.append(Cut("vision", index, patches, scores.tolist(), kept))
-                x = x.view(len(patches), 4, -1)[chosen].flatten(0, 1)
-                patches, maps = kept, []
-            x = x + layer.mlp(layer.norm2(x))
-        cls = x.mean(0)
-        self.last_row = maps[-1].mean(0).view(-1, 4).sum(1) if maps else None
-        return _Image(patches, tower.merger(x), cls, tower.merger(cls.expand(4, -1))[0], None, cuts)
-
-    def _attend(self, index: int, x: Tensor, patches: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention and residual of a layer: new states (T, D), the map (T, T) of all heads, values (T, D)."""
-        layer, config = self.tower.blocks[index], self.tower.config
-        places = [
-            (2 * (p // self.grid[1]) + down, 2 * (p % self.grid[1]) + right)
-            for p in patches
-            for down in (0, 1)
-            for right in (0, 1)
-        ]
-        q, k, v = layer.attn.qkv(layer.norm1(x)).chunk(3, dim=-1)
-        size = q.shape[1] // config.num_heads
-        speed = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size // 4))
-        angle = torch.cat([torch.tensor(places, dtype=torch.float64)[:, [axis]] * speed for axis in (0, 1)], 1)
-        seen = torch.ones(len(x), len(x), dtype=torch.bool)
-        if index not in getattr(config, "fullatt_block_indexes", range(self.depth)):
-            along = config.window_size // config.patch_size
-            window = [(row // along, column // along) for row, column in places]
-            seen = torch.tensor([[a == b for b in window] for a in window])
-        outputs, maps = [], []
-        for head in range(config.num_heads):
-            own = slice(head * size, (head + 1) * size)
-            logits = _turn(q[:, own], angle) @ _turn(k[:, own], angle).T / size**0.5
-            maps.append(logits.masked_fill(~seen, float("-inf")).softmax(-1))
-            outputs.append(maps[-1] @ v[:, own])
-        return x + layer.attn.proj(torch.cat(outputs, -1)), torch.stack(maps).mean(0), v
-
-    def _sequence(self, prompt: Prompt, images: list[_Image]) -> _Sequence:
-        sequence = super()._sequence(prompt, images)
-        places: list[tuple[int, int, int]] = []
-        following = slot = 0
-        for token in prompt.ids.tolist():
-            if token != self.model.config.image_token_id:
-                places.append((following, following, following))
-                following += 1
-                continue
-            row, column = divmod(slot % self.num_patches, self.grid[1])
-            places.append((following, following + row, following + column))
-            slot += 1
-            if slot % self.num_patches == 0:
-                following += max(self.grid)
-        positions: Any = [places[i] for i in sequence.index]
-        return dataclasses.replace(sequence, positions=positions, following=following)
-
-    def _rotate(self, x: Tensor, positions: list[Any]) -> Tensor:
-        parameters = self.decoder.config.rope_parameters
-        axis = [a for a, count in enumerate(parameters["mrope_section"]) for _ in range(count)]
-        speed = parameters["rope_theta"] ** (-torch.arange(len(axis), dtype=torch.float64) / len(axis))
-        places = [p if isinstance(p, tuple) else (p, p, p) for p in positions]
-        return _turn(x, torch.tensor(places, dtype=torch.float64)[:, axis] * speed)
-
-
-def _turn(x: Tensor, angle: Tensor) -> Tensor:
-    """Halves (a, b) of (T, d), turned by (T, d / 2)."""
-    a, b = x.chunk(2, dim=1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], 1)
-
-
 def read_once(small: tuple[Any, Any], question: str, shape: tuple[int, int], images: int) -> tuple[Prompt, Any]:
     """A prompt about images of one shape, and their grid in units."""
     _, processor = small
@@ -319,7 +218,7 @@ def test_what_stays_is_what_the_reference_keeps(small: tuple[Any, Any], changes:
     expected: list[Result] = []
     for question, shape, images in asked:
         prompt, grid = read_once(small, question, shape, images)
-        expected.append(QwenReference(model, ivtp.PruneConfig.of(**options), grid).run(prompt))
+        expected.append(reference_of(model, ivtp.PruneConfig.of(**options), grid).run(prompt))
     inputs = inputs_of(small, *((question, [shape] * images) for question, shape, images in asked))
     with torch.no_grad(), ivtp.attach(model, processor, **options) as pruner:
         logits = model(**inputs).logits
@@ -332,7 +231,7 @@ def test_attention_of_a_token_is_that_of_its_four_patches(small: tuple[Any, Any]
     """Behind the encoder, also of one that takes the patches window by window."""
     model, _ = small
     prompt, grid = read_once(small, "Is it a dog?", (33, 97), 1)
-    reference = QwenReference(model, ivtp.PruneConfig.of(keep=5, llm_layers=6, stages="llm", guide="visual"), grid)
+    reference = reference_of(model, ivtp.PruneConfig.of(keep=5, llm_layers=6, stages="llm", guide="visual"), grid)
     reference.run(prompt)
     with torch.no_grad(), ivtp.attach(model, None, method="topk", keep=5) as pruner:
         model(**inputs_of(small, ("Is it a dog?", [(33, 97)])))

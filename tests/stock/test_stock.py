@@ -227,7 +227,7 @@ def test_without_the_index_of_grids_tokens_stand_elsewhere_than_in_the_stock_mod
     assert stock.later_positions(model.model, counted.repeat_interleave(2, dim=0))[0, ::2].equal(later[0])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_without_places_and_windows_patches_are_turned_otherwise_than_in_the_stock_encoder(name: str) -> None:
     family = host_class(name)
     model, processor = family.tiny()
@@ -244,6 +244,20 @@ def test_without_places_and_windows_patches_are_turned_otherwise_than_in_the_sto
         turns = [turn.view(len(order), 4, -1)[order].flatten(0, 1) for turn in turns]
     assert layers[0]["cu_seqlens"].tolist() == ends.tolist()
     assert all(mine.equal(theirs) for mine, theirs in zip(turns, layers[0]["position_embeddings"], strict=True))
+
+
+def test_without_the_weights_of_learned_places_patches_lie_elsewhere_than_in_the_stock_encoder() -> None:
+    family = host_class("qwen3_vl")
+    model, processor = family.tiny()
+    inputs = family.tiny_inputs(model, processor, [("Is it a dog?", [(50, 40)])])
+    tower, entered = model.model.visual, []
+    tower.blocks[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        places, weights = stock.patch_embeddings(rows, columns, tower)
+        own = (tower.pos_embed(places) * weights.unsqueeze(-1)).sum(dim=1)
+        assert torch.equal(tower.patch_embed(inputs["pixel_values"]) + own, entered[0])
 
 
 def test_weights_that_are_integers_are_passed_over() -> None:

@@ -171,9 +171,13 @@ def _vision(g: Geometry, kind: _Kind) -> float:
 
 
 def _projected(g: Geometry, kinds: list[_Kind], question: int) -> float:
-    """The projector over what leaves the encoder, or the compressor in its place."""
+    """The projector over what leaves the encoder, or the compressor in its place.
+
+    Those of deepstack layers read what reaches the decoder alone.
+    """
     if g.compressed is None:
-        return sum(k.count * k.tiles * k.tile.projector for k in kinds) * projector(g)
+        read = (k.tile.projector + len(g.deepstack) * k.tile.llm_attention[0] for k in kinds)
+        return sum(k.count * k.tiles * n for k, n in zip(kinds, read, strict=True)) * projector(g)
     kind = compressor_class(g.compressed.name)
     each: float = kind.flops(g, g.compressed.tokens, question)
     return sum(k.count for k in kinds) * each

@@ -253,6 +253,10 @@ class Host:
         """Vision features (R, N * `Geometry.unit`, D), units whole, to decoder embeddings (R, N, D_text)."""
         raise NotImplementedError
 
+    def project_deep(self, layer: int, features: Tensor) -> Tensor:
+        """As `project`, of the output of a layer of `Geometry.deepstack`, which is added in the decoder; here alike."""
+        return self.project(features)
+
     def project_summary(self, summary: Tensor) -> Tensor:
         """What stands for images as a whole (m, D) to decoder embeddings (m, D_text), as units of nothing else."""
         return self.project(summary.unsqueeze(1).expand(-1, self.size.unit, -1)).squeeze(1)

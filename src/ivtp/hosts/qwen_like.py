@@ -17,8 +17,8 @@ from ivtp.stock import grid_positions, later_positions, whole_blocks
 from ivtp.towers.llama import QwenTextTower
 from ivtp.towers.qwen_like import QwenVisionTower
 
-FEWEST, MOST = 4, 16384
-"""Tokens of the smallest and of the largest image, as the released checkpoints' processors scale them."""
+MOST = 16384
+"""Tokens of the largest image, as the released checkpoints' processors scale them."""
 STRIP = 200
 """Long over short side of an image that they take at most."""
 
@@ -26,7 +26,7 @@ STRIP = 200
 _AROUND = ("<|vision_start|>", "<|vision_end|>")
 _TEXT = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 
@@ -35,6 +35,8 @@ class QwenLike(Host):
 
     tower: ClassVar[type[QwenVisionTower]] = QwenVisionTower
     """The kind of its vision tower."""
+    fewest: ClassVar[int] = 4
+    """Tokens of the smallest image, as the released checkpoints' processors scale them."""
     parts: ClassVar[tuple[str, str]]
     """Names of the stock config and of the stock processor."""
     hub = "Qwen/{}"
@@ -102,12 +104,12 @@ class QwenLike(Host):
 
     @classmethod
     def visual(cls, config: Any, size: tuple[int, int], images: int = 1) -> Visual:
-        """Scaled to whole units, of 4 to 16384 in all, as the released checkpoints' processors do."""
+        """Scaled to whole units, of `fewest` to 16384 in all, as the released checkpoints' processors do."""
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         (width, height), most = size, max(size) / min(size)
         if most > STRIP:
             raise InputError(f"an image of {width} x {height} pixels is a strip; crop it to at most {STRIP} : 1")
-        rows, columns = (length // side for length in whole_blocks((height, width), side, FEWEST, MOST))
+        rows, columns = (length // side for length in whole_blocks((height, width), side, cls.fewest, MOST))
         return cls.in_units(config, (rows, columns))
 
     @classmethod

@@ -41,16 +41,20 @@ class DecoderStage(Stage):
         sources: list[Tensor],
         embeddings: Tensor,
         past: Past | None = None,
+        deep: Tensor | None = None,
     ) -> None:
         """`sources` are `Encoded.sources` (n,) for every image of the rows; `embeddings` (B, T, D) enter.
 
-        They enter behind `past`, where something is cached.
+        They enter behind `past`, where something is cached. `deep` is `Encoded.deep` (K, L, D) of all visual tokens.
         """
         super().__init__(plug, method)
         self.tower = plug.host.text
         self.prompts = prompts
         self.seen = [Seen(0, sequence, guide=method.plan.guide_layers > 0)]
         self._past = past
+        self._deep = deep
+        self._added = 0
+        """Layers whose part of `deep` is in the hidden states."""
         self._inputs: dict[int, dict[str, Any]] = {}
         """By the part of the past that a layer sees, until the next cut."""
         self._peeking = False
@@ -73,7 +77,10 @@ class DecoderStage(Stage):
             seats.add(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (args, self.layer_inputs(number, args[0], kwargs)) if self.is_mine() else None
+        if not self.is_mine():
+            return None
+        hidden = self.behind(number - 1, args[0])
+        return (hidden, *args[1:]), self.layer_inputs(number, hidden, kwargs)
 
     @property
     def sequence(self) -> TokenSequence:
@@ -84,6 +91,21 @@ class DecoderStage(Stage):
         """The mask of padding that the decoder is handed: (B, past + T)."""
         # also given without padding: gaps in the positions must not be taken for packed sequences
         return self._behind_past(0)
+
+    def behind(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the next layer reads of a layer's output: visual tokens with their deepstack features, added once.
+
+        A token that stands for several has those of the patch at whose place it is; the guide has none.
+        """
+        if self._deep is None or not self._added <= layer < self._deep.shape[1]:
+            return hidden
+        self._added = layer + 1
+        visual = self.seen[0].sequence.visual
+        number = torch.where(visual, visual.flatten().cumsum(0).view_as(visual) - 1, -1)  # (B, T), as they entered
+        if len(self.seen) > 1:
+            number = number.gather(1, self._index())
+        own = self._deep[:, layer].to(hidden)[number.clamp_min(0)]
+        return hidden + own.masked_fill((number < 0).unsqueeze(-1), 0)
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) within or behind a layer; later layers get `layer_inputs`."""
@@ -159,7 +181,7 @@ class DecoderStage(Stage):
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs, self._turn, self._past = {}, None, None
+        self._inputs, self._turn, self._past, self._deep = {}, None, None, None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class Encoded:
     cls: Tensor  # (D_vision,): CLS of the layer that the projector reads, or the mean row, of the whole's tile
     pooled: Tensor  # (D_vision,): post-normalised CLS of the last layer, or the pooled patches, of the whole's tile
     sources: Tensor  # (n,): the patch that stands for each one, -1 where it was dropped
+    deep: Tensor  # (k, L, D): what is added to them behind the first L decoder layers
 
 
 class EncoderStage(Stage):
@@ -46,6 +48,8 @@ class EncoderStage(Stage):
         self._relevance: Tensor | None = None
         self._words: Tensor | None = None
         self._read: Tensor | None = None
+        self._deep: list[tuple[int, Tensor, Tensor]] = []
+        """Of each layer of `Geometry.deepstack`: its number, what it computed (R, T, D) and of which patches (R, T)."""
         self._reordered = False
         self._index: Tensor | None = None
         self._order: Tensor | None = None
@@ -55,12 +59,20 @@ class EncoderStage(Stage):
         super().install(seats)
         layer = self.tower.layers[self.host.size.vision_layers - 1]
         seats.add(layer.register_forward_hook(self._feature_layer_done).remove)
+        for number in self.host.size.deepstack:
+            hook = partial(self._deepstack_layer_done, number)
+            seats.add(self.tower.layers[number].register_forward_hook(hook).remove)
         for layer in self.tower.layers if self.tower.flat else ():
             seats.add(layer.register_forward_pre_hook(self._before_layer, with_kwargs=True).remove)
 
     def _feature_layer_done(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.is_mine():
             self._feature = self._ordered(output[0] if isinstance(output, tuple) else output, 1)
+
+    def _deepstack_layer_done(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.is_mine():
+            hidden = self._ordered(output[0] if isinstance(output, tuple) else output, 1)
+            self._deep.append((number, hidden, self._patch))
 
     def _ordered(self, tokens: Tensor, dim: int) -> Tensor:
         """Tokens along `dim` of what a layer computed for tiles, or for the only one, in the order of their patches."""
@@ -81,7 +93,8 @@ class EncoderStage(Stage):
 
         For methods that ask for it, `relevance` rates the patches (R, N) by the last layer's output (R, 1 + N, D), of
         units their mean, and `words` (R, W, D_text) are the tokens of the questions.
-        Returns the fields of `Encoded` with a row for each tile: (R, k), (R, k, D), (R, D), (R, D), (R, N).
+        Returns the fields of `Encoded` with a row for each tile: (R, k), (R, k, D), (R, D), (R, D), (R, N),
+        (R, k, L, D).
         """
         size = self.host.size
         self._words = words
@@ -111,12 +124,25 @@ class EncoderStage(Stage):
         if self._reordered and self.method.config.positions == "original":  # position ids only grow
             patches, order = patches.sort(dim=1)
             features = take(features, order)
-        return patches, features, cls, pooled, self._sources
+        return patches, features, cls, pooled, self._sources, self._deepstack(patches, features)
+
+    def _deepstack(self, patches: Tensor, features: Tensor) -> Tensor:
+        """What the deepstack layers' own projectors make of the `patches` (R, k) that are left, with `features`.
+
+        Those that leave behind such a layer are not projected either. Returns (R, k, L, D), L 0 without such layers.
+        """
+        first, parts = self.host.size.vision_cls, []
+        for number, hidden, patch in self._deep:
+            columns = torch.searchsorted(patch[:, first:].contiguous(), patches.contiguous())  # nothing reorders them
+            tokens = Units(self.host.size.unit).tokens(columns)
+            parts.append(self.host.project_deep(number, take(hidden[:, first:], tokens)))
+        return torch.stack(parts, dim=2) if parts else features.unsqueeze(2)[:, :, :0]
 
     def release(self) -> None:
         """Let go of the images' features."""
         super().release()
         self._feature = self._relevance = self._words = self._read = None
+        self._deep = []
 
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (I, T, D), or (T, D) of one, of the encoder in units or of projected features."""

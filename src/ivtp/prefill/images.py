@@ -135,7 +135,7 @@ def _join(
     tiles: tuple[Tensor, ...], visual: Visual, decided: list[CutResult], count: int
 ) -> tuple[Encoded, list[CutResult]]:
     """The tiles of one image together: without padding, in the order of its patches, and `count` of them exactly."""
-    patches, features, cls, pooled, of_tiles = tiles
+    patches, features, cls, pooled, of_tiles, deep = tiles
     places = on_device(visual.tiles, patches.device)
     own = places.gather(1, patches).flatten()  # (t * k,), -1: padding
     shown = sum(min(patches.shape[1], visible) for visible in visual.visible)
@@ -157,7 +157,8 @@ def _join(
     stay = features.flatten(0, 1)[order]
     if visual.scaled is not None and patches.shape == visual.tiles.shape:  # nothing was cut
         stay = _scaled(features.flatten(0, 1), visual)
-    return Encoded(kept, stay, cls[visual.whole], pooled[visual.whole], sources), decided
+    added = deep.flatten(0, 1)[order]
+    return Encoded(kept, stay, cls[visual.whole], pooled[visual.whole], sources, added), decided
 
 
 def _scaled(features: Tensor, visual: Visual) -> Tensor:

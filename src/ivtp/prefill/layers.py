@@ -26,6 +26,9 @@ class Cutter(Protocol):
     def attend(self, cut: Cut, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The first half of the cut layer of (B, T, D), with the arguments of the layer."""
 
+    def behind(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the model hands on of a layer's output (B, T, D)."""
+
     def cut(self, cut: Cut, hidden: Tensor) -> Tensor:
         """Cut (B, T, D) to (B, T', D), between attention and MLP or behind the layer."""
 
@@ -46,7 +49,7 @@ def cut_layer(stage: Cutter, layer: nn.Module, cut: Cut, stock: Forward) -> Forw
             kwargs = {**kwargs, **{name: value for name, value in without.items() if name in kwargs}}
         if cut.place == "behind":
             output = stock(hidden, *args, **kwargs)
-            first = output[0] if isinstance(output, tuple) else output
+            first = stage.behind(cut.layer, output[0] if isinstance(output, tuple) else output)
             if cut.peek:
                 stage.peek(cut, first, kwargs)
             left = stage.cut(cut, first)

@@ -56,6 +56,7 @@ class Prefill:
         self._clip_tokens: list[int] = []
         self._sentences: list[Tensor] = []
         self._features: Tensor | None = None
+        self._deep: Tensor | None = None
         self._decoder: DecoderStage | None = None
         self._shift: Tensor | None = None
 
@@ -90,6 +91,7 @@ class Prefill:
             [e.sources for e in encoded],
             embeddings.detach(),
             self._past,
+            self._deep,
         )
         self._decoder.install(self._seats)
         if self._past is not None:
@@ -171,6 +173,7 @@ class Prefill:
         if encoded:
             self._features = torch.cat([e.features for e in encoded]).to(embeddings.device, embeddings.dtype)
             embeddings = embeddings.masked_scatter(sequence.visual.unsqueeze(-1), self._features)
+            self._deep = torch.cat([e.deep for e in encoded])
         separator = self.host.separator()
         if separator is not None:
             between = slots.mask.gather(1, index) & ~sequence.visual

@@ -101,6 +101,10 @@ class Stage:
         """The first half of the layer of a cut."""
         return self.tower.attend(cut.layer, hidden, *args, **kwargs)
 
+    def behind(self, layer: int, hidden: Tensor) -> Tensor:
+        """What the model hands on of a layer's output (B, T, D): here as it is."""
+        return hidden
+
     def peek(self, cut: Cut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         """See what the layer behind a cut computes of (B, T, D)."""
         raise NotImplementedError

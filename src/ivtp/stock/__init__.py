@@ -7,7 +7,7 @@ from ivtp.stock.attention import decoder_mask, heeds_softcap, kernel, kernel_nam
 from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled, is_offloading, keep_whole
 from ivtp.stock.forwards import execution_device, floating_dtype, forward_slot, is_checkpointed, reruns_hooks
 from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, is_drafting, set_image_features
-from ivtp.stock.mrope import grid_positions, later_positions, patch_places, patch_windows
+from ivtp.stock.mrope import grid_positions, later_positions, patch_embeddings, patch_places, patch_windows
 from ivtp.stock.processors import best_canvas, best_tiling, whole_blocks
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "kernel",
     "kernel_name",
     "later_positions",
+    "patch_embeddings",
     "patch_places",
     "patch_windows",
     "reruns_hooks",

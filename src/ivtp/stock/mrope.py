@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 
 def grid_positions(multimodal: Any, ids: Tensor, mask: Tensor | None, grids: Tensor, image_token: int) -> Tensor:
@@ -43,3 +47,18 @@ def patch_windows(rows: int, columns: int, config: Any) -> tuple[Tensor, Tensor]
         torch.tensor([[1, rows, columns]]), config.spatial_merge_size, config.window_size, config.patch_size
     )
     return order, ends
+
+
+def patch_embeddings(rows: int, columns: int, tower: Any) -> tuple[Tensor, Tensor]:
+    """Which embeddings of places (T, 4) of `tower`, by what weights (T, 4), make that of each patch of a grid.
+
+    The patches are in the order of `patch_places`.
+    """
+    places, weights = get_vision_interpolation_indices_and_weights(
+        torch.tensor([[1, rows, columns]]),
+        num_grid_per_side=tower.num_grid_per_side,
+        mode=tower.interpolation_mode,
+        align_corners=tower.interpolation_align_corners,
+        spatial_merge_size=tower.spatial_merge_size,
+    )
+    return places, weights

@@ -112,6 +112,6 @@ class LlamaTower(TextTower):
 
 
 class QwenTextTower(LlamaTower):
-    """The decoder of Qwen2-VL and Qwen2.5-VL: Llama's layers, whose rotary embeddings mix positions on three axes."""
+    """The decoder of Qwen2-VL and its successors: Llama's layers, whose turns mix positions on three axes."""
 
-    kinds = ("qwen2_5_vl_text", "qwen2_vl_text")
+    kinds = ("qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text")
