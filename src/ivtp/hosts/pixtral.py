@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -175,16 +174,17 @@ def _in_rows(rows: int, columns: int) -> Visual:
 @cache
 def _processor_class() -> Any:
     """The stock processor; its module imports a function from torchvision's that stands in PIL's as well."""
-    room = "transformers.models.pixtral"
-    pil = importlib.import_module(f"{room}.image_processing_pil_pixtral")
-    lent = sys.modules.setdefault(f"{room}.image_processing_pixtral", pil) is pil
+    from transformers.models.pixtral import image_processing_pil_pixtral as pil
+
+    needed = pil.__name__.replace("_pil_", "_")
+    lent = sys.modules.setdefault(needed, pil) is pil
     try:
-        stock: Any = importlib.import_module(f"{room}.processing_pixtral").PixtralProcessor
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
     finally:
         if lent:
-            del sys.modules[f"{room}.image_processing_pixtral"]
+            del sys.modules[needed]
 
-    class WithoutTorchvision(stock):  # type: ignore[misc]  # transformers is untyped here
+    class WithoutTorchvision(PixtralProcessor):  # type: ignore[misc]  # transformers is untyped here
         """It takes PIL's image processor."""
 
     return WithoutTorchvision
