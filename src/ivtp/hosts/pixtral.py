@@ -100,7 +100,7 @@ class PixtralHost(LlavaLike):
         sizes, pixels = inputs.get("image_sizes"), inputs["pixel_values"]
         if sizes is None:
             raise InputError("images of this model need their image_sizes; pass all that the processor gives")
-        sides: list[list[int]] = torch.as_tensor(sizes).tolist()
+        sides: list[list[int]] = torch.as_tensor(sizes).reshape(-1, 2).tolist()
         largest = [max(edges, default=0) for edges in zip(*sides, strict=True)]
         if len(sides) != len(pixels) or any(n > most for n, most in zip(largest, pixels.shape[-2:], strict=False)):
             raise InputError(
@@ -128,7 +128,7 @@ class PixtralHost(LlavaLike):
 
     @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
-        """Images of up to 64 tokens of 8 x 8 pixels; 5 encoder and 8 decoder layers."""
+        """Images of up to 64 tokens of 8 x 8 pixels; 6 encoder and 8 decoder layers."""
         import transformers
         from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
@@ -137,7 +137,7 @@ class PixtralHost(LlavaLike):
             vision_config=transformers.PixtralVisionConfig(
                 hidden_size=32,
                 intermediate_size=64,
-                num_hidden_layers=5,
+                num_hidden_layers=6,
                 num_attention_heads=2,
                 image_size=64,
                 patch_size=cls.tiny_patch,
