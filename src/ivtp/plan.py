@@ -81,6 +81,8 @@ class Geometry:
     """Tokens that the family's processor writes around the slots of each image."""
     projector_width: int | None = None
     """Channels between the projector's two layers; None: as many as it gives."""
+    merger_width: int | None = None
+    """Channels that a linear layer makes of a unit in front of the projector; None: there is no such layer."""
     patch_frames: int = 1
     """Pictures that a patch spans: 2 in an encoder for videos, which reads an image twice."""
     vision_mlp_matrices: int = 2

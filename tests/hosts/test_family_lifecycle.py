@@ -13,6 +13,7 @@ from family import BATCHES, KEEP, METHODS, NONE, ONE, TWO, Family, generated
 from fingerprint import difference, fingerprint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import ivtp
@@ -114,13 +115,13 @@ def test_a_forward_that_dies(family: Family, model: Any, tower: str) -> None:
         expected = other(**inputs).logits[:, -1]
         model(**inputs)
     before = fingerprint(model)
-    layer = getattr(find_host(model), tower).layers[4].mlp
+    *_, last = (part for part in getattr(find_host(model), tower).layers[4].modules() if isinstance(part, nn.Linear))
 
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
     with torch.no_grad(), family.attach(model):
-        handle = layer.register_forward_pre_hook(fail)
+        handle = last.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             model(**inputs)
         handle.remove()

@@ -25,6 +25,7 @@ def test_the_parts_are_where_the_geometry_says(name: str) -> None:
     assert host.size.vision_layers <= len(host.vision.layers)
     assert host.size.text_layers == len(host.text.layers)
     assert host.geometry(model.config) == host.size
+    assert [other for other in HOSTS if host_class(other).matches(model.config)] == [name]
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -57,7 +58,8 @@ def test_inputs_of_a_prompt_are_the_same_alone_and_in_a_batch(name: str) -> None
     assert len(pixels) == len(batch["pixel_values"])
     for mine, theirs in zip(pixels, batch["pixel_values"], strict=True):
         assert mine.dtype == torch.float32
-        assert torch.equal(mine, theirs[: len(mine)]), "tiles of a smaller picture are padded in a batch"
+        own = tuple(slice(length) for length in mine.shape)
+        assert torch.equal(mine, theirs[own]), "smaller pictures, and those in fewer tiles, are padded in a batch"
     assert not torch.equal(host.tiny_inputs(model, processor, prompts, seed=1)["pixel_values"], batch["pixel_values"])
 
 

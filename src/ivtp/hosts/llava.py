@@ -9,6 +9,7 @@ from torch import nn
 
 from ivtp.hosts.llava_like import LlavaLike
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_clip, tiny_llama, tiny_tokenizer
+from ivtp.towers.pixtral import PixtralTower
 from ivtp.towers.siglip import SiglipTower
 
 _STOCK = {
@@ -31,8 +32,9 @@ class LlavaHost(LlavaLike):
 
     @classmethod
     def matches(cls, config: Any) -> bool:
-        """A LLaVA config, whatever its decoder; a SigLIP tower makes another family of it."""
-        return getattr(config, "model_type", None) == "llava" and config.vision_config.model_type != SiglipTower.kind
+        """A LLaVA config, whatever its decoder; a SigLIP or Pixtral tower makes another family of it."""
+        others = (PixtralTower.kind, SiglipTower.kind)
+        return getattr(config, "model_type", None) == "llava" and config.vision_config.model_type not in others
 
     @classmethod
     def stock_config(cls, name: str) -> Any:

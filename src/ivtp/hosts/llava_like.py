@@ -17,13 +17,14 @@ from ivtp.hosts.base import Host, Visual, openai_clip
 from ivtp.plan import Compressed, Geometry
 from ivtp.towers.clip import ClipTower
 from ivtp.towers.llama import LlamaTower
+from ivtp.towers.pixtral import PixtralTower
 from ivtp.towers.pre_norm import PreNormTower
 
 
 class LlavaLike(Host):
     """A tower of which one feature layer is read, LLaVA's projector, and a decoder with Llama's layers."""
 
-    tower: ClassVar[type[PreNormTower]] = ClipTower
+    tower: ClassVar[type[PreNormTower] | type[PixtralTower]] = ClipTower
     """The kind of its vision tower."""
     decoder: ClassVar[type[LlamaTower]] = LlamaTower
     """The kind of its decoder."""
@@ -37,10 +38,11 @@ class LlavaLike(Host):
         text: dict[str, Any] = cls.decoder.sizes(config.text_config)
         feature, layers = config.vision_feature_layer, vision["vision_depth"]
         strategy = "default" if vision["vision_cls"] else "full"  # "default" leaves the first token out
-        if not isinstance(feature, int) or config.vision_feature_select_strategy != strategy:
+        own = getattr(config, "vision_feature_select_strategy", "full")  # some families leave out no token at all
+        if not isinstance(feature, int) or own != strategy:
             raise UnsupportedModelError(
-                f"vision_feature_layer={feature!r} with strategy {config.vision_feature_select_strategy!r} is not "
-                f'prunable; one feature layer with the strategy "{strategy}" is'
+                f"vision_feature_layer={feature!r} with strategy {own!r} is not prunable; "
+                f'one feature layer with the strategy "{strategy}" is'
             )
         return Geometry(
             name=str(getattr(config, "name_or_path", "") or cls.name),

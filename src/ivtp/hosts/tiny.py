@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 IMAGE = "<image>"
 PROMPTS: tuple[tuple[str, tuple[tuple[int, int], ...]], ...] = (("What is left of the dog?", ((50, 40),)),)
@@ -81,6 +81,14 @@ def tiny_llama(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def tiny_mistral(tokenizer: PreTrainedTokenizerFast) -> MistralConfig:
+    """Of a decoder like `tiny_llama`'s, but its heads are wider together than a token."""
+    sizes = tiny_llama(tokenizer).to_dict()
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    ids = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return MistralConfig(**{name: sizes[name] for name in (*names, *ids)}, head_dim=16, sliding_window=None)
 
 
 def tiny_images(question: str, sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Image.Image]:

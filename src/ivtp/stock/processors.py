@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 
@@ -33,4 +35,14 @@ def whole_blocks(size: tuple[int, int], side: int, fewest: int, most: int) -> tu
     Both are (height, width) in pixels. Raises `ValueError` for a strip.
     """
     height, width = smart_resize(*size, side, fewest * side**2, most * side**2)
+    return height, width
+
+
+def within(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
+    """What an image of `size`, at most `longest` along an edge, is scaled to: whole blocks of `side` pixels.
+
+    Both are (height, width) in pixels; 0 of a strip.
+    """
+    picture = np.broadcast_to(np.uint8(0), (3, *size))
+    height, width = get_resize_output_image_size(picture, longest, side, "channels_first")
     return height, width

@@ -41,7 +41,7 @@ class VisionTower(Tower):
     """A vision encoder; its layers go on behind the one that feeds the projector."""
 
     flat: ClassVar[bool] = False
-    """Whether it reads one image at a time, and its layers take (T, D) and where these tokens are."""
+    """Whether it reads one image at a time, and its layers take (T, D), or (1, T, D), and where these tokens are."""
 
     def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As `Tower.attend`; `bias` (B, 1, 1, T) is added to the logits. Raises `InputError` where a kernel cannot."""
