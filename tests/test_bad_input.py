@@ -283,20 +283,6 @@ def test_static_cache(tiny: Tiny, model: Any) -> None:
     assert model.generate(**inputs, max_new_tokens=3).tolist() == stock.tolist()
 
 
-@pytest.mark.parametrize("name", ["no image", "one"])
-def test_second_image_on_a_cache(tiny: Tiny, model: Any, name: str) -> None:
-    """Only the first prompt of a cache can be pruned; behind text as behind another image."""
-    inputs, more = tiny.inputs(*samples(tiny, name)), tiny.inputs(*samples(tiny, "one"))
-    before = fingerprint(model)
-    with torch.no_grad(), tiny.attach(model):
-        cache = model(**inputs, use_cache=True).past_key_values
-        mask = torch.ones(1, cache.get_seq_length() + more["input_ids"].shape[1], dtype=torch.long)
-        with pytest.raises(InputError, match="first prompt of a cache") as caught:
-            model(**{**more, "attention_mask": mask}, **with_cache(model, cache))
-        one_line(caught.value)
-    assert difference(before, fingerprint(model)) == []
-
-
 def test_images_and_placeholders_disagree(tiny: Tiny, model: Any) -> None:
     """Too few or too many images, or an image cut in two: a clear error, and the next call works."""
     inputs = tiny.inputs(*samples(tiny, "two images"))

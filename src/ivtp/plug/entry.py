@@ -84,9 +84,11 @@ def find_host(model: nn.Module) -> Host:
             if type(module).__name__ == host.model_class and host.matches(module.config):
                 found: Host = host(module)
                 return found
-    names = ", ".join(f"{host.model_class} ({host.name})" for host in hosts)
+    names = ", ".join(host.name for host in hosts)
     hint = "; pass the model itself, ivtp.load(...)[0]" if not isinstance(model, nn.Module) else ""
-    raise UnsupportedModelError(f"{type(model).__name__} is not a model that can be pruned; supported: {names}{hint}")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is no model that can be pruned; stock ones of these families can: {names}{hint}"
+    )
 
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
