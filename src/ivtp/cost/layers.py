@@ -31,7 +31,8 @@ def attention_products(width: int, pairs: int) -> float:
 def projector(g: Geometry) -> float:
     """Its linear layers, for one visual token."""
     between = [g.projector_width or g.text_hidden] * (g.projector_matrices - 1)
-    widths = [g.unit * g.vision_hidden, *between, g.text_hidden]
+    read = g.vision_hidden if g.projector_averages else g.unit * g.vision_hidden
+    widths = [read, *between, g.text_hidden]
     return 2.0 * sum(given * made for given, made in pairwise(widths))
 
 
