@@ -22,6 +22,7 @@ from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.gemma3 import HOST
 from ivtp.hosts.tiny import tiny_images
 from ivtp.plug import find_host
+from ivtp.prompt.instruction import InstructionReader
 from ivtp.stock import set_kernel
 from tests.methods import naive
 
@@ -51,10 +52,11 @@ def squares() -> list[list[int]]:
 
 def images_of(ids: Tensor, slot: int) -> list[int]:
     """The image that each token is of; -1: text."""
-    found, image = [], -1
-    for place, token in enumerate(ids.tolist()):
-        image += token == slot and (place == 0 or ids[place - 1] != slot)
+    found, image, before = [], -1, -1
+    for token in ids.tolist():
+        image += token == slot != before
         found.append(image if token == slot else -1)
+        before = token
     return found
 
 
@@ -291,7 +293,7 @@ def scanned(model: Any, processor: Any, question: str, size: tuple[int, int]) ->
     return dict(processor(images=[picture], text=[text], return_tensors="pt", images_kwargs=crops))
 
 
-@pytest.mark.parametrize(("size", "images"), [((50, 40), 3), ((40, 40), 1), ((200, 40), 5), ((20, 100), 1)])
+@pytest.mark.parametrize(("size", "images"), [((50, 40), 3), ((40, 40), 1), ((200, 40), 5), ((12, 100), 1)])
 def test_crops_are_images_of_the_prompt(small: tuple[Any, Any], size: tuple[int, int], images: int) -> None:
     """Each with its own budget; with all tokens the answer is the stock model's."""
     model, processor = small
@@ -307,6 +309,19 @@ def test_crops_are_images_of_the_prompt(small: tuple[Any, Any], size: tuple[int,
                 model(**inputs)
             (kept,) = pruner.trace.kept().tolist()
             assert [sum(i // TOKENS == m for i in kept) for m in range(images)] == [3] * images
+
+
+@pytest.mark.parametrize("question", ["Is it a dog?", "Here is the original image of a dog: is it?"])
+def test_what_is_written_around_crops_is_no_part_of_the_question(small: tuple[Any, Any], question: str) -> None:
+    """Also where the question begins with the same words."""
+    model, processor = small
+    ids = scanned(model, processor, question, (50, 40))["input_ids"][0].tolist()
+    assert "here are some crops" in processor.tokenizer.decode(ids)
+    columns = [c for c, token in enumerate(ids) if token != model.config.image_token_id]
+    found = InstructionReader(processor, HOST.writes).read([ids[c] for c in columns], columns)
+    assert found.text == question
+    asked = processor.tokenizer.decode([ids[c] for c in found.columns]).strip()
+    assert asked == question
 
 
 def test_without_types_images_are_read_as_the_stock_model_reads_them(small: tuple[Any, Any]) -> None:

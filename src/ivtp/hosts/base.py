@@ -98,6 +98,8 @@ class Host:
     """Whether a prompt's text is read in both directions as well: no image can come behind a cache then."""
     writes_prompts: ClassVar[str | None] = None
     """Stock class of a processor that takes no chat template and itself writes what stands around the question."""
+    writes: ClassVar[tuple[str, ...]] = ()
+    """What its processor writes in front of images that it makes of one: no part of the question."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     generate_reads: ClassVar[bool] = False

@@ -49,6 +49,7 @@ class Gemma3Host(LlavaLike):
     decoder = Gemma3Tower
     settings = ()
     of_columns = ("token_type_ids",)
+    writes = ("Here is the original image", "and here are some crops to help you see better")
 
     @classmethod
     def matches(cls, config: Any) -> bool:

@@ -92,7 +92,7 @@ class TextTower(Tower):
 
     def positions(self, layer: int, hidden: Tensor, position: Tensor) -> dict[str, Any]:
         """The arguments of `cut_positions` for tokens (B, T, D) at `position` (B, T), where `rotary` tells several."""
-        raise NotImplementedError
+        return {}
 
     def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Keys (B, H, T, d) of a layer, all turned back by the rotary embedding of one position of each row.
