@@ -37,7 +37,7 @@ class Gemma3Host(LlavaLike):
     and answer have to fit in the sliding window of the decoder's layers (1024 tokens in the released checkpoints).
 
     Refuses: prompts and answers beyond the sliding window; decoders that read text in both directions; FlashAttention;
-    methods that need a CLS token or a text side, or merge in the encoder.
+    methods that need a CLS token or a text side, or merge in the encoder; `ivtp train`, whose batches say no types.
     """
 
     name = "gemma3"
