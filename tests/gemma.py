@@ -44,6 +44,7 @@ def multiplied_out(model: nn.Module) -> Any:
                 attention.q_norm.weight *= stretch
                 attention.q_proj = Normed(attention.q_proj, attention.q_norm, attention.head_dim)
                 attention.k_proj = Normed(attention.k_proj, attention.k_norm, attention.head_dim)
+                del attention.q_norm, attention.k_norm
             else:
                 attention.q_proj.weight *= stretch
             if hasattr(layer, "post_feedforward_layernorm"):
