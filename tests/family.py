@@ -47,6 +47,8 @@ class Family:
         self.name = name
         self.host = host_class(name)
         self._stock, self.processor = self.host.tiny(seed=1)
+        self.image_token = self.host(self._stock).image_token
+        """The id in an image's slots."""
         self._counts: dict[tuple[Size, ...], list[int]] = {}
 
     def model(self, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:

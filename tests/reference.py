@@ -143,6 +143,10 @@ class Reference:
         self.vision_groups = list(zip(vision, counts[: len(vision)], strict=True))
         self.llm_groups = list(zip(llm, counts[len(vision) :], strict=True))
 
+    def mutual(self, columns: list[int]) -> Tensor:
+        """(n, n) bool: which of these columns of a prompt see each other whatever their order."""
+        return torch.full((len(columns), len(columns)), self.both_ways)
+
     def bend(self, logits: Tensor) -> Tensor:
         """What a decoder does to its logits before they are masked."""
         return logits
@@ -173,7 +177,7 @@ class Reference:
         if guide is not None:
             cuts = self._decide(sequence, guide, result, prompt.answer)
         prompt_rows = [i for i in sequence.index if prompt.answer is None or i < prompt.answer]
-        self._answer(sequence, cuts, list(later), result, len(prompt_rows) if self.both_ways else 0)
+        self._answer(sequence, cuts, list(later), result, self.mutual(prompt_rows))
         return result
 
     # Stage 1
@@ -326,8 +330,7 @@ class Reference:
         cuts: dict[int, set[int]] = {}
         for index, layer in enumerate(self.decoder.layers[: self.options.llm_layers]):
             allowed = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-            if self.both_ways:
-                allowed[:-1, :-1] = True
+            allowed[:-1, :-1] |= self.mutual([sequence.index[row] for row in rows])
             x, attention, values = self._decoder_attention(layer, x, positions, allowed)
             maps.append(attention)
             if index in ends:
@@ -363,11 +366,11 @@ class Reference:
         return sorted(chosen)
 
     def _answer(
-        self, sequence: _Sequence, cuts: dict[int, set[int]], later: list[int], result: Result, mutual: int
+        self, sequence: _Sequence, cuts: dict[int, set[int]], later: list[int], result: Result, mutual: Tensor
     ) -> None:
         """All decoder layers without the pseudo CLS token, the cuts given; later tokens see what is cached.
 
-        The first `mutual` tokens see each other whatever their order.
+        The first tokens see each other whatever their order as `mutual` (n, n) says.
         """
         prompt = len(sequence.index)
         rows = [*range(prompt), *range(prompt, prompt + len(later))]
@@ -382,7 +385,7 @@ class Reference:
             allowed = torch.zeros(len(rows), len(rows), dtype=torch.bool)
             for i, query in enumerate(rows):
                 for j, key in enumerate(rows):
-                    before = key <= query or max(key, query) < mutual
+                    before = key <= query or (key < len(mutual) and bool(mutual[query, key]))
                     allowed[i, j] = before and (query < prompt or key >= prompt or key in cached)
             x, _, _ = self._decoder_attention(layer, x, [positions[row] for row in rows], allowed)
             if index in cuts:

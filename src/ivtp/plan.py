@@ -73,6 +73,8 @@ class Geometry:
     vocab_size: int
     projector_matrices: int = 2
     """Linear layers of the projector: the first widens a token to the decoder's hidden size."""
+    projector_averages: bool = False
+    """Whether it reads the mean of a unit's tokens; else all of them side by side."""
     compressed: Compressed | None = None
     """None: the family's own projector, which gives a token for each patch."""
     unit: int = 1

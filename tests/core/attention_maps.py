@@ -18,8 +18,9 @@ def full_map(tap: AttentionTap) -> Tensor:
         logits = tap.softcap * torch.tanh(logits / tap.softcap)
     if tap.causal:
         later = torch.ones_like(logits[0, 0]).triu(1).bool().expand(len(logits), -1, -1)
-        if tap.prefix is not None:
-            later = later & ~(tap.prefix[:, None] & tap.prefix[:, :, None])
+        if tap.blocks is not None:
+            together = tap.blocks[:, None] == tap.blocks[:, :, None]
+            later = later & ~(together & (tap.blocks >= 0)[:, None])
         logits = logits.masked_fill(later[:, None], float("-inf"))
     if tap.valid is not None:
         logits = logits.masked_fill(~tap.valid[:, None, None], float("-inf"))
@@ -43,10 +44,10 @@ def full_rollout(maps: list[Tensor], aggregation: str) -> Tensor:
 
 
 @st.composite
-def taps(draw: st.DrawFn, longest: int, prefixes: bool = False) -> tuple[AttentionTap, Tensor]:
+def taps(draw: st.DrawFn, longest: int, blockwise: bool = False) -> tuple[AttentionTap, Tensor]:
     """A layer of any kind that a model has, and weights (B, T), which are 0 for padding as a rollout's are.
 
-    With `prefixes` tokens of a causal one may see each other whatever their order, and logits may be capped.
+    With `blockwise` tokens of a causal one may see those of their block whatever their order, and logits may be capped.
     """
     batch, key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     length, width = draw(st.integers(1, longest)), draw(st.sampled_from([8, 64, 80, 96, 128]))
@@ -69,10 +70,10 @@ def taps(draw: st.DrawFn, longest: int, prefixes: bool = False) -> tuple[Attenti
     if draw(st.booleans()):
         hidden = torch.rand(batch, length, generator=generator) < 0.3
         hidden[:, -1] = False
-    prefix = None
-    softcap = draw(st.sampled_from([None, 1.5])) if prefixes else None
-    if prefixes and draw(st.booleans()):
-        prefix = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.2, 0.9]))
-        prefix[:, -1] = draw(st.booleans())
+    blocks = None
+    softcap = draw(st.sampled_from([None, 1.5])) if blockwise else None
+    if blockwise and draw(st.booleans()):  # of one block or several, which may be interleaved
+        blocks = torch.randint(-1, draw(st.integers(1, 3)), (batch, length), generator=generator)
+        blocks[:, -1] = draw(st.sampled_from([-1, 0]))
     scale, causal = 1.5 * width**-0.5, draw(st.booleans())
-    return AttentionTap(query, key, key, scale, causal, valid, hidden, prefix, softcap), weights
+    return AttentionTap(query, key, key, scale, causal, valid, hidden, blocks, softcap), weights

@@ -87,7 +87,7 @@ def test_rows_still_sum_to_one(aggregation: str) -> None:
     torch.testing.assert_close(row.sum(1), torch.ones(2))
 
 
-@given(taps(longest=40, prefixes=True), st.integers(1, 50))
+@given(taps(longest=40, blockwise=True), st.integers(1, 50))
 def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     layer: tuple[AttentionTap, Tensor], block: int
 ) -> None:
@@ -98,7 +98,7 @@ def test_the_column_sum_is_that_of_the_full_map_whatever_the_block(
     torch.testing.assert_close(found, weighted_column_sum(tap, weights), atol=1e-6, rtol=1e-5)
 
 
-@given(taps(longest=40, prefixes=True), st.data())
+@given(taps(longest=40, blockwise=True), st.data())
 def test_a_row_is_that_of_the_full_map(layer: tuple[AttentionTap, Tensor], data: st.DataObject) -> None:
     """Of one number for all samples, and of a number for each; a row that sees no key is nobody's."""
     tap, _ = layer

@@ -28,7 +28,8 @@ def conversation(family: Family, *, images: bool) -> dict[str, Any]:
     tokenizer = family.processor.tokenizer
     answer = tokenizer(" It is", add_special_tokens=False, return_tensors="pt")["input_ids"]
     opened = int(made[1]["input_ids"][0, 0] == tokenizer.bos_token_id)
-    between = {"input_ids": answer, **dict.fromkeys(family.host.of_columns, torch.ones_like(answer))}
+    kind = torch.full_like(answer, int(family.host.both_ways))  # where a question is read both ways, an answer is not
+    between = {"input_ids": answer, **dict.fromkeys(family.host.of_columns, kind)}
     if "mm_token_type_ids" in made[0]:
         between["mm_token_type_ids"] = torch.zeros_like(answer)
     columns = {name: torch.cat([made[0][name], part, made[1][name][:, opened:]], 1) for name, part in between.items()}
@@ -77,7 +78,7 @@ def test_what_the_stock_model_reads_of_all_images_is_asked_for(family: Family) -
 
 def test_a_new_image_is_pruned_behind_the_cache(family: Family) -> None:
     """By a method that reads no question: turn by turn is one pass."""
-    if family.host.of_columns:
+    if family.host.both_ways:
         pytest.skip("the family reads all images in both directions, and refuses")
     if family.host.generate_reads and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("before transformers 5.23 the stock generate gives a new image behind a cache the places of words")

@@ -132,7 +132,7 @@ def test_a_forward_that_dies(family: Family, model: Any, tower: str) -> None:
 def test_wrong_inputs_are_a_clear_line(family: Family, model: Any) -> None:
     """One slot too few, one picture too few, pixels that are no numbers; the model prunes on afterwards."""
     inputs = family.inputs(TWO)
-    slot = int((inputs["input_ids"][0] == family.processor.image_token_id).nonzero()[0])
+    slot = int((inputs["input_ids"][0] == family.image_token).nonzero()[0])
     columns = [c for c in range(inputs["input_ids"].shape[1]) if c != slot]
     of_tokens = [k for k, v in inputs.items() if v.shape == inputs["input_ids"].shape]
     short = {**inputs, **{k: inputs[k][:, columns] for k in of_tokens}}
@@ -155,7 +155,7 @@ def test_gradients_reach_kept_tokens(family: Family, method: str) -> None:
     """All weights have finite gradients, and the pixels have some: nothing but kept tokens can carry them."""
     model, inputs = family.model().train(), family.inputs(*BATCHES["mixed"])
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[labels == family.processor.image_token_id] = -100
+    labels[labels == family.image_token] = -100
     inputs["pixel_values"].requires_grad_()
     with family.attach(model, method):
         model(**inputs, labels=labels).loss.backward()

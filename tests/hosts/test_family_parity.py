@@ -117,7 +117,7 @@ def test_half_precision_logits(family: Family) -> None:
 def test_loss_and_gradients(family: Family, method: str) -> None:
     inputs = family.inputs(*BATCHES["mixed"])
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    labels[labels == family.processor.image_token_id] = -100
+    labels[labels == family.image_token] = -100
     losses, gradients = [], []
     for attached in (False, True):
         model = family.model().train()

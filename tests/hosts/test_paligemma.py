@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gemma import multiplied_out
 from reference import Prompt, Reference, check_stages, prompt_of
 from tiny import with_cache
 from torch import Tensor, nn
@@ -36,17 +37,6 @@ def small(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return host_class(str(request.param)).tiny()
 
 
-class Normed(nn.Module):
-    """A module with one of the reference's norms behind it."""
-
-    def __init__(self, inner: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.norm = inner, norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Reference._norm(self.norm, self.inner(x))
-
-
 class InBothDirections(Reference):
     """The reference on a PaliGemma: Gemma's sums are Llama's once its norms and embeddings are multiplied out.
 
@@ -56,23 +46,9 @@ class InBothDirections(Reference):
     both_ways = True
 
     def __init__(self, model: nn.Module, config: PruneConfig) -> None:
-        model = copy.deepcopy(model)
-        inner, scale = model.model, model.config.text_config.hidden_size**0.5
-        model.config.vision_feature_layer = -1
+        model = multiplied_out(model)
+        inner = model.model
         inner.multi_modal_projector = nn.Sequential(inner.vision_tower.post_layernorm, inner.multi_modal_projector)
-        with torch.no_grad():
-            inner.language_model.embed_tokens.weight *= scale
-            for module in inner.language_model.modules():
-                if type(module).__name__.endswith("RMSNorm"):
-                    module.weight += 1
-                    module.variance_epsilon = module.eps
-            for layer in inner.language_model.layers:
-                attention = layer.self_attn
-                attention.q_proj.weight *= attention.scaling * attention.head_dim**0.5
-                if hasattr(layer, "post_feedforward_layernorm"):
-                    attention.o_proj = Normed(attention.o_proj, layer.post_attention_layernorm)
-                    layer.mlp = Normed(layer.mlp, layer.post_feedforward_layernorm)
-                    layer.post_attention_layernorm = layer.pre_feedforward_layernorm
         self.cap = find_host(model).text.softcap
         super().__init__(model, None, config)
 
@@ -298,9 +274,9 @@ def test_flash_attention_is_refused() -> None:
     """Its kernels have no mask that hides the guide from a prompt that is read in both directions."""
     tower = find_host(HOST.tiny()[0]).text
     set_kernel(tower.module.config, "flash_attention_2")
-    everything = torch.ones(1, 3, dtype=torch.bool)
+    everything = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(InputError, match='attn_implementation="sdpa"'):
-        tower.causal_mask(torch.zeros(1, 3, 48), everything.long(), prefix=everything)
+        tower.causal_mask(torch.zeros(1, 3, 48), everything + 1, blocks=everything)
 
 
 @pytest.mark.parametrize("images", [1, 2])

@@ -66,7 +66,10 @@ def test_keys_are_turned_back(name: str, turned: int, stretch: float) -> None:
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_decoder_of_halves_is_the_decoder(name: str) -> None:
-    """Also for tokens that were left out: their positions are those that `cut_positions` gives."""
+    """Also for tokens that were left out: their positions are those that `cut_positions` gives.
+
+    Where layers turn otherwise, what `positions` makes of the tokens' own ones is the same.
+    """
     model, _ = host_class(name).tiny()
     model.set_attn_implementation("eager")  # without a mask some decoders have PyTorch's own kernel see later tokens
     tower = find_host(model).text
@@ -75,16 +78,20 @@ def test_a_decoder_of_halves_is_the_decoder(name: str) -> None:
     index = torch.tensor([[0, 2, 3, 6], [1, 2, 5, 6]])
     kept = embedded.gather(1, index.unsqueeze(-1).expand(-1, -1, size))
     whole: list[dict[str, torch.Tensor]] = []
-    hook = tower.layers[0].register_forward_pre_hook(lambda m, args, kwargs: whole.append(kwargs), with_kwargs=True)
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, kwargs: whole.append(kwargs), with_kwargs=True)
+        for layer in tower.layers
+    ]
     with torch.no_grad():
         tower.module(inputs_embeds=embedded)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         expected = tower.module(inputs_embeds=kept, position_ids=index).last_hidden_state
         valid = torch.ones(2, 4, dtype=torch.long)
-        arguments = {
-            **tower.cut_positions(whole[0], index),
-            "attention_mask": tower.causal_mask(kept, valid, lambda batch, head, query, key: query >= key),
-        }
-        for layer in range(len(tower.layers)):
-            kept = tower.feed_forward(layer, tower.attend(layer, kept, **arguments))
+        mask = tower.causal_mask(kept, valid, lambda batch, head, query, key: query >= key)
+        for layer, given in enumerate(whole):
+            places = tower.cut_positions(given, index)
+            own = {**places, **tower.positions(layer, kept, index)}
+            torch.testing.assert_close(own, places)
+            kept = tower.feed_forward(layer, tower.attend(layer, kept, **places, attention_mask=mask))
         torch.testing.assert_close(tower.final_norm(kept), expected)

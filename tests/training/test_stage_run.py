@@ -24,6 +24,7 @@ from torch import Tensor
 import ivtp
 from ivtp.errors import ConfigError
 from ivtp.plug import find_host
+from ivtp.registry import host_class
 from ivtp.training.folder import last_checkpoint
 from ivtp.training.plan import estimate
 from ivtp.training.run import Asked, train
@@ -69,6 +70,16 @@ def test_finetuning_leaves_a_stock_checkpoint_that_says_how_it_was_trained(asked
         assert pruner.method.options.group_layers == 2
     with ivtp.attach(model, processor, method="ivtp+", keep="50%") as pruner:
         assert pruner.method.options.group_layers == 3
+
+
+@pytest.mark.parametrize("name", [name for name in ivtp.list_hosts() if host_class(name).of_columns])
+def test_a_family_that_reads_more_than_batches_say_is_refused(asked: Asked, tmp_path: Path, name: str) -> None:
+    model, processor = host_class(name).tiny()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="trainer of your own") as caught:
+        train(dataclasses.replace(asked, model=str(tmp_path)))
+    assert "\n" not in str(caught.value)
 
 
 def test_pretraining_moves_the_projector_alone(asked: Asked, captions: Path, checkpoint: Path) -> None:

@@ -55,8 +55,8 @@ def _random(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:
     side = _side(subject)
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randn(point.batch * point.images, 3, side, side, generator=draw).to(subject.model.dtype)
-    columns = {name: torch.zeros_like(ids) for name in subject.host.of_columns}
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **columns}
+    columns = {"attention_mask": torch.ones_like(ids), **subject.host.columns(ids)}
+    return {"input_ids": ids, "pixel_values": pixels, **columns}
 
 
 def _worded(subject: Subject, point: Point, seed: int) -> dict[str, Tensor]:

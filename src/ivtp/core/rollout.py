@@ -87,12 +87,12 @@ def weighted_column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> T
 
 def _column_sum(tap: AttentionTap, weights: Tensor, first: int = 0) -> Tensor:
     """`weighted_column_sum` of tokens: `weights` (B, T) times (T, T)."""
-    plain = tap.prefix is None and tap.softcap is None and tap.past is None  # the kernel knows none of them
+    plain = tap.blocks is None and tap.softcap is None and tap.past is None  # the kernel knows none of them
     fused = _fused_column_sum(tap.query.device) if tap.query.is_cuda and plain else None
     if fused:
         return fused(tap, weights)
     if torch.compiler.is_compiling():
-        seen = tap.causal, tap.valid, tap.hidden_from_last, tap.prefix, tap.softcap, tap.past
+        seen = tap.causal, tap.valid, tap.hidden_from_last, tap.blocks, tap.softcap, tap.past
         parts = tap.query, tap.token_key, tap.scale, *seen
         uncompiled: Tensor = _uncompiled_column_sum(*parts, weights, first)
         return uncompiled
@@ -123,7 +123,7 @@ def _uncompiled_column_sum(
     causal: bool,
     valid: Tensor | None,
     hidden_from_last: Tensor | None,
-    prefix: Tensor | None,
+    blocks: Tensor | None,
     softcap: float | None,
     past: Tensor | None,
     weights: Tensor,
@@ -133,7 +133,7 @@ def _uncompiled_column_sum(
 
     Compiled, it would take twice as long: Inductor gives up the memory that the blocks share.
     """
-    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, prefix, softcap, past)
+    tap = AttentionTap(query, key, key, scale, causal, valid, hidden_from_last, blocks, softcap, past)
     return column_sum_in_blocks(tap, weights, first=first)
 
 
@@ -188,8 +188,8 @@ def _row_of_each(tap: AttentionTap, row: Tensor) -> Tensor:
     hidden = torch.zeros(batch, length, dtype=torch.bool, device=row.device)
     if tap.causal:
         hidden = torch.arange(length, device=row.device) > row[:, None]
-    if tap.prefix is not None:
-        hidden = hidden & ~(tap.prefix & tap.prefix.gather(1, row[:, None]))
+    if tap.blocks is not None:
+        hidden = hidden & ~_in_one_block(tap.blocks, tap.blocks.gather(1, row[:, None]))
     if tap.valid is not None:
         hidden = hidden | ~tap.valid
     if tap.hidden_from_last is not None:
@@ -232,11 +232,11 @@ def _room(tap: AttentionTap, rows: int) -> Tensor:
 def _attention(tap: AttentionTap, key: Tensor, start: int, stop: int, room: Tensor) -> Tensor:
     """softmax(Q K^T * scale + M) for the query rows start..stop: (B, H, stop - start, seen), float32, in `room`.
 
-    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on, unless it has a prefix:
+    `key` is the tap's as `_flat_key` gives it. A causal layer's rows see no key from `stop` on, unless it has blocks:
     seen = `stop`, else T.
     """
     batch, heads, length, width = tap.query.shape
-    seen = stop if tap.causal and tap.prefix is None else length
+    seen = stop if tap.causal and tap.blocks is None else length
     query = tap.query[:, :, start:stop].float().reshape(key.shape[0], -1, width)  # (B * H_kv, H/H_kv * block, d)
     logits = room[: batch * heads * (stop - start) * seen].view(key.shape[0], -1, seen)
     torch.baddbmm(logits, query, key[:, :seen].transpose(1, 2), beta=0, alpha=tap.scale, out=logits)
@@ -278,6 +278,11 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
+def _in_one_block(query: Tensor, key: Tensor) -> Tensor:
+    """Where the tokens of two tensors of `AttentionTap.blocks` see each other whatever their order."""
+    return (query == key) & (query >= 0)
+
+
 def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
     """Write over the logits (B, H, block, seen) of keys that the query rows from `start` on must not see."""
     block, seen = logits.shape[2:]
@@ -285,9 +290,9 @@ def _hide(tap: AttentionTap, logits: Tensor, start: int) -> None:
     lowest = torch.finfo(logits.dtype).min
     if tap.causal:  # earlier keys are seen by all rows of the block
         later = torch.ones(block, seen - start, dtype=torch.bool, device=logits.device).triu(1)
-        if tap.prefix is not None:
-            rows, keys = tap.prefix[:, start : start + block], tap.prefix[:, start:]
-            later = (later & ~(rows.unsqueeze(2) & keys.unsqueeze(1))).unsqueeze(1)
+        if tap.blocks is not None:
+            rows, keys = tap.blocks[:, start : start + block], tap.blocks[:, start:]
+            later = (later & ~_in_one_block(rows.unsqueeze(2), keys.unsqueeze(1))).unsqueeze(1)
         logits[..., start:].masked_fill_(later, lowest)
     if tap.valid is not None:
         logits.masked_fill_(~tap.valid[:, None, None, :seen], lowest)

@@ -22,8 +22,9 @@ class AttentionTap:
     """(B, T) bool: keys that may be seen; None when there is no padding."""
     hidden_from_last: Tensor | None = None
     """(B, T) bool: keys that the last token alone must not see (the answer, when training on it)."""
-    prefix: Tensor | None = None
-    """(B, T) bool: tokens of a causal layer that see each other whatever their order; None: there are none."""
+    blocks: Tensor | None = None
+    """(B, T) the block of each token of a causal layer, -1: of none. Those of a block see each other whatever their
+    order; None: there are no blocks."""
     softcap: float | None = None
     """What the size of a logit stays below: x becomes softcap * tanh(x / softcap); None: it stays as it is."""
     past: Tensor | None = None

@@ -31,8 +31,9 @@ def attention_products(width: int, pairs: int) -> float:
 def projector(g: Geometry) -> float:
     """Its linear layers, for one visual token."""
     between = [g.projector_width or g.text_hidden] * (g.projector_matrices - 1)
+    read = g.vision_hidden if g.projector_averages else g.unit * g.vision_hidden
     merged = [g.merger_width] if g.merger_width else []
-    widths = [g.unit * g.vision_hidden, *merged, *between, g.text_hidden]
+    widths = [read, *merged, *between, g.text_hidden]
     return 2.0 * sum(given * made for given, made in pairwise(widths))
 
 

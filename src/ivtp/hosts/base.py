@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ivtp.errors import InputError
@@ -93,10 +94,14 @@ class Host:
     hub: ClassVar[str] = "llava-hf/{}-hf"
     """The hub id of the checkpoint of such a size, with its name left out."""
     of_columns: ClassVar[tuple[str, ...]] = ()
-    """Arguments of a call that describe its columns one by one, with 0 for those of a question; they leave the call,
-    and what they say is in `prefix`."""
+    """Arguments of a call that describe its columns one by one, as `columns` makes them; they leave the call, and
+    what they say is in `blocks`."""
+    both_ways: ClassVar[bool] = False
+    """Whether a prompt's text is read in both directions as well: no image can come behind a cache then."""
     writes_prompts: ClassVar[str | None] = None
     """Stock class of a processor that takes no chat template and itself writes what stands around the question."""
+    writes: ClassVar[tuple[str, ...]] = ()
+    """What its processor writes in front of images that it makes of one: no part of the question."""
     unread: ClassVar[tuple[str, ...]] = ()
     """Arguments of a call that would pass unpruned, such as videos: a call with one of them is refused."""
     generate_reads: ClassVar[bool] = False
@@ -232,12 +237,16 @@ class Host:
         """What the encoder reads of each image: (tiles, 3, H, W)."""
         raise NotImplementedError
 
-    def prefix(self, inputs: dict[str, Any]) -> Tensor | None:
-        """(B, T) bool: the columns of a call that see each other in the decoder, whatever their order.
+    def blocks(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, T) blocks of a call's columns, -1: none; in the decoder all of one see each other, whatever their order.
 
         None where every column sees what stands before it. Raises `InputError` for a call that does not say it.
         """
         return None
+
+    def columns(self, ids: Tensor) -> dict[str, Tensor]:
+        """The `of_columns` of prompts `ids` (B, T): 0 for those of a question."""
+        return {name: torch.zeros_like(ids) for name in self.of_columns}
 
     def positions(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor | None, past: int = 0) -> Tensor | None:
         """Position ids (B, T), or (axes, B, T), of a call on a cache of `past` tokens; None: as the model counts them.

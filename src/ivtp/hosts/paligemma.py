@@ -44,6 +44,7 @@ class PaliGemmaHost(LlavaLike):
     tower = SiglipTower
     settings = ()
     of_columns = ("token_type_ids",)
+    both_ways = True
     writes_prompts = "PaliGemmaProcessor"
 
     @classmethod
@@ -92,15 +93,15 @@ class PaliGemmaHost(LlavaLike):
         given = super().positions(inputs, ids, mask, past)
         return torch.arange(past + 1, past + 1 + ids.shape[1], device=ids.device)[None] if given is None else given
 
-    def prefix(self, inputs: dict[str, Any]) -> Tensor:
-        """The columns of type 0: all but a suffix to learn."""
+    def blocks(self, inputs: dict[str, Any]) -> Tensor:
+        """One of the columns of type 0: all but a suffix to learn."""
         types, ids = inputs.get("token_type_ids"), inputs["input_ids"]
         if types is None or types.shape != ids.shape:
             raise InputError(
                 f"{self.name} needs the token_type_ids (batch, tokens) that its processor makes: they say which tokens "
                 "see each other in both directions; pass them with input_ids"
             )
-        return types == 0  # type: ignore[no-any-return]  # what a call holds is untyped
+        return (types == 0).long() - 1  # type: ignore[no-any-return]  # what a call holds is untyped
 
     @classmethod
     def process(cls, processor: Any, texts: Sequence[str], pictures: Sequence[Sequence[Any]]) -> Any:

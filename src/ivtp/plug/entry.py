@@ -93,7 +93,7 @@ def find_host(model: nn.Module) -> Host:
 
 def _guide_maker(host: Host, method: Method, processor: Any, clip: Any) -> GuideMaker:
     options = method.guide_options
-    reader = InstructionReader(processor) if processor is not None and reads_question(method) else None
+    reader = InstructionReader(processor, host.writes) if processor is not None and reads_question(method) else None
     if not method.reads_text_side:
         return GuideMaker(options, host, reader, None)
     if reader is None:

@@ -55,11 +55,12 @@ class DecoderStage(Stage):
         self._deep = deep
         self._added = 0
         """Layers whose part of `deep` is in the hidden states."""
-        self._inputs: dict[int, dict[str, Any]] = {}
-        """By the part of the past that a layer sees, until the next cut."""
+        self._inputs: dict[tuple[int, int], dict[str, Any]] = {}
+        """By the part of the past that a layer sees and its `TextTower.rotary`, until the next cut."""
         self._peeking = False
         self._text: Tensor | None = None
-        self._turn: tuple[Tensor, Tensor] | None = None
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        """By `TextTower.rotary`."""
         if method.reads_text:
             question, tail = prompts.question_in(sequence), prompts.tail + (method.plan.guide_layers > 0)
             with torch.no_grad():
@@ -138,12 +139,15 @@ class DecoderStage(Stage):
         """See what the layer behind a cut would compute of all tokens (B, T, D); nothing is written to the cache."""
         names = [name for name in CACHE_NAMES if name in arguments]
         arguments = {k: v for k, v in arguments.items() if k not in (*names, "use_cache")}
+        layer = cut.taps[-1]
         if self._past is not None:
             arguments |= dict.fromkeys(names, self._past.copied())
-            arguments["attention_mask"] = self._mask(cut.taps[-1], hidden)
+            arguments["attention_mask"] = self._mask(layer, hidden)
+        if self.tower.rotary(layer) != self.tower.rotary(cut.layer):
+            arguments |= self.tower.positions(layer, hidden, self.sequence.position_ids)
         self._peeking = True
         try:
-            self.tower.attend(cut.taps[-1], hidden, **arguments)
+            self.tower.attend(layer, hidden, **arguments)
         except Peeked:
             pass
         finally:
@@ -159,12 +163,13 @@ class DecoderStage(Stage):
         """The keyword arguments of decoder layer `number`: mask and rotary embeddings cut as the tokens are."""
         # rotary embeddings are made; FlashAttention would take gaps in position ids for packed sequences
         kwargs = {**kwargs, "position_ids": None}
-        if self._turn is None and self.method.reads_states:
-            self._turn = self._first_turn(*kwargs["position_embeddings"])
-        part = self._part(number)
-        if part not in self._inputs:  # once for all layers that see the same, up to the next cut
-            self._inputs[part] = self._own_inputs(number, hidden, kwargs)
-        return {**kwargs, **self._inputs[part]}
+        rotary = self.tower.rotary(number)
+        if self.method.reads_states and rotary not in self._turns:
+            self._turns[rotary] = self._first_turn(*kwargs["position_embeddings"])
+        own = self._part(number), rotary
+        if own not in self._inputs:  # once for all layers that see the same, up to the next cut
+            self._inputs[own] = self._own_inputs(number, hidden, kwargs)
+        return {**kwargs, **self._inputs[own]}
 
     def _own_inputs(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Those keyword arguments of decoder layer `number` that are not as the decoder makes them."""
@@ -175,13 +180,13 @@ class DecoderStage(Stage):
 
     def _is_stock(self, number: int) -> bool:
         """Whether the decoder's mask, made for its first layer, is that of an uncut layer `number`."""
-        plain = self._visible() is None and self.prompts.prefix_in(self.sequence) is None
+        plain = self._visible() is None and self.prompts.blocks_in(self.sequence) is None
         return plain and self._part(number) == self._part(0)
 
     def release(self) -> None:
         """Let go of the masks and rotary embeddings."""
         super().release()
-        self._inputs, self._turn, self._past, self._deep = {}, None, None, None
+        self._inputs, self._turns, self._past, self._deep = {}, {}, None, None
 
     def _window(self, cut: Cut, hidden: Tensor) -> Window:
         sequence, text = self.sequence, self._text
@@ -191,7 +196,7 @@ class DecoderStage(Stage):
         taps = self._take_taps(cut)
         normed = keys = None
         if self.method.reads_states:
-            normed, keys = self._states(hidden, taps[-1].key)
+            normed, keys = self._states(hidden, taps[-1].key, self._turns[self.tower.rotary(cut.taps[-1])])
         return Window(
             cut,
             taps,
@@ -219,13 +224,12 @@ class DecoderStage(Stage):
         )
 
     @torch.no_grad()
-    def _states(self, hidden: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """`Window.normed` and `Window.keys` of the layer that was tapped last."""
-        assert self._turn is not None
-        return self.tower.final_norm(hidden), self.tower.turn_back(key, self._turn)
+    def _states(self, hidden: Tensor, key: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """`Window.normed` and `Window.keys` of the layer that was tapped last, and turns its first token by `turn`."""
+        return self.tower.final_norm(hidden), self.tower.turn_back(key, turn)
 
     def _first_turn(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the rotary embeddings (B, T, d) of the first layer those of each row's first token (B, 1, d).
+        """Of the rotary embeddings (B, T, d) of uncut columns those of each row's first token (B, 1, d).
 
         Behind a cache the first token is in it, at position 0.
         """
@@ -285,7 +289,7 @@ class DecoderStage(Stage):
             causal=True,
             valid=sequence.valid if sequence.padded else None,
             hidden_from_last=self.prompts.answer_in(sequence) if self.seen[-1].guide else None,
-            prefix=self.prompts.prefix_in(sequence),
+            blocks=self.prompts.blocks_in(sequence),
             softcap=self.tower.softcap,
             past=mass,
         )
@@ -305,11 +309,13 @@ class DecoderStage(Stage):
 
     def _mask(self, number: int, hidden: Tensor) -> Any:
         """The mask of decoder layer `number`, for its input (B, T, D)."""
-        visible, prefix = self._visible(), self.prompts.prefix_in(self.sequence)
-        needed = self.sequence.padded or any(own is not None for own in (self._past, visible, prefix))
+        visible, blocks = self._visible(), self.prompts.blocks_in(self.sequence)
+        needed = self.sequence.padded or any(own is not None for own in (self._past, visible, blocks))
         valid = self._behind_past(number) if needed else None
         before = None if self._past is None else self._past.before(number)
-        return self.tower.causal_mask(hidden, valid, visible, before, prefix)
+        if self._past is not None and blocks is not None:
+            blocks = nn.functional.pad(blocks, (self._past.length, 0), value=-1)
+        return self.tower.causal_mask(hidden, valid, visible, before, blocks)
 
     def _behind_past(self, number: int) -> Tensor:
         """(B, past + T) long: what is no padding, behind what decoder layer `number` has cached."""

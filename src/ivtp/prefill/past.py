@@ -12,6 +12,7 @@ from ivtp.core.select import on_device
 from ivtp.errors import InputError
 from ivtp.hosts.base import Host
 from ivtp.prefill.cache import PrunedLayer, check_rows, counted, logical_mask
+from ivtp.prompt.batch import check_window
 from ivtp.stock import contents
 
 
@@ -83,7 +84,7 @@ class Past:
 
 def behind(host: Host, cache: Cache, inputs: dict[str, Any]) -> tuple[Past, dict[str, Any]]:
     """What `cache` holds, and the call's inputs with masks and positions of their own tokens. Raises `InputError`."""
-    if host.of_columns:  # the stock model misplaces them behind a cache, so nothing says what would be right
+    if host.both_ways:  # the stock model misplaces them behind a cache, so nothing says what would be right
         raise InputError(
             f"{host.name} reads a new image and the earlier turns in both directions, which their cache cannot; pass "
             'the whole conversation to generate with repruning="turn", or start a new cache with it'
@@ -93,8 +94,10 @@ def behind(host: Host, cache: Cache, inputs: dict[str, Any]) -> tuple[Past, dict
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
     mask = inputs.get("attention_mask")
     past = Past(cache, mask, ids)
+    check_window(host, past.length + ids.shape[1])
     return past, {
         **inputs,
+        **{name: inputs[name][:, -ids.shape[1] :] for name in host.of_columns if inputs.get(name) is not None},
         "attention_mask": None if mask is None else mask[:, past.length :],
         "position_ids": past.positions(host.positions(inputs, ids, mask, past.length), ids),
     }

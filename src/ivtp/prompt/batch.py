@@ -52,8 +52,9 @@ class PromptBatch:
     """Columns of the prompt without what was generated or drafted behind it."""
     answer: Tensor | None
     """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
-    prefix: Tensor | None = None
-    """(B, T) bool: columns that see each other in the decoder, whatever their order; None: none sees a later one."""
+    blocks: Tensor | None = None
+    """(B, T) the block of each column, -1: of none. Those of a block see each other in the decoder, whatever their
+    order; None: none sees a later one."""
     instructions: tuple[Instruction, ...] = ()
     """What each row asks; empty where nothing reads it."""
     question: Tensor | None = None
@@ -77,7 +78,7 @@ class PromptBatch:
             tokens=self.tokens.to(device),
             slots=self.slots.to(device),
             answer=None if self.answer is None else on_device(self.answer, device),
-            prefix=None if self.prefix is None else on_device(self.prefix, device),
+            blocks=None if self.blocks is None else on_device(self.blocks, device),
             question=None if self.question is None else on_device(self.question, device),
         )
 
@@ -118,11 +119,11 @@ class PromptBatch:
             return None
         return self.answer.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0) & ~sequence.visual
 
-    def prefix_in(self, sequence: TokenSequence) -> Tensor | None:
-        """(B, T') bool: the columns of `sequence` that see each other whatever their order; None: there are none."""
-        if self.prefix is None:
+    def blocks_in(self, sequence: TokenSequence) -> Tensor | None:
+        """(B, T') the block of each column of `sequence`, -1: of none; None: there are no blocks."""
+        if self.blocks is None:
             return None
-        return self.prefix.gather(1, sequence.source.clamp_min(0)) & (sequence.source >= 0)
+        return torch.where(sequence.source >= 0, self.blocks.gather(1, sequence.source.clamp_min(0)), -1)
 
     def question_in(self, sequence: TokenSequence) -> Tensor:
         """(B, T') bool: the columns of `sequence` that hold the questions."""
@@ -148,11 +149,7 @@ def read_prompts(
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise InputError("pruning reads the prompt's input_ids; pass them instead of inputs_embeds")
-    if host.text.window is not None and ids.shape[1] + 2 > host.text.window:  # the guide is one
-        raise InputError(
-            f"the prompt has {ids.shape[1]} tokens, and layers of {host.name} see {host.text.window} at once; "
-            "prompts within this window can be pruned: use smaller images or fewer"
-        )
+    check_window(host, ids.shape[1])
     pixels = inputs.get("pixel_values")
     finite = True if pixels is None else pixels.isfinite().all()
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
@@ -171,10 +168,19 @@ def read_prompts(
     else:
         answer = _labelled(labels, ids, tokens.valid & ~slots.mask)
     fixed = min(ids.shape[1], prompt_length or ids.shape[1])
-    prefix = host.prefix(inputs)
-    if prefix is not None:
-        prefix = prefix.cpu() & (tokens.source < fixed)  # a drafted token is never a part of it
-    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix)
+    blocks = host.blocks(inputs)
+    if blocks is not None:
+        blocks = torch.where(tokens.source < fixed, blocks.cpu(), -1)  # a drafted token is of none
+    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, blocks)
+
+
+def check_window(host: Host, tokens: int) -> None:
+    """Raise `InputError` for a prompt of so many tokens, with the cached ones, that some layers do not see whole."""
+    if host.text.window is not None and tokens + 2 > host.text.window:  # the guide is one
+        raise InputError(
+            f"the prompt has {tokens} tokens, and layers of {host.name} see {host.text.window} at once; "
+            "prompts within this window can be pruned: use smaller images or fewer"
+        )
 
 
 def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) -> tuple[Placeholders, list[int]]:

@@ -56,6 +56,11 @@ class _Spelled:
             place = self.text.find(mark.text, place + 1, stop)
         return places
 
+    def led(self, mark: _Mark, start: int, stop: int) -> list[Span]:
+        """The characters of `mark` where it stands in front of a special token, as one that opens an image."""
+        spans = [(place, place + len(mark.text)) for place in self.find(mark, start, stop)]
+        return [(a, b) for a, b in spans if len(self.text) - len(self.text[b:].lstrip()) in self.special]
+
     def stands(self, mark: _Mark, place: int) -> bool:
         """Whether the special tokens of `mark` are at `place`, where the text reads like it."""
         return all(self.special.get(place + offset) == token for offset, token in mark.special)
@@ -76,8 +81,11 @@ class InstructionReader:
     chat template the whole text is the user's, but for special tokens at its ends and next to images.
     """
 
-    def __init__(self, processor: Any) -> None:
-        """Raises `ConfigError` where `processor` reads no text, `LoadError` for a template that cannot be rendered."""
+    def __init__(self, processor: Any, writes: Sequence[str] = ()) -> None:
+        """`writes` is `Host.writes`.
+
+        Raises `ConfigError` where `processor` reads no text, `LoadError` for a template that cannot be rendered.
+        """
         tokenizer = getattr(processor, "tokenizer", processor)
         if not hasattr(tokenizer, "decode") or not callable(tokenizer):
             raise ConfigError(
@@ -89,6 +97,7 @@ class InstructionReader:
         self._user = self._mark(marks.user, word=True)
         self._assistant, self._asks = self._mark(marks.assistant), self._mark(marks.asks)
         self._end, self._system = self._mark(marks.end), self._mark(marks.system)
+        self._writes = [self._mark(text) for text in writes]
 
     def read(self, ids: Sequence[int], columns: Sequence[int]) -> Instruction:
         """The instruction in `ids`, the prompt's text tokens without image slots and padding, at `columns`."""
@@ -96,8 +105,9 @@ class InstructionReader:
         spelled = self._spell(ids, gaps)
         start, stop = self._turn(spelled)
         framing = self._framing(ids, gaps)
-        # what the template or the tokenizer wrote around an image inside the turn is left out of its text
+        # what the template, the tokenizer or the processor wrote around an image is left out of the turn's text
         cuts = [(a, b) for a, b in (spelled.spans[i] for i in framing) if start <= a and b <= stop]
+        cuts = sorted(cuts + [span for mark in self._writes for span in spelled.led(mark, start, stop)])
 
         def moved(place: int) -> int:
             return place - sum(min(b, place) - a for a, b in cuts if a < place)

@@ -44,18 +44,18 @@ def decoder_mask(
     valid: Tensor | None,
     visible: Callable[..., Tensor] | None,
     cache: Cache | None,
-    prefix: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> Any:
     """The mask of a decoder with `config`, for `hidden` (B, T, D) behind `cache`; None where its kernel needs none.
 
-    `valid` (B, cached + T) marks padding, `visible(batch, head, query, key)` may hide more; the columns of `prefix`
-    (B, T) see each other whatever their order.
+    `valid` (B, cached + T) marks padding, `visible(batch, head, query, key)` may hide more; what is of one
+    of `blocks` (B, cached + T), -1: of none, sees all of it whatever its order.
     """
     return create_causal_mask(
         config=config,
         inputs_embeds=hidden,
         attention_mask=valid,
         and_mask_function=visible,
-        block_sequence_ids=None if prefix is None else prefix.long() - 1,  # -1: of no block
+        block_sequence_ids=blocks,
         **{_MASKS_CACHE: cache},
     )

@@ -86,6 +86,14 @@ class TextTower(Tower):
         """Those of a layer's keyword arguments that say where its tokens are, of the columns `index` (B, T') alone."""
         raise NotImplementedError
 
+    def rotary(self, layer: int) -> int:
+        """The same number for layers that turn their tokens by the same rotary embeddings."""
+        return 0
+
+    def positions(self, layer: int, hidden: Tensor, position: Tensor) -> dict[str, Any]:
+        """The arguments of `cut_positions` for tokens (B, T, D) at `position` (B, T), where `rotary` tells several."""
+        return {}
+
     def turn_back(self, key: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """Keys (B, H, T, d) of a layer, all turned back by the rotary embedding of one position of each row.
 
@@ -99,11 +107,11 @@ class TextTower(Tower):
         valid: Tensor | None,
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
-        prefix: Tensor | None = None,
+        blocks: Tensor | None = None,
     ) -> Any:
         """The decoder's own mask for `hidden` (B, T, D) behind `cache`, with padding `valid` (B, cached + T).
 
-        `visible(batch, head, query, key)` may hide more, and the columns of `prefix` (B, T) see each other whatever
-        their order. Raises `InputError` where a kernel without a mask is asked to.
+        `visible(batch, head, query, key)` may hide more, and the columns of one of `blocks` (B, cached + T), -1: of
+        none, see each other whatever their order. Raises `InputError` where a kernel without a mask is asked to.
         """
         raise NotImplementedError

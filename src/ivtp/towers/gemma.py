@@ -1,4 +1,4 @@
-"""Gemma 2's decoder: norms before and behind each half of a layer, capped logits, layers with a sliding window."""
+"""Decoders of Gemma 2 and 3: norms before and behind each half of a layer, and layers with a sliding window."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ivtp.errors import UnsupportedModelError
 from ivtp.stock import heeds_softcap
 from ivtp.towers.llama import LlamaTower
 
@@ -40,3 +41,37 @@ class Gemma2Tower(LlamaTower):
         block: Any = self.layers[layer]
         fed = block.mlp(block.pre_feedforward_layernorm(hidden))
         return hidden + block.post_feedforward_layernorm(fed)  # type: ignore[no-any-return]
+
+
+class Gemma3Tower(Gemma2Tower):
+    """A `Gemma3TextModel`, within its sliding window: layers that slide turn their tokens by other angles."""
+
+    kinds = ("gemma3_text",)
+
+    @classmethod
+    def sizes(cls, config: Any) -> dict[str, int]:
+        """Of a decoder whose text is read in one direction."""
+        if getattr(config, "use_bidirectional_attention", None):
+            raise UnsupportedModelError(
+                "the decoder reads its text in both directions (use_bidirectional_attention), to embed it; one that "
+                "answers, with use_bidirectional_attention=False, can be pruned"
+            )
+        return super().sizes(config)
+
+    @property
+    def softcap(self) -> None:
+        """No layer of Gemma 3 caps its logits."""
+        return None
+
+    def rotary(self, layer: int) -> int:
+        """1 where a layer slides."""
+        return int(self._type(layer) == "sliding_attention")
+
+    def positions(self, layer: int, hidden: Tensor, position: Tensor) -> dict[str, Any]:
+        """The cosines and sines of the layer's own rotary embedding."""
+        module: Any = self.module
+        return {"position_embeddings": module.rotary_emb(hidden, position, self._type(layer))}
+
+    def _type(self, layer: int) -> str:
+        config: Any = self.module.config
+        return str(config.layer_types[layer])

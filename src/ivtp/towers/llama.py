@@ -94,7 +94,7 @@ class LlamaTower(TextTower):
         valid: Tensor | None,
         visible: Callable[..., Tensor] | None = None,
         cache: Cache | None = None,
-        prefix: Tensor | None = None,
+        blocks: Tensor | None = None,
     ) -> Any:
         """Transformers' own mask for the decoder's attention implementation; None where its kernel needs none."""
         config: Any = self.module.config
@@ -103,12 +103,12 @@ class LlamaTower(TextTower):
                 "FlashAttention cannot hide the answer from the pseudo CLS token; "
                 'load the model with attn_implementation="sdpa" to train or draft with pruning'
             )
-        if prefix is not None and "flash" in kernel_name(config):
+        if blocks is not None and "flash" in kernel_name(config):
             raise InputError(
                 "FlashAttention cannot let a prompt's tokens see each other in both directions and others not; "
                 'load the model with attn_implementation="sdpa" to prune it'
             )
-        return decoder_mask(config, hidden, valid, visible, cache, prefix)
+        return decoder_mask(config, hidden, valid, visible, cache, blocks)
 
 
 class QwenTextTower(LlamaTower):

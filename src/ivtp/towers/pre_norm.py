@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ def square_image(config: Any) -> dict[str, int]:
         "vision_mlp": config.intermediate_size,
         "vision_heads": config.num_attention_heads,
     }
+
+
+def in_squares(patches: Tensor, across: int) -> Tensor:
+    """The patches (I, N, D) of square images, those of each square of `across` x `across` behind each other."""
+    squares = math.isqrt(patches.shape[1]) // across
+    grid = patches.view(len(patches), squares, across, squares, across, patches.shape[2])
+    return grid.transpose(2, 3).flatten(1, 4)
 
 
 class PreNormTower(VisionTower):

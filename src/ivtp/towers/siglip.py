@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.errors import UnsupportedModelError
-from ivtp.towers.pre_norm import PreNormTower, square_image
+from ivtp.towers.pre_norm import PreNormTower, in_squares, square_image
 
 
 class SiglipTower(PreNormTower):
@@ -28,3 +28,19 @@ class SiglipTower(PreNormTower):
         output = self.module(pixel_values, return_dict=True)
         last: Tensor = output.last_hidden_state
         return last.mean(dim=1) if output.pooler_output is None else output.pooler_output, last
+
+
+class SiglipSquaresTower(SiglipTower):
+    """The same for a projector that makes one token of a square of patches, which lie behind each other."""
+
+    def __init__(self, module: nn.Module, across: int) -> None:
+        """`across` patches along the side of a square."""
+        super().__init__(module)
+        self._across = across
+
+    def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As the stock tower without a head; no layer knows where a token stands, so their order may be another."""
+        inner: Any = getattr(self.module, "vision_model", self.module)
+        hidden = in_squares(inner.embeddings(pixel_values), self._across)
+        last = self.normalise(inner.encoder(inputs_embeds=hidden).last_hidden_state)
+        return last.mean(dim=1), last

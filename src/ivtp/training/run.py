@@ -83,6 +83,12 @@ def train(asked: Asked) -> Done | None:
     if not asked.skip_bad or not records:
         refuse(bad, asked.data)
     model, processor = load(asked.model, dtype=torch.float32)
+    host = find_host(model)
+    if host.of_columns:
+        raise ConfigError(
+            f"batches of this training say no {' and '.join(host.of_columns)}, by which {host.name} tells images from "
+            "text; train it with a trainer of your own, which ivtp.attach prunes in"
+        )
     if resumed is not None and asked.engine == "ddp" and not asked.stage.lora:
         # transformers' trainer looks for the file's names in the model, finds none where they differ, and says nothing
         model.load_state_dict(load(resumed, dtype=torch.float32)[0].state_dict())
@@ -92,7 +98,7 @@ def train(asked: Asked) -> Done | None:
         )
     set_seed(asked.seed)  # adapters are drawn before the trainer, which does this too, is made
     model = _prepare(asked, model.to(_device()))
-    encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
+    encoder = Encoder(processor, host.media, plain=asked.stage.plain, max_length=asked.max_length)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
         arguments = training_arguments(asked, mixed=any(not record.images for record in records))
