@@ -100,7 +100,7 @@ def _name(method: str | type[Any]) -> str:
 
 
 def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str, ...]]:
-    """An image of `size`, one of so many, the separators among its tokens, and what to know of that count."""
+    """An image of `size`, one of so many, what is written among its tokens, and what to know of that count."""
     one = known.geometry.visual_tokens
     if size is None:
         what = f"image of {one} tokens" if known.geometry.any_size else "image of one tile"
@@ -115,7 +115,7 @@ def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str,
             0,
             (f"this model reads images of every size as {known.geometry.num_patches} patches",),
         )
-    return visual.counted, len(visual.token) - visual.patches, ()
+    return visual.counted, len(visual.token) - visual.patches + visual.marks, ()
 
 
 def _method(known: Sizes, geometry: Geometry, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:

@@ -53,6 +53,9 @@ class Visual:
 
     windowed: int | None = None
     """Pairs of patches that see each other where the encoder's layers see windows; None: all of a tile do."""
+    marks: int = 0
+    """Of an image whose size alone is known: tokens that its processor writes among the slots, beside
+    `Geometry.marks`."""
 
     @cached_property
     def patches(self) -> int:
@@ -244,6 +247,13 @@ class Host:
         """
         position: Tensor | None = inputs.get("position_ids")
         return position
+
+    def framing(self, ids: Tensor) -> Tensor | None:
+        """(B, T) bool, on the host: columns of `ids` that the processor wrote around slots, and that nobody asks.
+
+        None: special tokens next to slots alone are.
+        """
+        return None
 
     def separator(self) -> Tensor | None:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""

@@ -54,6 +54,8 @@ class PromptBatch:
     """(B, T) bool: the answer and all behind it (labelled, generated or drafted), which must not lead the pruning."""
     prefix: Tensor | None = None
     """(B, T) bool: columns that see each other in the decoder, whatever their order; None: none sees a later one."""
+    framing: Tensor | None = None
+    """(B, T) bool, on the host: columns that the processor wrote around image slots; None: it is not known."""
     instructions: tuple[Instruction, ...] = ()
     """What each row asks; empty where nothing reads it."""
     question: Tensor | None = None
@@ -102,12 +104,14 @@ class PromptBatch:
 
     def texts(self) -> list[TextTokens]:
         """The text of every row; of a batch on the host."""
-        ids, slots, valid = self.ids.tolist(), self.slots.mask.tolist(), self.tokens.valid.tolist()
+        ids, slots = self.ids.tolist(), self.slots.mask.tolist()
+        typed = self.tokens.valid & ~self.slots.mask
+        read = (typed if self.framing is None else typed & ~self.framing).tolist()
         answer = None if self.answer is None else self.answer.tolist()
         texts = []
         for row in range(len(ids)):
             stop = answer[row].index(True) if answer and True in answer[row] else self.length
-            columns = [c for c in range(stop) if valid[row][c] and not slots[row][c]]
+            columns = [c for c in range(stop) if read[row][c]]
             last = max((c for c in range(self.length) if slots[row][c]), default=-1)
             texts.append(TextTokens([ids[row][c] for c in columns], columns, last))
         return texts
@@ -174,7 +178,8 @@ def read_prompts(
     prefix = host.prefix(inputs)
     if prefix is not None:
         prefix = prefix.cpu() & (tokens.source < fixed)  # a drafted token is never a part of it
-    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix)
+    framing = host.framing(ids)
+    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix, framing)
 
 
 def _find_slots(ids: Tensor, host: Host, visuals: list[Visual], repeats: int) -> tuple[Placeholders, list[int]]:

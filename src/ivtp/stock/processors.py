@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.idefics3.image_processing_pil_idefics3 import _resize_output_size_rescale_to_max_len
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 
@@ -34,3 +36,19 @@ def whole_blocks(size: tuple[int, int], side: int, fewest: int, most: int) -> tu
     """
     height, width = smart_resize(*size, side, fewest * side**2, most * side**2)
     return height, width
+
+
+def split_grid(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
+    """The rows and columns of tiles of `side` pixels of an image of `size` (height, width); (0, 0): it is not split.
+
+    It is scaled until its longer side has `longest` pixels, and then to whole tiles.
+    """
+    height, width = _resize_output_size_rescale_to_max_len(*size, max_len=longest)
+    shape = width / height
+    if width >= height:
+        columns = math.ceil(width / side)
+        rows = math.ceil(int(columns * side / shape) / side)
+    else:
+        rows = math.ceil(height / side)
+        columns = math.ceil(int(rows * side * shape) / side)
+    return (rows, columns) if rows * columns > 1 else (0, 0)

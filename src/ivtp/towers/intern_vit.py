@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ivtp.errors import UnsupportedModelError
-from ivtp.towers.pre_norm import PreNormTower
+from ivtp.towers.pre_norm import PreNormTower, in_squares
 
 ACROSS = 2
 """Patches along the side of a square that the projector makes one visual token of."""
@@ -46,11 +46,10 @@ class InternVitTower(PreNormTower):
         }
 
     def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the stock tower; no layer knows where a token stands, so that their order may be another."""
+        """As the stock tower, but for the order of its tokens."""
         module: Any = self.module
         hidden = module.embeddings(pixel_values)
-        patches = hidden[:, 1:].unflatten(1, (-1, ACROSS, int(hidden.shape[1] ** 0.5) // ACROSS, ACROSS))
-        hidden = torch.cat([hidden[:, :1], patches.transpose(2, 3).flatten(1, 4)], dim=1)
+        hidden = torch.cat([hidden[:, :1], in_squares(hidden[:, 1:], ACROSS)], dim=1)
         last: Tensor = module.layernorm(module.encoder(hidden).last_hidden_state)
         return last[:, 0], last
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ def square_image(config: Any) -> dict[str, int]:
         "vision_mlp": config.intermediate_size,
         "vision_heads": config.num_attention_heads,
     }
+
+
+def in_squares(patches: Tensor, across: int) -> Tensor:
+    """The patches (I, N, D) of square tiles, those of each square of `across` x `across` one behind the other.
+
+    Squares, and the patches of one, are in raster order. No layer knows where a token stands: any order will do.
+    """
+    images, count, width = patches.shape
+    squares = math.isqrt(count) // across
+    return patches.view(images, squares, across, squares, across, width).transpose(2, 3).reshape(patches.shape)
 
 
 class PreNormTower(VisionTower):
