@@ -46,7 +46,7 @@ def flops(
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = _with_compressor(sizes(model), compressor, keep)
     method = _method_or_none(known, method)
-    image, separators, note = _image(known, image_size, images)
+    image, separators, marks, note = _image(known, image_size, images)
     largest = dataclasses.replace(known.geometry, num_patches=image[0])
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
@@ -55,7 +55,8 @@ def flops(
         known.geometry,
         chosen,
         [image] * images,
-        text_tokens=text_tokens + images * (separators + known.geometry.marks - 1),
+        text_tokens=text_tokens + images * (separators + marks + known.geometry.marks - 1),
+        marks=images * marks,
         batch=batch,
         relevance=clip,
         instruction_tokens=instruction_tokens,
@@ -99,13 +100,13 @@ def _name(method: str | type[Any]) -> str:
     return method if isinstance(method, str) else method.__name__
 
 
-def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str, ...]]:
-    """An image of `size`, one of so many, what is written among its tokens, and what to know of that count."""
+def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, int, tuple[str, ...]]:
+    """An image of `size`, one of so many, its separators and its marks, and what to know of that count."""
     one = known.geometry.visual_tokens
     if size is None:
         what = f"image of {one} tokens" if known.geometry.any_size else "image of one tile"
         note = (f"counted is an {what}; this family reads one in as many as its size asks for: name it too",)
-        return (one, (one,), None), 0, note if known.tiled else ()
+        return (one, (one,), None), 0, 0, note if known.tiled else ()
     if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
     visual = known.visual((size[0], size[1]), images)
@@ -113,9 +114,10 @@ def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str,
         return (
             (one, (one,), None),
             0,
+            0,
             (f"this model reads images of every size as {known.geometry.num_patches} patches",),
         )
-    return visual.counted, len(visual.token) - visual.patches + visual.marks, ()
+    return visual.counted, len(visual.token) - visual.patches, visual.marks, ()
 
 
 def _method(known: Sizes, geometry: Geometry, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:

@@ -28,7 +28,7 @@ class Idefics3Host(IdeficsLike):
     hub = "HuggingFaceM4/{}"
     parts = ("Idefics3Config", "Idefics3VisionConfig", "Idefics3ImageProcessorPil")
     tiny_sizes = (32, 2)
-    tags = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)))
+    tags = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)))
 
     @classmethod
     def stock_config(cls, name: str) -> Any:

@@ -105,13 +105,15 @@ class PromptBatch:
     def texts(self) -> list[TextTokens]:
         """The text of every row; of a batch on the host."""
         ids, slots = self.ids.tolist(), self.slots.mask.tolist()
-        typed = self.tokens.valid & ~self.slots.mask
-        read = (typed if self.framing is None else typed & ~self.framing).tolist()
+        read = self.tokens.valid & ~self.slots.mask
+        if self.framing is not None:
+            read &= ~self.framing
+        typed = read.tolist()
         answer = None if self.answer is None else self.answer.tolist()
         texts = []
         for row in range(len(ids)):
             stop = answer[row].index(True) if answer and True in answer[row] else self.length
-            columns = [c for c in range(stop) if read[row][c]]
+            columns = [c for c in range(stop) if typed[row][c]]
             last = max((c for c in range(self.length) if slots[row][c]), default=-1)
             texts.append(TextTokens([ids[row][c] for c in columns], columns, last))
         return texts
@@ -179,6 +181,7 @@ def read_prompts(
     if prefix is not None:
         prefix = prefix.cpu() & (tokens.source < fixed)  # a drafted token is never a part of it
     framing = host.framing(ids)
+    framing = None if framing is None else framing & ~slots.mask
     return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, prefix, framing)
 
 

@@ -95,7 +95,8 @@ def train(asked: Asked) -> Done | None:
             f"a model with a compressor is trained by --engine ddp alone, not {asked.engine}; leave it out"
         )
     model = _prepare(asked, model.to(_device()))
-    encoder = Encoder(processor, find_host(model).media, plain=asked.stage.plain, max_length=asked.max_length)
+    host, stage = find_host(model), asked.stage
+    encoder = Encoder(processor, host.media, plain=stage.plain, max_length=asked.max_length, process=host.process)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
         arguments = training_arguments(asked, mixed=any(not record.images for record in records))
