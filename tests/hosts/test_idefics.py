@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from reference import Cut, Prompt, Reference, Result, _Image, _vision_attention, importance, rollout, select
 from torch import Tensor, nn
-from transformers import Idefics3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 import ivtp
 from ivtp import PruneConfig

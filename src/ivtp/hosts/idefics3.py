@@ -26,7 +26,7 @@ class Idefics3Host(IdeficsLike):
     model_class = "Idefics3ForConditionalGeneration"
     stock = ("Idefics3-8B-Llama3",)
     hub = "HuggingFaceM4/{}"
-    parts = ("Idefics3Config", "Idefics3VisionConfig", "Idefics3ImageProcessorPil")
+    parts = ("Idefics3Config", "Idefics3VisionConfig")
     tiny_sizes = (32, 2)
     tags = ("<global-img>", *(f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)))
 
@@ -42,6 +42,13 @@ class Idefics3Host(IdeficsLike):
             vocab_size=128259,
         )
         return cls.config(SO400M, (364, 14), 2, text)
+
+    @classmethod
+    def tiny_pictures(cls, **sizes: dict[str, int]) -> Any:
+        """The stock image processor."""
+        from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+        return Idefics3ImageProcessorPil(**sizes)
 
 
 HOST = Idefics3Host

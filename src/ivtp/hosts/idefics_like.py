@@ -36,8 +36,8 @@ class IdeficsLike(LlavaLike):
     unread = ("image_hidden_states",)
     gives = frozenset({"grid"})
     settings = ()
-    parts: ClassVar[tuple[str, str, str]]
-    """Names of the stock configs, of the model and of its encoder, and of the stock image processor."""
+    parts: ClassVar[tuple[str, str]]
+    """Names of the stock configs, of the model and of its encoder."""
     tiny_sizes: ClassVar[tuple[int, int]]
     """Of `tiny`: pixels along a tile, and patches along a square."""
     tags: ClassVar[tuple[str, ...]]
@@ -66,7 +66,7 @@ class IdeficsLike(LlavaLike):
     @classmethod
     def config(cls, vision: Sequence[int], tile: tuple[int, int], across: int, text: Any, **others: Any) -> Any:
         """With an encoder of the sizes `_SIZES` that reads tiles of so many pixels in patches of so many."""
-        config, vision_config = (getattr(transformers, part) for part in cls.parts[:2])
+        config, vision_config = (getattr(transformers, part) for part in cls.parts)
         sizes = dict(zip(_SIZES, vision, strict=True))
         encoder = vision_config(**sizes, image_size=tile[0], patch_size=tile[1])
         return config(vision_config=encoder, text_config=text, scale_factor=across, **others)
@@ -161,12 +161,17 @@ class IdeficsLike(LlavaLike):
         return processor(images=own, text=list(texts), padding=len(texts) > 1, return_tensors="pt")
 
     @classmethod
+    def tiny_pictures(cls, **sizes: dict[str, int]) -> Any:
+        """The stock image processor."""
+        raise NotImplementedError
+
+    @classmethod
     def tiny(cls, seed: int = 0) -> tuple[nn.Module, Any]:
         """Up to four tiles beside the whole; 5 encoder and 8 decoder layers."""
         side, across = cls.tiny_sizes
         marks = {tag.strip("<>"): tag for tag in ("<fake_token_around_image>", "<end_of_utterance>", *cls.tags)}
         processor = transformers.Idefics3Processor(
-            getattr(transformers, cls.parts[2])(size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}),
+            cls.tiny_pictures(size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}),
             tiny_tokenizer(**marks),
             image_seq_len=(side // 4 // across) ** 2,
             chat_template=CHAT_TEMPLATE,

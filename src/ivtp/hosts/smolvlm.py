@@ -29,7 +29,7 @@ class SmolVLMHost(IdeficsLike):
     model_class = "SmolVLMForConditionalGeneration"
     stock = tuple(_STOCK)
     hub = "HuggingFaceTB/{}"
-    parts = ("SmolVLMConfig", "SmolVLMVisionConfig", "SmolVLMImageProcessorPil")
+    parts = ("SmolVLMConfig", "SmolVLMVisionConfig")
     tiny_sizes = (39, 3)
     tags = ()
 
@@ -39,6 +39,13 @@ class SmolVLMHost(IdeficsLike):
         vision, tile, across, text = _STOCK[name]
         decoder = dict(zip(_TEXT, text, strict=True))
         return cls.config(vision, tile, across, LlamaConfig(**decoder, vocab_size=49280))
+
+    @classmethod
+    def tiny_pictures(cls, **sizes: dict[str, int]) -> Any:
+        """The stock image processor."""
+        from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+        return SmolVLMImageProcessorPil(**sizes)
 
 
 HOST = SmolVLMHost
