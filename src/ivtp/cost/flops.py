@@ -46,7 +46,7 @@ def flops(
         raise ConfigError(f"text_tokens={text_tokens} has no place for {images} images; use {images} or more")
     known = _with_compressor(sizes(model), compressor, keep)
     method = _method_or_none(known, method)
-    image, separators, marks, note = _image(known, image_size, images)
+    image, marks, note = _image(known, image_size, images)
     largest = dataclasses.replace(known.geometry, num_patches=image[0])
     chosen, clip = _method(known, largest, {**config, "method": method, "keep": keep})
     if clip is not None and instruction_tokens is None:
@@ -55,8 +55,7 @@ def flops(
         known.geometry,
         chosen,
         [image] * images,
-        text_tokens=text_tokens + images * (separators + marks + known.geometry.marks - 1),
-        marks=images * marks,
+        text_tokens=text_tokens + images * (marks - 1),
         batch=batch,
         relevance=clip,
         instruction_tokens=instruction_tokens,
@@ -100,24 +99,24 @@ def _name(method: str | type[Any]) -> str:
     return method if isinstance(method, str) else method.__name__
 
 
-def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, int, tuple[str, ...]]:
-    """An image of `size`, one of so many, its separators and its marks, and what to know of that count."""
-    one = known.geometry.visual_tokens
+def _image(known: Sizes, size: Any, images: int) -> tuple[Image, int, tuple[str, ...]]:
+    """An image of `size`, one of so many, its tokens that are no patches, and what to know of that count."""
+    one, marks = known.geometry.visual_tokens, known.geometry.marks
     if size is None:
         what = f"image of {one} tokens" if known.geometry.any_size else "image of one tile"
         note = (f"counted is an {what}; this family reads one in as many as its size asks for: name it too",)
-        return (one, (one,), None), 0, 0, note if known.tiled else ()
+        return (one, (one,), None), marks, note if known.tiled else ()
     if not (isinstance(size, tuple | list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
         raise ConfigError(f"image_size={size!r} is no size; use width and height in pixels, for example (640, 480)")
     visual = known.visual((size[0], size[1]), images)
     if visual is None:
         return (
             (one, (one,), None),
-            0,
-            0,
+            marks,
             (f"this model reads images of every size as {known.geometry.num_patches} patches",),
         )
-    return visual.counted, len(visual.token) - visual.patches, visual.marks, ()
+    marks = marks if visual.marks is None else visual.marks
+    return visual.counted, len(visual.token) - visual.patches + marks, ()
 
 
 def _method(known: Sizes, geometry: Geometry, config: dict[str, Any]) -> tuple[Method | None, Relevance | None]:

@@ -51,11 +51,10 @@ class Visual:
     whole: int = 0
     """The tile that shows all of the image: the summary of its encoder stands for the image."""
 
+    marks: int | None = None
+    """Tokens that the processor writes around its slots and between them; None: as many as `Geometry` says."""
     windowed: int | None = None
     """Pairs of patches that see each other where the encoder's layers see windows; None: all of a tile do."""
-    marks: int = 0
-    """Of an image whose size alone is known: tokens that its processor writes among the slots, beside
-    `Geometry.marks`."""
 
     @cached_property
     def patches(self) -> int:

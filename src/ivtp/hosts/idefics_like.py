@@ -77,7 +77,7 @@ class IdeficsLike(LlavaLike):
         side = config.vision_config.image_size
         rows, columns = split_grid((size[1], size[0]), side, MOST_ACROSS * side)
         tiles = tiles_in_line(rows * columns + 1, cls.geometry(config).num_patches)
-        return dataclasses.replace(tiles, marks=2 * rows * columns + rows)
+        return dataclasses.replace(tiles, marks=2 * rows * columns + rows + 3)
 
     def __init__(self, model: nn.Module) -> None:
         """Locate the parts of a stock model."""
