@@ -35,8 +35,8 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONE_FILE_EACH = ("methods", "hosts", "towers", "compressors")
 """Rooms whose files never import one another, only what they share."""
 SHARED = (
-    *("base", "groups", "llama", "llava_like", "outliers", "paligemma", "pixtral", "pre_norm"),
-    *("qwen_like", "tiles", "tiny", "window"),
+    *("base", "groups", "idefics_like", "llama", "llava_like", "outliers", "paligemma", "pixtral", "pre_norm"),
+    *("qwen_like", "tagged", "tiles", "tiny", "window"),
 )
 """Files that the others of their room share."""
 UPWARDS = {("trace", "visualize"): "users expect a trace to draw itself"}

@@ -34,7 +34,10 @@ def names_in(room: str) -> tuple[str, ...]:
     return tuple(sorted({*_own_names(room), *_installed(room)}))
 
 
-_NO_NAMES = ("base", "compose", "groups", "llava_like", "outliers", "qwen_like", "tiles", "tiny", "window")
+_NO_NAMES = (
+    *("base", "compose", "groups", "idefics_like", "llava_like", "outliers", "qwen_like", "tagged", "tiles", "tiny"),
+    "window",
+)
 """Files of the rooms that register nothing: what the others share."""
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("lmms_eval", reason="`make eval-env` installs it")
 
+from family import is_stock
 from hub_files import ROWS, write
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import MODEL_REGISTRY_V2
@@ -73,7 +74,7 @@ def target(doc):
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model of a family in a folder."""
     model, processor = host_class(str(request.param)).tiny()
-    if not type(processor).__module__.startswith("transformers."):
+    if not is_stock(processor):
         pytest.skip("its processor needs torchvision")
     folder = tmp_path_factory.mktemp(str(request.param))
     save(model, processor, folder)

@@ -136,7 +136,7 @@ def test_wrong_inputs_are_a_clear_line(family: Family, model: Any) -> None:
     columns = [c for c in range(inputs["input_ids"].shape[1]) if c != slot]
     of_tokens = [k for k, v in inputs.items() if v.shape == inputs["input_ids"].shape]
     short = {**inputs, **{k: inputs[k][:, columns] for k in of_tokens}}
-    fewer = {k: v if k in of_tokens else v[:1] for k, v in inputs.items()}
+    fewer = {k: v if k in of_tokens else v[:1] if len(v) > 1 else v[:, :1] for k, v in inputs.items()}
     spoilt = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     spoilt["pixel_values"].view(-1)[3] = float("nan")
     with torch.no_grad(), family.attach(model) as pruner:
@@ -161,7 +161,8 @@ def test_gradients_reach_kept_tokens(family: Family, method: str) -> None:
         model(**inputs, labels=labels).loss.backward()
     pixels = inputs["pixel_values"].grad
     assert pixels.isfinite().all()
-    assert all(picture.abs().sum() > 0 for picture in pixels), "of every picture something was kept"
+    given = [picture.any() for picture in inputs["pixel_values"]]
+    assert [picture.any() for picture in pixels] == given, "of every picture something was kept"
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
@@ -178,7 +179,9 @@ def test_half_precision_runs(family: Family, method: str) -> None:
 @pytest.mark.parametrize("order", ["attach first", "LoRA first", "LoRA first, inner model attached"])
 def test_lora(family: Family, order: str) -> None:
     """Trains its own weights alone, keeps the same tokens whichever came first, and is stock PEFT when detached."""
-    lora = LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    text = find_host(family.model()).text.module
+    name = next(name for name, module in family.model().named_modules() if type(module) is type(text))
+    lora = LoraConfig(r=4, target_modules=rf"{name}.*(q_proj|v_proj)", init_lora_weights=False)
     inputs = family.inputs(*BATCHES["mixed"])
 
     def adapted(model: Any) -> Any:

@@ -55,8 +55,9 @@ def test_inputs_of_a_prompt_are_the_same_alone_and_in_a_batch(name: str) -> None
         assert ids[mask.bool()].tolist() == alone["input_ids"][0].tolist()
         assert mask.tolist() == sorted(mask.tolist()), "padding is on the left"
         pixels += list(alone.get("pixel_values", ()))
-    assert len(pixels) == len(batch["pixel_values"])
-    for mine, theirs in zip(pixels, batch["pixel_values"], strict=True):
+    given = [picture for picture in batch["pixel_values"] if picture.any()]  # a prompt without any may have a row, too
+    assert len(pixels) == len(given)
+    for mine, theirs in zip(pixels, given, strict=True):
         assert mine.dtype == torch.float32
         own = tuple(slice(length) for length in mine.shape)
         assert torch.equal(mine, theirs[own]), "smaller pictures, and those in fewer tiles, are padded in a batch"
@@ -80,7 +81,7 @@ def test_tiny_looks_at_some_patches_more_than_at_others(name: str) -> None:
 @pytest.mark.parametrize(("host", "size"), [(name, size) for name in HOSTS for size in host_class(name).stock])
 def test_a_well_known_size_has_a_cost(host: str, size: str) -> None:
     """By its name, and by the hub id of its checkpoint."""
-    whole, pruned = (ivtp.flops(size, method=method, keep=64).total for method in ("none", "topk"))
+    whole, pruned = (ivtp.flops(size, method=method, keep=32).total for method in ("none", "topk"))
     assert 0 < pruned < whole
     assert ivtp.flops(host_class(host).hub.format(size), method="none").total == whole
 

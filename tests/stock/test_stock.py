@@ -193,6 +193,15 @@ def test_without_transformers_choice_of_a_canvas_images_have_other_tiles_than_th
     assert stock.best_canvas((64, 64), (32, 32), 4) == (2, 2)
 
 
+def test_without_transformers_scaling_images_are_split_in_other_tiles_than_by_the_processors() -> None:
+    """As (rows, columns); what fits in one tile is not split."""
+    assert stock.split_grid((20, 60), 32, 128) == (2, 4)
+    assert stock.split_grid((60, 20), 32, 128) == (4, 2)
+    assert stock.split_grid((30, 30), 32, 128) == (4, 4)
+    assert stock.split_grid((2, 300), 32, 128) == (1, 4)
+    assert stock.split_grid((30, 30), 32, 32) == (0, 0)
+
+
 def test_without_a_projector_and_tower_at_these_names_no_part_is_found(tiny: Tiny) -> None:
     inner: Any = tiny.model().model
     assert isinstance(inner, modeling_llava.LlavaModel)

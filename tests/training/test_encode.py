@@ -39,7 +39,8 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def encoder_of(processor: Any, model: Any, **changes: Any) -> Encoder:
-    return Encoder(processor, find_host(model).media, **{"plain": False, "max_length": 4096, **changes})
+    host = find_host(model)
+    return Encoder(processor, host.media, process=host.process, **{"plain": False, "max_length": 4096, **changes})
 
 
 def checked(encoder: Encoder, processor: Any, one: Record) -> None:
@@ -69,6 +70,17 @@ def test_a_turn_is_learned_behind_the_prompt_of_inference(host: str, images: int
         return
     for text in ("A house, near the 2 dogs.", "5", "Yes"):
         checked(encoder_of(processor, model), processor, record("What is left of it?", text, images=images))
+
+
+@pytest.mark.parametrize("host", [name for name in list_hosts() if not host_class(name).writes_prompts])
+def test_a_batch_may_have_records_without_images(host: str) -> None:
+    model, processor = host_class(host).tiny()
+    encoder = encoder_of(processor, model)
+    shown = [(record("What is it?", "A dog.", images=count), pictures(count)) for count in (1, 0, 2)]
+    batch = encoder(shown)
+    for row, one in enumerate(shown):
+        alone = encoder([one])["input_ids"][0]
+        assert batch["input_ids"][row, batch["attention_mask"][row].bool()].tolist() == alone.tolist()
 
 
 def test_the_embedded_model_too() -> None:

@@ -69,6 +69,7 @@ def count_prompt(
     images: Sequence[Image],
     *,
     text_tokens: int,
+    marks: int = 0,
     batch: int = 1,
     relevance: Relevance | None = None,
     instruction_tokens: int | None = None,
@@ -78,10 +79,11 @@ def count_prompt(
 ) -> FlopsReport:
     """The cost of `batch` prompts, each of `text_tokens` tokens that are no patches, and of `images`.
 
-    `method` None is the untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the
-    decoder alone, for prompts whose images are encoded already. Of `instruction_tokens`, which CLIP or a compressor
-    reads, None is the whole text, but at most one CLIP context. `past` are tokens that each decoder layer has cached of
-    earlier turns; () is none.
+    Of the text tokens `marks` are written between tiles, which no method reads as a question. `method` None is the
+    untouched model; `relevance` is None where the guide reads no CLIP text; `encoded` counts the decoder alone, for
+    prompts whose images are encoded already. Of `instruction_tokens`, which CLIP or a compressor reads, None is the
+    whole text, but at most one CLIP context. `past` are tokens that each decoder layer has cached of earlier turns; ()
+    is none.
     """
     if instruction_tokens is None:
         instruction_tokens = min(text_tokens, Relevance.context - 2)
@@ -99,10 +101,10 @@ def count_prompt(
     for place, cut in enumerate(plan.cuts):
         assert method is not None
         if cut.where == "llm":
-            pruning += _decoder_choice(geometry, method, kinds, place, text_tokens)
+            pruning += _decoder_choice(geometry, method, kinds, place, text_tokens, text_tokens - marks)
             pruning += sum(past_keys(geometry, decoder[tap][0], past[tap]) for tap in cut.taps if past)
         elif not encoded:
-            pruning += sum(k.count * k.tiles * _encoder_choice(geometry, k, place, text_tokens) for k in kinds)
+            pruning += sum(k.count * k.tiles * _encoder_choice(geometry, k, place, text_tokens - marks) for k in kinds)
     if plan.guide_layers:
         pruning += len(images) * projector(geometry) + _guide(geometry, decoder[: plan.guide_layers])
     if relevance is not None and images:
@@ -206,20 +208,21 @@ def _encoder_choice(g: Geometry, kind: _Kind, place: int, text: int) -> float:
     return cost
 
 
-def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int, text: int) -> float:
+def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int, text: int, read: int) -> float:
     """What a cut of the decoder costs beside its gather, for one prompt; a batch computes its rows without images too.
 
-    A layer that is looked at in advance computes its queries, keys and values twice.
+    A layer that is looked at in advance computes its queries, keys and values twice. Of the `text` a method may `read`
+    so many tokens.
     """
     cut = method.plan.cuts[place]
-    choice = method.cost(cut, _entering(cut, method.plan.tokens_per_layer(method.geometry)), text)
+    choice = method.cost(cut, _entering(cut, method.plan.tokens_per_layer(method.geometry)), read)
     rows = choice.rows or _one_each(cut)
     cost, entering = 0.0, text
     for kind in kinds:
         assert kind.whole is not None
         own = kind.whole.plan.cuts[place]
         came = _entering(own, kind.seen)
-        cost += kind.count * kind.whole.cost(own, came, text).flops
+        cost += kind.count * kind.whole.cost(own, came, read).flops
         entering += kind.count * came
     if cut.peek:
         kv = 2 * g.text_kv_heads * g.text_head_dim
@@ -227,7 +230,7 @@ def _decoder_choice(g: Geometry, method: Method, kinds: list[_Kind], place: int,
     for layer, needed in zip(cut.taps, rows, strict=True):
         length = entering if cut.peek else sum(k.count * k.seen.llm_attention[layer] for k in kinds) + text
         length += layer < method.plan.guide_layers
-        cost += attention_rows(needed, length, text, g.text_heads, g.text_heads * g.text_head_dim)
+        cost += attention_rows(needed, length, read, g.text_heads, g.text_heads * g.text_head_dim)
     return cost
 
 

@@ -256,6 +256,13 @@ class Host:
         position: Tensor | None = inputs.get("position_ids")
         return position
 
+    def framing(self, ids: Tensor) -> Tensor | None:
+        """(B, T) bool, on the host: columns of `ids` that the processor wrote around slots, and that nobody asks.
+
+        None: special tokens next to slots alone are.
+        """
+        return None
+
     def separator(self) -> Tensor | None:
         """The embedding (D_text,) in the slots that hold no patch; None where there are none."""
         return None

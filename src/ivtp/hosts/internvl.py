@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.base import Visual
 from ivtp.hosts.llava_like import LlavaLike
+from ivtp.hosts.tiles import tiles_in_line
 from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, for_images, settle, tiny_llama, tiny_tokenizer
 from ivtp.plan import Geometry
 from ivtp.stock import best_canvas
@@ -80,7 +79,7 @@ class InternVLHost(LlavaLike):
         """In as many tiles as the processors of the released checkpoints cut it in."""
         columns, rows = best_canvas((size[1], size[0]), tuple(config.vision_config.image_size), MOST_TILES)
         tiles = rows * columns
-        return _in_tiles(tiles + (tiles > 1), cls.geometry(config).num_patches)
+        return tiles_in_line(tiles + (tiles > 1), cls.geometry(config).num_patches)
 
     def __init__(self, model: nn.Module) -> None:
         """Locate the parts of a stock InternVL."""
@@ -107,7 +106,7 @@ class InternVLHost(LlavaLike):
                 f"the prompt has {sum(own)} image slots for {given} tiles of {each} slots each; "
                 "build prompt and pixel_values with the model's processor"
             )
-        return [_in_tiles(length // each, each) for length in own]
+        return [tiles_in_line(length // each, each) for length in own]
 
     def tiles(self, inputs: dict[str, Any], visuals: Sequence[Visual]) -> list[Tensor]:
         """The tiles of each image."""
@@ -156,13 +155,6 @@ class InternVLHost(LlavaLike):
         with torch.random.fork_rng():
             model = settle(InternVLForConditionalGeneration(config), tokenizer, seed)
         return model, processor
-
-
-@cache
-def _in_tiles(tiles: int, each: int) -> Visual:
-    """An image of so many tiles of `each` tokens, the last of which shows the whole."""
-    tokens, side = torch.arange(tiles * each), math.isqrt(each)
-    return Visual(((side, side),) * tiles, tokens, tokens.view(tiles, each), whole=tiles - 1)
 
 
 HOST = InternVLHost

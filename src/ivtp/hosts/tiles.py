@@ -1,4 +1,4 @@
-"""What families share that read an image as a whole and in tiles, with a newline behind each row of patches."""
+"""What families share that read an image as a whole and in tiles, most with a newline behind each row of patches."""
 
 from __future__ import annotations
 
@@ -115,6 +115,13 @@ def in_tiles(
     slots = torch.cat([patch[lines.unsqueeze(1), across], torch.full((grid[0], 1), -1)], dim=1).flatten()
     grids = ((side, side), grid) if all(grid) else ((side, side),)
     return Visual(grids, torch.cat([whole, slots]), torch.cat([whole[None], tiles]), scaled)
+
+
+@cache
+def tiles_in_line(tiles: int, each: int) -> Visual:
+    """An image whose tiles lie one behind the other, `each` with so many tokens; the last one shows the whole."""
+    tokens, side = torch.arange(tiles * each), math.isqrt(each)
+    return Visual(((side, side),) * tiles, tokens, tokens.view(tiles, each), whole=tiles - 1)
 
 
 def _nearest(length: int, count: int) -> Tensor:

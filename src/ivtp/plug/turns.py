@@ -149,7 +149,8 @@ class _Call:
         """The images that the call hands over, where they are those of these `slots` (B, T). Raises `InputError`."""
         if not self.has_media:
             return []
-        return self.host.visuals({**self.arguments, "input_ids": torch.where(slots, self.host.image_token, -1)})
+        hidden = self.slots & ~slots
+        return self.host.visuals({**self.arguments, "input_ids": self.ids.cpu().masked_fill(hidden, -1)})
 
     def _share(self, slots: Tensor) -> tuple[list[Visual], list[list[int]]] | None:
         """The same, and which of them each row has; None where they are not those of these slots."""

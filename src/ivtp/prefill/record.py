@@ -153,6 +153,7 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
     first = sum(images[:row])
     own = prompts.image_of_slot[first : first + images[row]]
     text = length - sum(prompts.visuals[m].patches for m in own)  # separators stay, as text does
+    marks = 0 if prompts.framing is None else int(prompts.framing[row].sum())
     words = record.clip_tokens[row] if record.clip_tokens and not again else 0
 
     def count(chosen: list[int], relevance: Relevance | None, encoded: bool) -> float:
@@ -162,6 +163,7 @@ def _flops_of_row(record: Record, relevance: Relevance | None, row: int, length:
             record.method,
             shown,
             text_tokens=text,
+            marks=marks,
             relevance=relevance,
             instruction_tokens=words,
             encoded=encoded,

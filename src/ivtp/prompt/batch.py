@@ -55,6 +55,8 @@ class PromptBatch:
     blocks: Tensor | None = None
     """(B, T) the block of each column, -1: of none. Those of a block see each other in the decoder, whatever their
     order; None: none sees a later one."""
+    framing: Tensor | None = None
+    """(B, T) bool, on the host: columns that the processor wrote around image slots; None: it is not known."""
     instructions: tuple[Instruction, ...] = ()
     """What each row asks; empty where nothing reads it."""
     question: Tensor | None = None
@@ -103,12 +105,16 @@ class PromptBatch:
 
     def texts(self) -> list[TextTokens]:
         """The text of every row; of a batch on the host."""
-        ids, slots, valid = self.ids.tolist(), self.slots.mask.tolist(), self.tokens.valid.tolist()
+        ids, slots = self.ids.tolist(), self.slots.mask.tolist()
+        read = self.tokens.valid & ~self.slots.mask
+        if self.framing is not None:
+            read &= ~self.framing
+        typed = read.tolist()
         answer = None if self.answer is None else self.answer.tolist()
         texts = []
         for row in range(len(ids)):
             stop = answer[row].index(True) if answer and True in answer[row] else self.length
-            columns = [c for c in range(stop) if valid[row][c] and not slots[row][c]]
+            columns = [c for c in range(stop) if typed[row][c]]
             last = max((c for c in range(self.length) if slots[row][c]), default=-1)
             texts.append(TextTokens([ids[row][c] for c in columns], columns, last))
         return texts
@@ -171,7 +177,9 @@ def read_prompts(
     blocks = host.blocks(inputs)
     if blocks is not None:
         blocks = torch.where(tokens.source < fixed, blocks.cpu(), -1)  # a drafted token is of none
-    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, blocks)
+    framing = host.framing(ids)
+    framing = None if framing is None else framing & ~slots.mask
+    return PromptBatch(ids, tokens, slots, repeats, tuple(visuals), image_of_slot, fixed, answer, blocks, framing)
 
 
 def check_window(host: Host, tokens: int) -> None:

@@ -8,7 +8,7 @@ from ivtp.stock.caches import CACHE_NAMES, cache_name, contents, fill, is_filled
 from ivtp.stock.forwards import execution_device, floating_dtype, forward_slot, is_checkpointed, reruns_hooks
 from ivtp.stock.generation import ENCODES_AHEAD, EXPAND, encodes_ahead, is_drafting, set_image_features
 from ivtp.stock.mrope import grid_positions, later_positions, patch_embeddings, patch_places, patch_windows
-from ivtp.stock.processors import best_canvas, best_tiling, whole_blocks, within
+from ivtp.stock.processors import best_canvas, best_tiling, split_grid, whole_blocks, within
 
 __all__ = [
     "CACHE_NAMES",
@@ -40,6 +40,7 @@ __all__ = [
     "reruns_hooks",
     "set_image_features",
     "set_kernel",
+    "split_grid",
     "whole_blocks",
     "within",
 ]

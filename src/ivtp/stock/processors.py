@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.models.idefics3.image_processing_pil_idefics3 import _resize_output_size_rescale_to_max_len
 from transformers.models.pixtral.image_processing_pil_pixtral import get_resize_output_image_size
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
@@ -46,3 +48,19 @@ def within(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
     picture = np.broadcast_to(np.uint8(0), (3, *size))
     height, width = get_resize_output_image_size(picture, longest, side, "channels_first")
     return height, width
+
+
+def split_grid(size: tuple[int, int], side: int, longest: int) -> tuple[int, int]:
+    """The rows and columns of tiles of `side` pixels of an image of `size` (height, width); (0, 0): it is not split.
+
+    It is scaled until its longer side has `longest` pixels, and then to whole tiles.
+    """
+    height, width = _resize_output_size_rescale_to_max_len(*size, max_len=longest)
+    shape = width / height
+    if width >= height:
+        columns = math.ceil(width / side)
+        rows = math.ceil(int(columns * side / shape) / side)
+    else:
+        rows = math.ceil(height / side)
+        columns = math.ceil(int(rows * side * shape) / side)
+    return (rows, columns) if rows * columns > 1 else (0, 0)

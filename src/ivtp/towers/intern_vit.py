@@ -46,7 +46,7 @@ class InternVitTower(PreNormTower):
         }
 
     def run(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the stock tower; no layer knows where a token stands, so that their order may be another."""
+        """As the stock tower, but for the order of its tokens."""
         module: Any = self.module
         hidden = module.embeddings(pixel_values)
         hidden = torch.cat([hidden[:, :1], in_squares(hidden[:, 1:], ACROSS)], dim=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,21 @@ class Encoder:
     their pictures it gives a batch: padded on the left as prompts are, at most `max_length` columns.
     """
 
-    def __init__(self, processor: Any, media: Sequence[str], *, plain: bool, max_length: int) -> None:
-        """`media` are the arguments of a call that describe images.
+    def __init__(
+        self,
+        processor: Any,
+        media: Sequence[str],
+        *,
+        plain: bool,
+        max_length: int,
+        process: Callable[..., Any] = process,
+    ) -> None:
+        """`media` are the arguments of a call that describe images, `process` is that of the model's `Host`.
 
         Raises `LoadError` without a chat template, `ConfigError` for a tokenizer that tells no characters.
         """
         self._processor, self._tokenizer = processor, processor.tokenizer
-        self._media, self._max_length = media, max_length
+        self._media, self._max_length, self._process = media, max_length, process
         self._image_token = image_token_of(processor)
         self._template = None if plain else ChatTemplate.required(processor)
         if not self._tokenizer.is_fast:
@@ -68,7 +76,7 @@ class Encoder:
         Raises `InputError` for a record whose images need more columns than there are.
         """
         texts = ["".join(text for text, _ in self.pieces(record)) for record, _ in shown]
-        made = process(self._processor, texts, [pictures for _, pictures in shown])
+        made = self._process(self._processor, texts, [pictures for _, pictures in shown])
         rows = []
         for (record, _), ids, mask in zip(shown, made["input_ids"], made["attention_mask"], strict=True):
             rows.append(self._labelled(record, ids[mask.bool()].tolist()))

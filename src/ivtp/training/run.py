@@ -98,7 +98,8 @@ def train(asked: Asked) -> Done | None:
         )
     set_seed(asked.seed)  # adapters are drawn before the trainer, which does this too, is made
     model = _prepare(asked, model.to(_device()))
-    encoder = Encoder(processor, host.media, plain=asked.stage.plain, max_length=asked.max_length)
+    plain, longest = asked.stage.plain, asked.max_length
+    encoder = Encoder(processor, host.media, plain=plain, max_length=longest, process=host.process)
     # attached before the engine knows of anything: DeepSpeed shares out whatever transformers loads afterwards
     with _attached(asked, model, processor) as pruner:
         arguments = training_arguments(asked, mixed=any(not record.images for record in records))
