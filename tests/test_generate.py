@@ -20,6 +20,7 @@ from tiny import CHAT_TEMPLATE, Tiny
 
 import ivtp
 from ivtp.cost.answer import Cost
+from ivtp.cost.sizes import sizes
 from ivtp.errors import ImageError, InputError, LoadError
 from ivtp.files.checkpoint import check_finite
 from ivtp.generate import prompt_for
@@ -102,8 +103,14 @@ def test_images_of_a_question_cost_what_a_prefill_counts(name: str, count: int) 
     prompt, tokenizer = prompt_for(processor, question, images=count), processor.tokenizer
     made = host_class(name).process(processor, [prompt], [pictures])["input_ids"][0].tolist()
     marks = set(tokenizer.all_special_ids) - {model.config.image_token_id, tokenizer.bos_token_id}
-    written = sum(i in marks for i in made) - sum(i in marks for i in tokenizer(prompt)["input_ids"])  # around images
+    spelled = tokenizer(prompt)["input_ids"]
+    written = sum(i in marks for i in made) - sum(i in marks for i in spelled)  # around images
+    if model.config.image_token_id not in spelled:  # what stands for an image is one of the marks
+        written += count
     text = sum(i != model.config.image_token_id for i in made) - written + count
+    visual = sizes(model).visual((60, 30), count)
+    if visual is not None and count * len(visual.token) != made.count(model.config.image_token_id):
+        pytest.skip("its tiny processor scales images to other sizes than the released ones")
     expected = ivtp.flops(model, method="none", text_tokens=text, images=count, image_size=(60, 30)).total
     answer = ivtp.ask(model, processor, pictures, question, method="none", max_new_tokens=1)
     assert Cost.of(model, answer).full == pytest.approx(expected, rel=1e-12)

@@ -153,7 +153,7 @@ def test_batches_answer_as_one_by_one(at: Path, checkpoint: str, options: dict[s
 
 def test_the_log_says_what_each_sample_kept_and_cost(at: Path, checkpoint: str) -> None:
     full = samples(checkpoint, ["seedbench"], 2, method="none")
-    pruned = samples(checkpoint, ["seedbench"], 2, **OPTIONS)
+    pruned = samples(checkpoint, ["seedbench"], 2, method="random", keep=KEEP)  # tiny models pay dearly for choosing
     for whole, left in zip(full, pruned, strict=True):
         images = 1 + whole["doc_id"] % 2 * 2
         (before,), (after,) = whole["token_counts"], left["token_counts"]

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from ivtp.cli import arguments as given
@@ -85,10 +86,13 @@ def _list_by_host(names: list[str], as_json: bool) -> None:
         cells = [(name, host, taken[name]) for name in names for host, taken in found.items()]
         print_json([{"method": m, "host": h, "works": t.options is not None, **asdict(t)} for m, h, t in cells])
         return
-    table = Table("method", *found, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("method", *found):
+        table.add_column(title, no_wrap=True)
     for name in names:
         table.add_row(name, *(_cell(taken[name].options) for taken in found.values()))
-    out.print(table, width=max(out.width, 16 * len(table.columns)), crop=False)  # whole, like the lines below it
+    whole = Console(highlight=False, width=max(out.width, 32 * len(table.columns)))  # as the lines below it are
+    whole.print(table)
     for host, taken in found.items():
         refused = [each.refusal for each in taken.values() if each.options is None]
         if refused:

@@ -142,7 +142,7 @@ class Gemma3Host(LlavaLike):
         from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor, Gemma3TextConfig
         from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-        tokenizer = tiny_tokenizer(boi_token=_BEGIN, eoi_token=_END)
+        tokenizer = tiny_tokenizer(boi_token=_BEGIN, eoi_token=_END, blank_line="\n\n")  # one token, as in Gemma's
         processor = Gemma3Processor(
             Gemma3ImageProcessorPil(size={"height": 80, "width": 80}),
             tokenizer,

@@ -43,6 +43,11 @@ class VisionTower(Tower):
     flat: ClassVar[bool] = False
     """Whether it reads one image at a time, and its layers take (T, D), or (1, T, D), and where these tokens are."""
 
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """Modules in it that are the projector's, where that is no module of its own."""
+        return ()
+
     def attend(self, layer: int, hidden: Tensor, *args: Any, bias: Tensor | None = None, **kwargs: Any) -> Tensor:
         """As `Tower.attend`; `bias` (B, 1, 1, T) is added to the logits. Raises `InputError` where a kernel cannot."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ivtp.core.select import on_device
 from ivtp.stock import patch_embeddings
@@ -23,6 +23,12 @@ class QwenDeepstackTower(QwenVisionTower):
             "vision_mlp": config.intermediate_size,
             "deepstack": tuple(sorted(config.deepstack_visual_indexes)),
         }
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The merger, and those of single layers."""
+        module: Any = self.module
+        return (*super().projectors, module.deepstack_merger_list)
 
     def begin(self, pixel_values: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As of Qwen2-VL, with the embedding of each patch's place, interpolated between those of a fixed grid."""

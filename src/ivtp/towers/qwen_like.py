@@ -25,6 +25,12 @@ class QwenVisionTower(VisionTower):
         self.layers = module.blocks  # type: ignore[assignment]  # nn.Module attributes are untyped
         self.config: Any = module.config
 
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """The merger."""
+        module: Any = self.module
+        return (module.merger,)
+
     @classmethod
     def sizes(cls, config: Any) -> dict[str, Any]:
         """All but `num_patches`, which are those of an image."""

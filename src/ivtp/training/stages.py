@@ -58,6 +58,7 @@ def parts_of(host: Host) -> dict[str, list[str]]:
     model: Any = host.model
     homes = {
         "tower": [host.vision.module],
+        "projector": list(host.vision.projectors),
         "language": [host.text.module, host.embedding, model.get_output_embeddings()],
     }
     owner = {id(p): part for part, modules in homes.items() for m in modules if m is not None for p in m.parameters()}
