@@ -136,7 +136,8 @@ def test_wrong_inputs_are_a_clear_line(family: Family, model: Any) -> None:
     columns = [c for c in range(inputs["input_ids"].shape[1]) if c != slot]
     of_tokens = [k for k, v in inputs.items() if v.shape == inputs["input_ids"].shape]
     short = {**inputs, **{k: inputs[k][:, columns] for k in of_tokens}}
-    fewer = {k: v if k in of_tokens else v[:1] if len(v) > 1 else v[:, :1] for k, v in inputs.items()}
+    picture = {k: v[:1] if len(v) > 1 or v.dim() == 1 else v[:, :1] for k, v in inputs.items() if k not in of_tokens}
+    fewer = {**inputs, **picture}
     spoilt = {**inputs, "pixel_values": inputs["pixel_values"].clone()}
     spoilt["pixel_values"].view(-1)[3] = float("nan")
     with torch.no_grad(), family.attach(model) as pruner:
