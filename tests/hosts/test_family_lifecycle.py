@@ -73,8 +73,8 @@ def test_trace(family: Family, method: str) -> None:
     assert len(trace.words) == len(trace.fallback) == len(batch)
     there = [set(range(sum(family.counts(sizes)))) for _, sizes in batch]
     for stage in trace.stages:
-        tower = {"vision": model.config.vision_config, "llm": model.config.text_config}[stage.where]
-        assert 0 <= stage.layer < tower.num_hidden_layers
+        tower = {"vision": find_host(model).vision, "llm": find_host(model).text}[stage.where]
+        assert 0 <= stage.layer < len(tower.layers)
         assert stage.kept.dtype == torch.int64
         assert stage.scores is not None or stage.sources is not None, "a cut ranks, or it says what merged"
         assert stage.stand_ins is None or stage.stand_ins.shape == stage.kept.shape
