@@ -358,7 +358,7 @@ def test_a_new_image_behind_a_cache_is_refused(small: tuple[Any, Any]) -> None:
         held = model.generate(**first, **options).past_key_values
         held.crop(seen - held.get_seq_length())
         with pytest.raises(InputError, match="both directions"):
-            model.generate(**later, past_key_values=copy.deepcopy(held), **options)
+            model.generate(**later, **with_cache(model, copy.deepcopy(held)), **options)
         alone = {name: value[:, seen:] for name, value in later.items() if name.endswith("_ids")}
         with pytest.raises(InputError, match="both directions"):
             model(**alone, pixel_values=both["pixel_values"], **with_cache(model, held))

@@ -23,7 +23,7 @@ MODES = [{"cache": c, "positions": p} for c in ("evict", "layered") for p in ("o
 
 def generate(model: Any, inputs: Inputs, cache: Any = None, **options: Any) -> Any:
     """Five tokens, their logits and the cache."""
-    given = {} if cache is None else {"past_key_values": cache}
+    given = {} if cache is None else with_cache(model, cache)
     options = {"max_new_tokens": 5, "do_sample": False, **given, **options}
     return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
 
@@ -117,7 +117,7 @@ def test_a_pipeline_chats_on_its_cache(tiny: Tiny, repruning: str) -> None:
         pipe = pipeline("image-text-to-text", model=model, processor=tiny.processor)
 
         def ask(chat: list[Any], cache: Any = None) -> list[Any]:
-            options = {"do_sample": False, **({} if cache is None else {"past_key_values": cache})}
+            options = {"do_sample": False, **({} if cache is None else with_cache(model, cache))}
             return pipe(text=chat, max_new_tokens=5, generate_kwargs=options)[0]["generated_text"]
 
         cache = DynamicCache()
@@ -437,7 +437,7 @@ def test_a_failed_turn_leaves_the_cache_as_it_was(tiny: Tiny) -> None:
         held = first.past_key_values
         expected = generate(model, again, copy.deepcopy(held)).sequences
         with pytest.raises(ValueError, match="max_length"):
-            model.generate(**again, past_key_values=held, num_beams=3, max_length=5)
+            model.generate(**again, **with_cache(model, held), num_beams=3, max_length=5)
         assert generate(model, again, held).sequences.tolist() == expected.tolist()
 
 
