@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+
+def wide(width: int) -> Console:
+    """The standard output for tables of so many columns: what is cut off to fit a terminal says nothing."""
+    return Console(highlight=False, width=max(out.width, width))
+
+
 PARTS = ("vision", "projector", "llm", "head", "pruning")
 
 

@@ -12,11 +12,10 @@ from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ivtp.cli import arguments as given
-from ivtp.cli.console import err, out, print_json
+from ivtp.cli.console import err, out, print_json, wide
 from ivtp.cli.door import quiet
 from ivtp.config import PruneConfig
 
@@ -91,8 +90,7 @@ def _list_by_host(names: list[str], as_json: bool) -> None:
         table.add_column(title, no_wrap=True)
     for name in names:
         table.add_row(name, *(_cell(taken[name].options) for taken in found.values()))
-    whole = Console(highlight=False, width=max(out.width, 32 * len(table.columns)))  # as the lines below it are
-    whole.print(table)
+    wide(32 * len(table.columns)).print(table)
     for host, taken in found.items():
         refused = [each.refusal for each in taken.values() if each.options is None]
         if refused:

@@ -6,13 +6,14 @@ import importlib.util
 import shlex
 import sys
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ivtp.cli import arguments as given
-from ivtp.cli.console import bar, err, out
+from ivtp.cli.console import bar, err, wide
 from ivtp.cli.door import interruptible, quiet
 from ivtp.cli.eval import named_tasks
 from ivtp.errors import ConfigError
@@ -106,7 +107,9 @@ def reproduce(
     files = base.write(output, name, result)
     from rich.markdown import Markdown
 
-    out.print(Markdown(f"# {result.title}\n\n{result.markdown}"))
+    cells = (line.split("|") for line in result.markdown.splitlines() if line.startswith("|"))
+    columns = zip_longest(*cells, fillvalue="")
+    wide(sum(2 + max(map(len, column)) for column in columns)).print(Markdown(f"# {result.title}\n\n{result.markdown}"))
     for file in files:
         err.print(f"written: {file}", markup=False, soft_wrap=True)
 
