@@ -33,7 +33,7 @@ class IdeficsLike(LlavaLike):
     """SigLIP's layers, one matrix that reads the patches of a square, and a decoder with Llama's layers."""
 
     media = ("pixel_values", "pixel_attention_mask")
-    unread = ("image_hidden_states",)
+    unread = ("image_hidden_states", "pixel_values_videos")
     gives = frozenset({"grid"})
     settings = ()
     parts: ClassVar[tuple[str, str]]
