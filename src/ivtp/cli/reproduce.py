@@ -97,8 +97,8 @@ def reproduce(
         cache = cache or cache_folder() / "answers"
         left = f"answers so far are kept in {cache}; the same command goes on behind them"
         named, folders = named_tasks(tasks or ("micro12" if model == "micro" else "paper12"), limit)
-        asked = replace(asked, model=model, tasks=named, batch_size=batch_size, include_path=folders)
-        asked = replace(asked, answers=str(cache))
+        kept = str(cache)
+        asked = replace(asked, model=model, tasks=named, batch_size=batch_size, include_path=folders, answers=kept)
     own = tuple(image or ()), tuple(question or ())
     request = base.Request(asked, methods, tuple(keep or ()), workers, *own)
     with interruptible(lambda: left):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ivtp.errors import InputError, UnsupportedModelError
 from ivtp.hosts.llava_like import LlavaLike
-from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, tiny_siglip, tiny_tokenizer
+from ivtp.hosts.tiny import CHAT_TEMPLATE, IMAGE, settle, settle_gemma, tiny_siglip, tiny_tokenizer
 from ivtp.plan import Geometry
 from ivtp.towers.gemma import Gemma3Tower
-from ivtp.towers.siglip import SiglipSquaresTower, SiglipTower
+from ivtp.towers.siglip import SiglipSquaresTower, SiglipTower, so400m
 
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -81,21 +81,12 @@ class Gemma3Host(LlavaLike):
     @classmethod
     def stock_config(cls, name: str) -> Any:
         """Gemma 3 of the given size, with SigLIP-so400m/14 at 896 pixels."""
-        from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
+        from transformers import Gemma3Config, Gemma3TextConfig
 
-        vision = SiglipVisionConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=896,
-            patch_size=14,
-            vision_use_head=False,
-        )
         decoder = dict(zip(_SIZES, _STOCK[name], strict=True))
         rotary = {"full_attention": {"rope_type": "linear", "factor": 8.0}}
         text = Gemma3TextConfig(**decoder, vocab_size=262208, sliding_window=1024, rope_parameters=rotary)
-        return Gemma3Config(vision_config=vision, text_config=text)
+        return Gemma3Config(vision_config=so400m(896), text_config=text)
 
     def __init__(self, model: nn.Module) -> None:
         """Locate the parts of a stock Gemma 3."""
@@ -173,12 +164,7 @@ class Gemma3Host(LlavaLike):
         )
         with torch.random.fork_rng():
             model: Any = settle(Gemma3ForConditionalGeneration(config), tokenizer, seed)
-        with torch.no_grad():  # Gemma's norms add 1 to their weights, and its embeddings are multiplied
-            model.get_input_embeddings().weight /= text.hidden_size**0.5
-            for part in (model.model.language_model, model.model.multi_modal_projector):
-                for name, weight in part.named_parameters():
-                    if "norm" in name:
-                        weight -= 1
+        settle_gemma(model, model.model.language_model, model.model.multi_modal_projector)
         return model, processor
 
 

@@ -11,9 +11,18 @@ from transformers import BatchFeature
 
 from ivtp.errors import InputError
 from ivtp.hosts.llava_like import LlavaLike
-from ivtp.hosts.tiny import IMAGE, PROMPTS, settle, tiny_images, tiny_llama, tiny_siglip, tiny_tokenizer
+from ivtp.hosts.tiny import (
+    IMAGE,
+    PROMPTS,
+    settle,
+    settle_gemma,
+    tiny_images,
+    tiny_llama,
+    tiny_siglip,
+    tiny_tokenizer,
+)
 from ivtp.plan import Geometry
-from ivtp.towers.siglip import SiglipTower
+from ivtp.towers.siglip import SiglipTower, so400m
 
 _STOCK = ("paligemma-3b-pt-224", "paligemma-3b-pt-448", "paligemma-3b-pt-896")
 """They end in the pixels of a side of what the tower reads."""
@@ -63,17 +72,8 @@ class PaliGemmaHost(LlavaLike):
     @classmethod
     def stock_config(cls, name: str) -> Any:
         """PaliGemma of the given image size, with SigLIP-so400m/14 and Gemma 2B."""
-        from transformers import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+        from transformers import GemmaConfig, PaliGemmaConfig
 
-        vision = SiglipVisionConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=27,
-            num_attention_heads=16,
-            image_size=int(name.rpartition("-")[2]),
-            patch_size=14,
-            vision_use_head=False,
-        )
         text = GemmaConfig(
             hidden_size=2048,
             intermediate_size=16384,
@@ -82,7 +82,7 @@ class PaliGemmaHost(LlavaLike):
             num_key_value_heads=1,
             vocab_size=VOCABULARY,
         )
-        return PaliGemmaConfig(vision_config=vision, text_config=text)
+        return PaliGemmaConfig(vision_config=so400m(int(name.rpartition("-")[2])), text_config=text)
 
     def project(self, features: Tensor) -> Tensor:
         """The post layer norm, and the only matrix."""
@@ -143,11 +143,7 @@ class PaliGemmaHost(LlavaLike):
         )
         with torch.random.fork_rng():
             model: Any = settle(PaliGemmaForConditionalGeneration(config), tokenizer, seed)
-        with torch.no_grad():  # Gemma's norms add 1 to their weights, and its embeddings are multiplied
-            model.get_input_embeddings().weight /= decoder["hidden_size"] ** 0.5
-            for name, weight in model.model.language_model.named_parameters():
-                if "norm" in name:
-                    weight -= 1
+        settle_gemma(model, model.model.language_model)
         return model, processor
 
     @classmethod

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 
 IMAGE = "<image>"
@@ -135,6 +135,17 @@ def settle(model: nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int) -> n
     inner.generation_config.eos_token_id = tokenizer.eos_token_id
     inner.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
+
+
+def settle_gemma(model: Any, *parts: nn.Module) -> None:
+    """The same of Gemma, whose norms, in these `parts`, add 1 to their weights, and which multiplies its embeddings."""
+    embedding: Tensor = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding /= embedding.shape[1] ** 0.5
+        for part in parts:
+            for name, weight in part.named_parameters():
+                if "norm" in name:
+                    weight.sub_(1)
 
 
 def for_images(processor: Any) -> Any:

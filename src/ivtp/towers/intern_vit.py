@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ivtp.errors import UnsupportedModelError
-from ivtp.towers.pre_norm import PreNormTower, in_squares
+from ivtp.towers.pre_norm import PreNormTower, in_squares, weighable
 
 ACROSS = 2
 """Patches along the side of a square that the projector makes one visual token of."""
@@ -61,7 +61,7 @@ class InternVitTower(PreNormTower):
         """As in InternVLVisionLayer, which takes no mask."""
         block: Any = self.layers[layer]
         if bias is not None:
-            kwargs["attention_mask"] = self._checked(bias).to(hidden.dtype)
+            kwargs["attention_mask"] = weighable(self.module, bias).to(hidden.dtype)
         attended, _ = block.attention(block.layernorm_before(hidden), **kwargs)
         return block.lambda_1 * attended + hidden  # type: ignore[no-any-return]
 

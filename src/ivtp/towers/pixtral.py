@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ivtp.core.select import on_device
-from ivtp.errors import InputError, UnsupportedModelError
-from ivtp.stock import kernel_name, patch_places
+from ivtp.errors import UnsupportedModelError
+from ivtp.stock import patch_places
 from ivtp.towers.base import VisionTower
+from ivtp.towers.pre_norm import weighable
 
 
 class PixtralTower(VisionTower):
@@ -52,17 +53,9 @@ class PixtralTower(VisionTower):
         if args:
             kwargs["attention_mask"] = args[0]
         if bias is not None:
-            kwargs["attention_mask"] = self._checked(bias).to(hidden.dtype)
+            kwargs["attention_mask"] = weighable(self.module, bias).to(hidden.dtype)
         attended, _ = block.attention(hidden_states=block.attention_norm(hidden), **kwargs)
         return hidden + attended  # type: ignore[no-any-return]
-
-    def _checked(self, bias: Tensor) -> Tensor:
-        if "flash" in kernel_name(self.module.config):
-            raise InputError(
-                "FlashAttention cannot weigh merged tokens by their size; load the model with "
-                'attn_implementation={"vision_config": "sdpa"}'
-            )
-        return bias
 
     def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
         """As in the stock layer."""

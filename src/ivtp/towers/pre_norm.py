@@ -31,6 +31,17 @@ def in_squares(patches: Tensor, across: int) -> Tensor:
     return grid.transpose(2, 3).flatten(1, 4)
 
 
+def weighable(module: nn.Module, bias: Tensor) -> Tensor:
+    """`bias` as it is. Raises `InputError` where the kernel of an encoder cannot add it to its logits."""
+    config: Any = module.config
+    if "flash" in kernel_name(config):
+        raise InputError(
+            "FlashAttention cannot weigh merged tokens by their size; load the model with "
+            'attn_implementation={"vision_config": "sdpa"}'
+        )
+    return bias
+
+
 class PreNormTower(VisionTower):
     """Layers of `layer_norm1`, `self_attn`, `layer_norm2` and `mlp`, with a post layer norm behind the last."""
 
@@ -54,17 +65,9 @@ class PreNormTower(VisionTower):
         if args:
             kwargs["attention_mask"] = args[0]
         if bias is not None:
-            kwargs["attention_mask"] = self._checked(bias).to(hidden.dtype)
+            kwargs["attention_mask"] = weighable(self.module, bias).to(hidden.dtype)
         attended, _ = block.self_attn(hidden_states=block.layer_norm1(hidden), **kwargs)
         return hidden + attended  # type: ignore[no-any-return]
-
-    def _checked(self, bias: Tensor) -> Tensor:
-        if "flash" in kernel_name(self.module.config):
-            raise InputError(
-                "FlashAttention cannot weigh merged tokens by their size; load the model with "
-                'attn_implementation={"vision_config": "sdpa"}'
-            )
-        return bias
 
     def feed_forward(self, layer: int, hidden: Tensor) -> Tensor:
         """As in the stock layer."""

@@ -10,6 +10,21 @@ from ivtp.errors import UnsupportedModelError
 from ivtp.towers.pre_norm import PreNormTower, in_squares, square_image
 
 
+def so400m(pixels: int) -> Any:
+    """The config of SigLIP-so400m/14 without its head, at so many pixels along a side."""
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=pixels,
+        patch_size=14,
+        vision_use_head=False,
+    )
+
+
 class SiglipTower(PreNormTower):
     """A `SiglipVisionModel`, with its pooling head or without."""
 
